@@ -1,0 +1,50 @@
+"""A logic engine that determines what to execute next, on Celery."""
+
+from dispatcher.config import ChainType, DispatcherConfig
+from dispatcher.dispatcher import Chain, Dispatcher
+from dispatcher.errors import (
+    AmbiguousChain,
+    ChainDisabled,
+    ChainLocked,
+    ChainMissing,
+    ChainNotDue,
+    ConfigurationError,
+    DatabaseNotMigrated,
+    DeliveryPending,
+    DispatcherError,
+    EnqueueNotPublished,
+    InvalidResource,
+    NotSerializable,
+    PermanentFailure,
+    ServiceUnavailable,
+)
+from dispatcher.retry import RetryPolicy
+from dispatcher.settings import Settings
+from dispatcher.states import DONE, NEW
+from dispatcher.transition import Transition
+
+__all__ = [
+    "DONE",
+    "NEW",
+    "AmbiguousChain",
+    "Chain",
+    "ChainDisabled",
+    "ChainLocked",
+    "ChainMissing",
+    "ChainNotDue",
+    "ChainType",
+    "ConfigurationError",
+    "DatabaseNotMigrated",
+    "DeliveryPending",
+    "Dispatcher",
+    "DispatcherConfig",
+    "DispatcherError",
+    "EnqueueNotPublished",
+    "InvalidResource",
+    "NotSerializable",
+    "PermanentFailure",
+    "RetryPolicy",
+    "ServiceUnavailable",
+    "Settings",
+    "Transition",
+]

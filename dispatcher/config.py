@@ -1,0 +1,323 @@
+"""The configuration as typed values, validated as a whole when it is made."""
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from typing import Any, Final, Literal, TypeGuard
+
+from dispatcher.errors import ConfigurationError
+from dispatcher.graph import StateGraph
+from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy
+from dispatcher.states import DONE, CallbackKind
+from dispatcher.transition import TYPE_DEFAULT, Transition, TypeDefault
+
+logger = logging.getLogger(__name__)
+
+MAX_NAME: Final = 100
+"""The longest chain type, state, transition or callback name, in characters."""
+
+Callback = Callable[..., Any]
+ContextLoader = Callable[[Sequence[Any]], Mapping[int, Mapping[str, Any]]]
+
+
+class NoCallbackGiven:
+    """Marks a chain type that says nothing about a callback (`None` says: move without one)."""
+
+    def __repr__(self) -> str:
+        return "NOT_GIVEN"
+
+
+NOT_GIVEN: Final = NoCallbackGiven()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainType:
+    """One named configuration: for each state, in order, the transitions that may leave it, and options.
+
+    - `callback(transition, **callback_kwargs)`: called for every transition without an own one; `None` moves
+      without one; not given: a worker waits for a request that names one.
+    - `callbacks`: names that `enqueue(callback=...)` may use.
+    - `load_context(snapshots) -> {chain_id: context}`: called once per batch of chains.
+    - `queue`: the Celery queue of this type's executions. Defaults to "dispatcher.chains".
+    - `recheck_seconds`: how soon a rejected candidate is asked again. 0: every sweep; None: only when the chain
+      is enqueued. Defaults to 0.
+    - `continue_` (in a dict: `"continue"`): publish the next evaluation at once after a move. Defaults to False.
+    - `on_unknown`: "retry" or "hold" a delivery whose worker died. Defaults to "retry".
+    - `on_dead`: "hold" or "skip" a delivery that is out of attempts. Defaults to "hold".
+
+    Raises `ConfigurationError` naming chain type, state and transition.
+    """
+
+    chain_type: str
+    transitions: Mapping[str, Sequence[type[Transition]]]
+    callback: Callback | NoCallbackGiven | None = NOT_GIVEN
+    callbacks: Mapping[str, Callback] = field(default_factory=dict)
+    load_context: ContextLoader | None = None
+    queue: str | None = None
+    recheck_seconds: float | None = 0
+    continue_: bool = False
+    on_unknown: Literal["retry", "hold"] = "retry"
+    on_dead: Literal["hold", "skip"] = "hold"
+    by_name: Mapping[str, type[Transition]] = field(init=False, repr=False)
+    states: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        path = f"chain type {self.chain_type!r}"
+        _check_name(self.chain_type, "chain type", path)
+        _check_options(self, path)
+        if not isinstance(self.transitions, Mapping):
+            raise ConfigurationError("`transitions` must be a dict of states to lists of transitions", path)
+        by_name: dict[str, type[Transition]] = {}
+        frozen: dict[str, tuple[type[Transition], ...]] = {}
+        for state, candidates in self.transitions.items():
+            where = f"{path}, state {state!r}"
+            _check_name(state, "state", where)
+            if not _is_list(candidates):
+                raise ConfigurationError("the candidates must be a list of transitions", where)
+            frozen[state] = tuple(candidates)
+            for candidate in frozen[state]:
+                _check_transition(candidate, where)
+                if by_name.setdefault(candidate.__name__, candidate) is not candidate:
+                    raise ConfigurationError(
+                        "two transitions of one chain type have the same class name",
+                        f"{where}, transition {candidate.__name__}",
+                    )
+            if len(set(frozen[state])) != len(frozen[state]):
+                raise ConfigurationError("a transition is listed twice", where)
+        if frozen.get(DONE):
+            raise ConfigurationError("nothing may leave DONE", f"{path}, state {DONE!r}")
+        object.__setattr__(self, "transitions", frozen)
+        object.__setattr__(self, "by_name", by_name)
+        object.__setattr__(self, "states", frozenset(self.graph.states))
+
+    @property
+    def graph(self) -> StateGraph:
+        """This type's states and transitions as a graph."""
+        return StateGraph.build(
+            {
+                state: [(candidate.__name__, candidate.final_state) for candidate in candidates]
+                for state, candidates in self.transitions.items()
+            }
+        )
+
+    def candidates(self, state: str) -> tuple[type[Transition], ...]:
+        """The transitions that may leave `state`, in order; empty for a terminal state."""
+        return tuple(self.transitions.get(state, ()))
+
+    def fingerprint(self, state: str) -> str:
+        """A short digest of the candidates of `state` and the options that count for them; it changes when they do."""
+        parts = [
+            (
+                candidate.__name__,
+                candidate.final_state,
+                candidate.recheck_seconds if candidate.recheck_seconds is not TYPE_DEFAULT else self.recheck_seconds,
+                choose_callback(self, candidate, None).kind,
+            )
+            for candidate in self.candidates(state)
+        ]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], path: str) -> "ChainType":
+        """The typed form of one entry of the ancestor's `chains` list."""
+        if not isinstance(raw, Mapping):
+            raise ConfigurationError("a chain must be a dict", path)
+        if "chain_type" not in raw:
+            raise ConfigurationError("`chain_type` is missing", path)
+        path = f"{path}, chain type {raw['chain_type']!r}"
+        if "transitions" not in raw:
+            raise ConfigurationError("`transitions` is missing", path)
+        unknown = [key for key in raw if key not in _OPTIONS]
+        if unknown:
+            raise ConfigurationError(f"unknown option {unknown[0]!r}", path)
+        return cls(**{_OPTIONS[key]: value for key, value in raw.items()})
+
+
+_OPTIONS: Final = {
+    name.rstrip("_"): name for name in ChainType.__dataclass_fields__ if ChainType.__dataclass_fields__[name].init
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherConfig:
+    """All chain types of a deployment."""
+
+    chains: Sequence[ChainType]
+    by_type: Mapping[str, ChainType] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        by_type: dict[str, ChainType] = {}
+        for chain_type in self.chains:
+            if not isinstance(chain_type, ChainType):
+                raise ConfigurationError("every chain must be a ChainType or a dict", "`chains`")
+            if chain_type.chain_type in by_type:
+                raise ConfigurationError("is configured twice", f"chain type {chain_type.chain_type!r}")
+            by_type[chain_type.chain_type] = chain_type
+        object.__setattr__(self, "chains", tuple(self.chains))
+        object.__setattr__(self, "by_type", by_type)
+
+    @classmethod
+    def parse(cls, config: "DispatcherConfig | Mapping[str, Any] | Sequence[Any]") -> "DispatcherConfig":
+        """The typed configuration of a dict `{"chains": [...]}`, of typed objects, or of a mixture."""
+        if isinstance(config, DispatcherConfig):
+            return config
+        if isinstance(config, Mapping):
+            if "chains" not in config:
+                raise ConfigurationError("the configuration has no `chains`")
+            unknown = [key for key in config if key != "chains"]
+            if unknown:
+                raise ConfigurationError(f"unknown key {unknown[0]!r} beside `chains`")
+            config = config["chains"]
+        if not _is_list(config):
+            raise ConfigurationError("must be a list of chain types", "`chains`")
+        return cls(
+            [
+                raw if isinstance(raw, ChainType) else ChainType.from_dict(raw, f"`chains`[{number}]")
+                for number, raw in enumerate(config)
+            ]
+        )
+
+    def get(self, chain_type: str) -> ChainType:
+        """The chain type of that name; `ConfigurationError` if there is none."""
+        found = self.by_type.get(chain_type)
+        if found is None:
+            known = ", ".join(map(repr, self.by_type)) or "none"
+            raise ConfigurationError(f"unknown chain type (configured: {known})", f"chain type {chain_type!r}")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackChoice:
+    """Which callback a winner gets: `kind` as it stands in a delivery's row ("" for a move without one).
+
+    `call` is the function to be called with the transition first, None when nothing is called.
+    """
+
+    kind: str
+    call: Callback | None
+
+
+NO_CALLBACK_FOUND: Final = CallbackChoice("missing", None)
+MOVE_WITHOUT: Final = CallbackChoice("", None)
+
+
+def choose_callback(chain_type: ChainType, transition: type[Transition], requested: str | None) -> CallbackChoice:
+    """The callback for `transition`: its own, else the one the request names, else the type's.
+
+    Gives `MOVE_WITHOUT` for DONE and wherever `callback = None` says so, and `NO_CALLBACK_FOUND` where nobody says
+    anything. Raises `KeyError` with the name when the request names a callback that is not registered here.
+    """
+    if transition.final_state == DONE:
+        return MOVE_WITHOUT
+    own = getattr(transition, "callback", NOT_GIVEN)
+    if own is None:
+        return MOVE_WITHOUT
+    if own is not NOT_GIVEN:
+        return CallbackChoice(CallbackKind.OWN, _call_own)
+    if requested is not None:
+        return CallbackChoice(f"{CallbackKind.NAMED}:{requested}", chain_type.callbacks[requested])
+    if isinstance(chain_type.callback, NoCallbackGiven):
+        return NO_CALLBACK_FOUND
+    if chain_type.callback is None:
+        return MOVE_WITHOUT
+    return CallbackChoice(CallbackKind.TYPE, chain_type.callback)
+
+
+def resolve_callback(chain_type: ChainType, transition: type[Transition], kind: str) -> Callback:
+    """The function that a delivery's row means by `kind`; `KeyError` when this configuration has none."""
+    if kind == CallbackKind.OWN and callable(getattr(transition, "callback", None)):
+        return _call_own
+    if kind == CallbackKind.TYPE and callable(chain_type.callback):
+        return chain_type.callback
+    name = kind.removeprefix(f"{CallbackKind.NAMED}:")
+    if name != kind:
+        return chain_type.callbacks[name]
+    raise KeyError(kind)
+
+
+def _call_own(transition: Transition, **callback_kwargs: Any) -> Any:
+    own = transition.callback
+    assert own is not None  # resolve_callback and choose_callback looked
+    return own(**callback_kwargs)
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _check_name(name: object, what: str, path: str) -> None:
+    if not isinstance(name, str) or not name or len(name) > MAX_NAME:
+        raise ConfigurationError(f"a {what} must be a non-empty string of at most {MAX_NAME} characters", path)
+    if not name.isprintable():
+        raise ConfigurationError(f"a {what} must not contain control characters", path)
+
+
+def _check_transition(candidate: object, where: str) -> None:
+    if not (isinstance(candidate, type) and issubclass(candidate, Transition)):
+        raise ConfigurationError(f"{candidate!r} is no Transition class", where)
+    path = f"{where}, transition {candidate.__name__}"
+    _check_name(candidate.__name__, "transition name", path)
+    final_state = getattr(candidate, "final_state", None)
+    if final_state is None:
+        raise ConfigurationError("has no `final_state`", path)
+    _check_name(final_state, "final_state", path)
+    if candidate.is_valid is Transition.is_valid or not callable(candidate.is_valid):
+        raise ConfigurationError("has no `is_valid()`", path)
+    _check_not_async(candidate.is_valid, "`is_valid`", path)
+    own = getattr(candidate, "callback", None)
+    if own is not None and not callable(own):
+        raise ConfigurationError("`callback` must be a method, or None for a move without one", path)
+    _check_not_async(own, "`callback`", path)
+    if callable(own) and final_state == DONE:
+        logger.warning("%s: its callback is never called, because it leads to DONE", path)
+    if not isinstance(candidate.retry, RetryPolicy):
+        raise ConfigurationError("`retry` must be a RetryPolicy", path)
+    if not isinstance(candidate.initial_context, Mapping):
+        raise ConfigurationError("`initial_context` must be a dict", path)
+    rest = candidate.date_next_update
+    if not (rest is None or isinstance(rest, date | property | cached_property)):
+        raise ConfigurationError("`date_next_update` must be a date or datetime", path)
+    if not isinstance(candidate.recheck_seconds, TypeDefault):
+        _check_recheck(candidate.recheck_seconds, path)
+
+
+def _check_options(chain: ChainType, path: str) -> None:
+    if not (chain.callback is None or isinstance(chain.callback, NoCallbackGiven) or callable(chain.callback)):
+        raise ConfigurationError("`callback` must be callable, or None for moves without one", path)
+    _check_not_async(chain.callback, "`callback`", path)
+    if not isinstance(chain.callbacks, Mapping):
+        raise ConfigurationError("`callbacks` must be a dict of names to functions", path)
+    for name, function in chain.callbacks.items():
+        _check_name(name, "callback name", path)
+        if not callable(function):
+            raise ConfigurationError(f"`callbacks`[{name!r}] is not callable", path)
+        _check_not_async(function, f"`callbacks`[{name!r}]", path)
+    if chain.load_context is not None and not callable(chain.load_context):
+        raise ConfigurationError("`load_context` must be callable", path)
+    _check_not_async(chain.load_context, "`load_context`", path)
+    if chain.queue is not None:
+        _check_name(chain.queue, "queue", path)
+    _check_recheck(chain.recheck_seconds, path)
+    if not isinstance(chain.continue_, bool):
+        raise ConfigurationError("`continue` must be True or False", path)
+    if chain.on_unknown not in ("retry", "hold"):
+        raise ConfigurationError('`on_unknown` must be "retry" or "hold"', path)
+    if chain.on_dead not in ("hold", "skip"):
+        raise ConfigurationError('`on_dead` must be "hold" or "skip"', path)
+
+
+def _check_recheck(seconds: object, path: str) -> None:
+    if seconds is None:
+        return
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
+        raise ConfigurationError(f"`recheck_seconds` must be a number from 0 to {MAX_WAIT_SECONDS}, or None", path)
+
+
+def _check_not_async(function: object, what: str, path: str) -> None:
+    # Nobody would await it: a coroutine is truthy, so the guard would always be valid and the callback never run.
+    if inspect.iscoroutinefunction(function):
+        raise ConfigurationError(f"{what} must not be an async function", path)

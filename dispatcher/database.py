@@ -1,0 +1,242 @@
+"""Engines, transactions, and what differs between databases: clock, pragmas, retries of whole transactions."""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, Engine, Float, create_engine, event, literal, select
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.visitors import InternalTraversal
+
+from dispatcher.errors import ConfigurationError, ServiceUnavailable
+from dispatcher.models import UtcDateTime
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_RERUNS = 8
+_SQLITE_BUSY_MS = 30_000
+_DEADLOCK_STATES = {"40001", "40P01"}
+_DEADLOCK_CODES = {1205, 1213, 1020}
+
+
+class clock_plus(ColumnElement[datetime]):
+    """The database's own clock, `seconds` later: an SQL expression for machine time."""
+
+    inherit_cache = True
+    type = UtcDateTime()
+    _traverse_internals = [("seconds", InternalTraversal.dp_clauseelement)]  # noqa: RUF012 - the statement is cached
+
+    def __init__(self, seconds: float = 0) -> None:
+        self.seconds = literal(round(float(seconds), 3), Float())
+
+
+@compiles(clock_plus, "postgresql")
+def _postgresql_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> str:
+    seconds = compiler.process(element.seconds, **options)
+    return f"(clock_timestamp() + make_interval(secs => CAST({seconds} AS double precision)))"
+
+
+@compiles(clock_plus, "sqlite")
+def _sqlite_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> str:
+    seconds = compiler.process(element.seconds, **options)
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', {seconds} || ' seconds') || '000')"
+
+
+@compiles(clock_plus, "mysql")
+@compiles(clock_plus, "mariadb")
+def _mysql_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> str:
+    seconds = compiler.process(element.seconds, **options)
+    return f"TIMESTAMPADD(MICROSECOND, CAST({seconds} * 1000000 AS SIGNED), UTC_TIMESTAMP(6))"
+
+
+class Database:
+    """One database: its engine, made on first use in each process, and its transactions.
+
+    Raises `ConfigurationError` for a URL that names no known database.
+    """
+
+    def __init__(self, url: str, *, connect_seconds: float = 5, clock: Callable[[], datetime] | None = None) -> None:
+        try:
+            self.url: URL = _normal_url(url)
+        except (ArgumentError, ValueError) as error:
+            raise ConfigurationError("the database URL cannot be parsed") from error
+        self.connect_seconds = connect_seconds
+        self.clock = clock
+        self._engine: Engine | None = None
+        self._pid = 0
+
+    def __repr__(self) -> str:
+        return f"<Database {self.address}>"
+
+    @property
+    def address(self) -> str:
+        """The URL as it may be shown: no user, no password, no query."""
+        return self.url.set(username=None, password=None, query={}).render_as_string()
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite`, `postgresql`, `mysql` or `mariadb`."""
+        return self.url.get_backend_name()
+
+    @property
+    def engine(self) -> Engine:
+        """This process's engine; a forked child gets its own and leaves its parent's connections alone."""
+        if self._engine is None or self._pid != os.getpid():
+            if self._engine is not None:
+                self._engine.dispose(close=False)
+            self._engine, self._pid = self._make_engine(), os.getpid()
+        return self._engine
+
+    def dispose(self, *, close: bool = True) -> None:
+        """Drop this process's connections; with `close=False` without closing them (after a fork)."""
+        if self._engine is not None:
+            self._engine.dispose(close=close)
+        self._engine = None
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session for reading; rolled back at the end, so that nothing stays open."""
+        with self._session(writes=False) as session:
+            yield session
+
+    def write(self, work: Callable[[Session], Result]) -> Result:
+        """What `work(session)` returns, committed. The whole of it is rerun after a deadlock or a busy database.
+
+        Raises `ServiceUnavailable` when the database cannot be reached.
+        """
+        for rerun in range(_RERUNS + 1):
+            try:
+                with self._session(writes=True) as session:
+                    result = work(session)
+                    session.commit()
+                    return result
+            except DBAPIError as error:
+                if rerun == _RERUNS or not is_conflict(error):
+                    raise
+                logger.debug("transaction rerun after %s", type(error.orig).__name__)
+            time.sleep(random.uniform(0, 0.005 * 2**rerun))  # noqa: S311 - spreading, not secrecy
+        raise AssertionError("unreachable")
+
+    def now(self, session: Session) -> datetime:
+        """Domain time: the injected clock, else the database's."""
+        return self.clock() if self.clock is not None else self.machine_now(session)
+
+    def machine_now(self, session: Session) -> datetime:
+        """The database's clock. SQLite has none of its own, so there it is this host's."""
+        if self.dialect == "sqlite":
+            return datetime.now(UTC)
+        return session.execute(select(clock_plus(0))).scalar_one()
+
+    def check(self) -> None:
+        """Raise `ServiceUnavailable` unless the database answers."""
+        with self.read() as session:
+            session.execute(select(literal(1)))
+
+    @contextmanager
+    def _session(self, *, writes: bool) -> Iterator[Session]:
+        options = {"dispatcher_writes": writes}
+        try:
+            with Session(self.engine.execution_options(**options), expire_on_commit=False, autoflush=False) as session:
+                yield session
+        except PoolTimeout as error:
+            raise ServiceUnavailable("database", self.address, "no free connection") from error
+        except OperationalError as error:
+            if error.connection_invalidated or _is_unreachable(error):
+                raise ServiceUnavailable("database", self.address, _first_line(error.orig)) from error
+            raise
+
+    def _make_engine(self) -> Engine:
+        arguments: dict[str, Any] = {}
+        options: dict[str, Any] = {"hide_parameters": True}
+        seconds = max(1, round(self.connect_seconds))
+        if self.dialect == "sqlite":
+            arguments["timeout"] = _SQLITE_BUSY_MS / 1000
+            if self.url.database not in (None, "", ":memory:"):
+                Path(str(self.url.database)).parent.mkdir(parents=True, exist_ok=True)
+        elif self.dialect == "postgresql":
+            arguments["connect_timeout"] = max(2, seconds)
+            arguments["application_name"] = "chain-dispatcher"
+            arguments.update(keepalives_idle=30, keepalives_interval=10, keepalives_count=3)
+            options["isolation_level"] = "READ COMMITTED"
+        else:
+            arguments["connect_timeout"] = seconds
+            arguments["read_timeout"] = arguments["write_timeout"] = 30
+            options["isolation_level"] = "READ COMMITTED"
+        if self.dialect != "sqlite":
+            options.update(pool_timeout=self.connect_seconds, pool_pre_ping=True, pool_recycle=1800)
+        try:
+            engine = create_engine(self.url, connect_args=arguments, **options)
+        except (NoSuchModuleError, ModuleNotFoundError) as error:
+            raise ConfigurationError(f"no driver for {self.url.drivername!r} is installed: {error}") from error
+        if self.dialect == "sqlite":
+            event.listen(engine, "connect", _prepare_sqlite)
+            event.listen(engine, "begin", _begin_sqlite)
+        return engine
+
+
+def is_conflict(error: DBAPIError) -> bool:
+    """Whether rerunning the whole transaction can help: deadlock, serialization failure, busy or locked SQLite."""
+    original = error.orig
+    if getattr(original, "sqlstate", None) in _DEADLOCK_STATES:
+        return True
+    if type(original).__module__.startswith("sqlite3"):
+        return "locked" in str(original) or "busy" in str(original)
+    arguments = getattr(original, "args", ())
+    return bool(arguments) and arguments[0] in _DEADLOCK_CODES
+
+
+def deadline(now: datetime, seconds: float) -> datetime:
+    """`seconds` after `now`."""
+    return now + timedelta(seconds=seconds)
+
+
+def _normal_url(url: str) -> URL:
+    parsed = make_url(url)
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername in ("mysql", "mariadb"):
+        parsed = parsed.set(drivername=f"{parsed.drivername}+pymysql")
+    return parsed
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN is deferred; ours is chosen in _begin_sqlite
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_SQLITE_BUSY_MS}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("dispatcher_writes", True)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _is_unreachable(error: OperationalError) -> bool:
+    if getattr(error.orig, "sqlstate", None) in (None, "57P03", "57P01", "08006", "08001", "53300", "3D000", "28P01"):
+        arguments = getattr(error.orig, "args", ())
+        code = arguments[0] if arguments else None
+        if type(error.orig).__module__.startswith("sqlite3"):
+            return "unable to open" in str(error.orig)
+        return not (isinstance(code, int) and code in _DEADLOCK_CODES | {1146, 1054})
+    return False
+
+
+def _first_line(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

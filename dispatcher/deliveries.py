@@ -1,0 +1,561 @@
+"""Deliveries: owed callbacks as rows, and the guarded writes of their attempts, on the caller's session.
+
+Nothing here commits. Machine time (leases, next attempts, what the relay looks at) is computed and compared by the
+database's clock inside the statements.
+"""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import and_, case, delete, insert, select, update
+from sqlalchemy.orm import Session
+
+from dispatcher import chains
+from dispatcher.chains import ChainRecord, one_row
+from dispatcher.database import clock_plus
+from dispatcher.models import ChainRow, DeliveryRow
+from dispatcher.states import CLOSED_STATUSES, AttemptOutcome, CallbackKind, DeliveryStatus, EventAction
+
+MAX_ERROR: Final = 2000
+_KEY_SPACE: Final = uuid.UUID("6c7e1f0a-6f3c-5f0e-9d53-7b8a3c1e2d40")
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRecord:
+    """A delivery's row as it was read."""
+
+    id: str
+    idempotency_key: str
+    chain_id: int
+    chain_version: int
+    transition: str
+    from_state: str
+    final_state: str
+    callback: str
+    status: str
+    attempt: int
+    max_attempts: int
+    unknown: bool
+    next_attempt_at: datetime | None
+    publish_after: datetime | None
+    lease_until: datetime | None
+    planned_at: datetime
+    finished_at: datetime | None
+    requested_by: str | None
+    last_error: str | None
+    kwargs: dict[str, Any] | None
+    context: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedDelivery:
+    """A delivery that is to be written with its chain's plan."""
+
+    record: ChainRecord
+    transition: str
+    final_state: str
+    callback: str
+    max_attempts: int
+    kwargs: Mapping[str, Any] | None
+    context: Mapping[str, Any] | None
+    requested_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An attempt that this process has begun: the delivery and its chain as they now stand."""
+
+    delivery: DeliveryRecord
+    chain: ChainRecord
+    machine_now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """A delivery message that is to be published."""
+
+    delivery_id: str
+    attempt: int
+
+
+_COLUMNS = tuple(getattr(DeliveryRow, name) for name in DeliveryRecord.__dataclass_fields__)
+
+
+def new_id() -> str:
+    """A UUID that grows with time, so that new rows lie together in the index. (RFC 9562, version 7.)"""
+    milliseconds = time.time_ns() // 1_000_000
+    value = (milliseconds & (1 << 48) - 1) << 80 | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    return str(uuid.UUID(int=value))
+
+
+def idempotency_key(chain_id: int, moves: int, transition: str) -> str:
+    """The UUID5 of the chain, the number of its moves so far, and the transition: equal for every attempt and re-plan."""
+    return str(uuid.uuid5(_KEY_SPACE, f"{chain_id}:{moves}:{transition}"))
+
+
+def valid_id(value: object) -> str | None:
+    """`value` as the canonical text of a delivery id, or None when it is none."""
+    if not isinstance(value, str) or len(value) > 40:  # noqa: PLR2004 - a UUID with braces
+        return None
+    try:
+        return str(uuid.UUID(value))
+    except ValueError:
+        return None
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(session: Session, delivery_id: str, *, lock: bool = False) -> DeliveryRecord | None:
+    """The delivery with this id, or None."""
+    query = select(*_COLUMNS).where(DeliveryRow.id == delivery_id)
+    row = session.execute(query.with_for_update() if lock else query).one_or_none()
+    return DeliveryRecord(*row) if row is not None else None
+
+
+def listing(
+    session: Session,
+    *,
+    chain_id: int | None = None,
+    statuses: Sequence[DeliveryStatus] = (),
+    chain_type: str | None = None,
+    limit: int = 100,
+) -> list[DeliveryRecord]:
+    """Deliveries by chain, status and chain type, newest first, at most `limit`."""
+    query = select(*_COLUMNS)
+    if chain_id is not None:
+        query = query.where(DeliveryRow.chain_id == chain_id)
+    if statuses:
+        query = query.where(DeliveryRow.status.in_([str(status) for status in statuses]))
+    if chain_type is not None:
+        query = query.join(ChainRow, ChainRow.id == DeliveryRow.chain_id).where(ChainRow.chain_type == chain_type)
+    return [DeliveryRecord(*row) for row in session.execute(query.order_by(DeliveryRow.id.desc()).limit(limit))]
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    session: Session,
+    planned: PlannedDelivery,
+    *,
+    now: datetime,
+    publish_seconds: float,
+    lease_seconds: float | None = None,
+) -> str | None:
+    """The id of the new delivery, or None when the chain changed since it was read.
+
+    With `lease_seconds` it is begun at once by the caller (an in-process execution), else it is pending and the
+    relay looks at it `publish_seconds` from now.
+    """
+    record = planned.record
+    delivery_id = new_id()
+    if not chains.plan(session, record, delivery_id, now=now, detail=planned.transition):
+        return None
+    begun = lease_seconds is not None
+    session.execute(
+        insert(DeliveryRow).values(
+            id=delivery_id,
+            idempotency_key=idempotency_key(record.id, record.moves, planned.transition),
+            chain_id=record.id,
+            chain_version=record.version + 1,
+            transition=planned.transition,
+            from_state=record.state,
+            final_state=planned.final_state,
+            callback=planned.callback,
+            status=DeliveryStatus.RUNNING if begun else DeliveryStatus.PENDING,
+            attempt=1 if begun else 0,
+            max_attempts=planned.max_attempts,
+            next_attempt_at=None if begun else clock_plus(0),
+            publish_after=clock_plus(lease_seconds if lease_seconds is not None else publish_seconds),
+            lease_until=clock_plus(lease_seconds) if lease_seconds is not None else None,
+            planned_at=clock_plus(0),
+            requested_by=planned.requested_by,
+            kwargs=dict(planned.kwargs) if planned.kwargs else None,
+            context=dict(planned.context) if planned.context else None,
+        )
+    )
+    chains.add_event(
+        session,
+        record.id,
+        record.version + 1,
+        EventAction.PLANNED,
+        value=planned.transition,
+        from_state=record.state,
+        to_state=planned.final_state,
+        requested_by=planned.requested_by,
+        detail=planned.callback,
+        now=now,
+    )
+    return delivery_id
+
+
+# --- attempts --------------------------------------------------------------------------------------------------------
+
+
+def begin(session: Session, delivery_id: str, attempt: int, *, lease_seconds: float) -> Begun | AttemptOutcome:
+    """Begin attempt number `attempt` (from 1): the rows, or the outcome that says why it does not begin."""
+    done = session.execute(
+        update(DeliveryRow)
+        .where(
+            DeliveryRow.id == delivery_id,
+            DeliveryRow.attempt == attempt - 1,
+            DeliveryRow.status == DeliveryStatus.PENDING,
+            DeliveryRow.next_attempt_at <= clock_plus(0),
+            select(ChainRow.id)
+            .where(
+                ChainRow.id == DeliveryRow.chain_id,
+                ChainRow.pending_delivery_id == DeliveryRow.id,
+                ~ChainRow.disabled,
+            )
+            .exists(),
+        )
+        .values(
+            status=DeliveryStatus.RUNNING,
+            attempt=attempt,
+            lease_until=clock_plus(lease_seconds),
+            publish_after=clock_plus(lease_seconds),
+        )
+    )
+    if not one_row(done):
+        return _why_not_begun(session, delivery_id)
+    row = session.execute(
+        select(*_COLUMNS, clock_plus(0).label("machine_now")).where(DeliveryRow.id == delivery_id)
+    ).one()
+    delivery = DeliveryRecord(*row[:-1])
+    return Begun(delivery, chains.read_one(session, delivery.chain_id), row.machine_now)
+
+
+def _why_not_begun(session: Session, delivery_id: str) -> AttemptOutcome:
+    row = session.execute(
+        select(DeliveryRow.status, ChainRow.disabled)
+        .join(ChainRow, ChainRow.id == DeliveryRow.chain_id)
+        .where(DeliveryRow.id == delivery_id)
+    ).one_or_none()
+    if row is None:
+        return AttemptOutcome.MISSING
+    if row.disabled and row.status == DeliveryStatus.PENDING:
+        return AttemptOutcome.DISABLED
+    return AttemptOutcome.STALE
+
+
+def _running(delivery: DeliveryRecord) -> Any:
+    return and_(
+        DeliveryRow.id == delivery.id,
+        DeliveryRow.attempt == delivery.attempt,
+        DeliveryRow.status == DeliveryStatus.RUNNING,
+    )
+
+
+def renew_lease(session: Session, delivery: DeliveryRecord, *, lease_seconds: float) -> bool:
+    """Give a running attempt a new lease; False when it is no longer ours."""
+    done = session.execute(
+        update(DeliveryRow)
+        .where(_running(delivery))
+        .values(lease_until=clock_plus(lease_seconds), publish_after=clock_plus(lease_seconds))
+    )
+    return one_row(done)
+
+
+def postpone(session: Session, delivery: DeliveryRecord, *, seconds: float, reason: str) -> bool:
+    """Take back the beginning of an attempt, without using it up, and let it wait."""
+    done = session.execute(
+        update(DeliveryRow)
+        .where(_running(delivery))
+        .values(
+            status=DeliveryStatus.PENDING,
+            attempt=delivery.attempt - 1,
+            lease_until=None,
+            next_attempt_at=clock_plus(seconds),
+            publish_after=_when_enabled(clock_plus(seconds)),
+            last_error=reason[:MAX_ERROR],
+        )
+    )
+    return one_row(done)
+
+
+def retry(session: Session, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str) -> bool:
+    """Close a failed attempt; the next may begin in `seconds`, and its message counts as lost `grace_seconds` later."""
+    done = session.execute(
+        update(DeliveryRow)
+        .where(_running(delivery))
+        .values(
+            status=DeliveryStatus.PENDING,
+            lease_until=None,
+            next_attempt_at=clock_plus(seconds),
+            publish_after=_when_enabled(clock_plus(seconds + grace_seconds)),
+            last_error=error[:MAX_ERROR],
+        )
+    )
+    return one_row(done)
+
+
+def _when_enabled(moment: clock_plus) -> Any:
+    """`moment`, or NULL while the chain is disabled: enabling it gives the relay the delivery back."""
+    disabled = select(ChainRow.disabled).where(ChainRow.id == DeliveryRow.chain_id).scalar_subquery()
+    return case((disabled, None), else_=moment)
+
+
+def close_and_move(
+    session: Session,
+    delivery: DeliveryRecord,
+    *,
+    status: DeliveryStatus,
+    next_update_at: datetime | None,
+    due_at: datetime | None,
+    now: datetime,
+    requested_by: str | None = None,
+    detail: str | None = None,
+) -> bool:
+    """Close a delivery as delivered or skipped and move its chain, in this transaction; False when it is not ours.
+
+    A delivered one must be running, a skipped one running or dead or held or pending as the caller read it.
+    """
+    if not _close(session, delivery, status=status, error=None):
+        return False
+    done = session.execute(
+        update(ChainRow)
+        .where(ChainRow.id == delivery.chain_id, ChainRow.pending_delivery_id == delivery.id)
+        .values(
+            state=delivery.final_state,
+            version=ChainRow.version + 1,
+            moves=ChainRow.moves + 1,
+            pending_delivery_id=None,
+            failures=0,
+            next_update_at=next_update_at,
+            due_at=case((ChainRow.disabled, None), else_=due_at),
+            request=None if due_at is None else ChainRow.request,
+            updated_at=now,
+        )
+    )
+    if not one_row(done):
+        raise LostChain(delivery.chain_id)
+    requested_by = requested_by if requested_by is not None else delivery.requested_by
+    if status == DeliveryStatus.SKIPPED:
+        chains.add_event_at_version(
+            session,
+            delivery.chain_id,
+            EventAction.SKIPPED,
+            value=delivery.transition,
+            from_state=delivery.from_state,
+            to_state=delivery.final_state,
+            requested_by=requested_by,
+            detail=detail,
+            now=now,
+        )
+    chains.add_event_at_version(
+        session,
+        delivery.chain_id,
+        EventAction.STATE_TRANSITION,
+        value=delivery.final_state,
+        from_state=delivery.from_state,
+        to_state=delivery.final_state,
+        requested_by=requested_by,
+        detail=delivery.transition,
+        now=now,
+    )
+    return True
+
+
+def close_and_stay(
+    session: Session,
+    delivery: DeliveryRecord,
+    *,
+    now: datetime,
+    reason: str,
+    requested_by: str | None = None,
+) -> bool:
+    """Close a delivery as cancelled: its chain stays in its state and is due at once; False when it is not ours."""
+    if not _close(session, delivery, status=DeliveryStatus.CANCELLED, error=reason):
+        return False
+    done = session.execute(
+        update(ChainRow)
+        .where(ChainRow.id == delivery.chain_id, ChainRow.pending_delivery_id == delivery.id)
+        .values(
+            version=ChainRow.version + 1,
+            pending_delivery_id=None,
+            due_at=case((ChainRow.disabled, None), else_=now),
+            updated_at=now,
+        )
+    )
+    if not one_row(done):
+        raise LostChain(delivery.chain_id)
+    _event(session, delivery, EventAction.CANCELLED, now=now, requested_by=requested_by, detail=reason)
+    return True
+
+
+def stop(
+    session: Session, delivery: DeliveryRecord, *, status: DeliveryStatus, unknown: bool, error: str, now: datetime
+) -> bool:
+    """Leave a running delivery dead or held for a person to decide; False when it is not ours."""
+    done = session.execute(
+        update(DeliveryRow)
+        .where(_running(delivery))
+        .values(
+            status=status,
+            unknown=unknown,
+            lease_until=None,
+            next_attempt_at=None,
+            publish_after=None,
+            last_error=error[:MAX_ERROR],
+        )
+    )
+    if not one_row(done):
+        return False
+    session.execute(update(ChainRow).where(ChainRow.id == delivery.chain_id).values(version=ChainRow.version + 1))
+    _event(session, delivery, EventAction(status.value), now=now, detail=error)
+    return True
+
+
+def mark_unknown(
+    session: Session, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str
+) -> bool:
+    """Open the next attempt of a delivery whose worker died inside one: its effect is unknown."""
+    done = session.execute(
+        update(DeliveryRow)
+        .where(_running(delivery), DeliveryRow.lease_until <= clock_plus(0))
+        .values(
+            status=DeliveryStatus.PENDING,
+            unknown=True,
+            lease_until=None,
+            next_attempt_at=clock_plus(seconds),
+            publish_after=_when_enabled(clock_plus(seconds + grace_seconds)),
+            last_error=error[:MAX_ERROR],
+        )
+    )
+    return one_row(done)
+
+
+def mark_known(session: Session, delivery: DeliveryRecord) -> bool:
+    """Note that the earlier attempts of a running delivery had no effect."""
+    return one_row(session.execute(update(DeliveryRow).where(_running(delivery)).values(unknown=False)))
+
+
+def lease_expired(session: Session, delivery: DeliveryRecord) -> bool:
+    """Whether this attempt is still the running one and its lease has ended; locks the row."""
+    row = session.execute(
+        select(DeliveryRow.id).where(_running(delivery), DeliveryRow.lease_until <= clock_plus(0)).with_for_update()
+    ).one_or_none()
+    return row is not None
+
+
+class LostChain(Exception):  # noqa: N818 - not an error for callers: it undoes the transaction
+    """The chain is not tied to the delivery that is being closed: the whole transaction must be undone."""
+
+
+def _close(session: Session, delivery: DeliveryRecord, *, status: DeliveryStatus, error: str | None) -> bool:
+    values: dict[str, Any] = {
+        "status": status,
+        "finished_at": clock_plus(0),
+        "lease_until": None,
+        "next_attempt_at": None,
+        "publish_after": None,
+        "kwargs": None,
+        "context": None,
+    }
+    if error is not None:
+        values["last_error"] = error[:MAX_ERROR]
+    done = session.execute(
+        update(DeliveryRow)
+        .where(
+            DeliveryRow.id == delivery.id,
+            DeliveryRow.attempt == delivery.attempt,
+            DeliveryRow.status == delivery.status,
+        )
+        .values(**values)
+    )
+    return one_row(done)
+
+
+def _event(
+    session: Session,
+    delivery: DeliveryRecord,
+    action: EventAction,
+    *,
+    now: datetime,
+    requested_by: str | None = None,
+    detail: str | None = None,
+) -> None:
+    chains.add_event_at_version(
+        session,
+        delivery.chain_id,
+        action,
+        value=delivery.transition,
+        from_state=delivery.from_state,
+        to_state=delivery.final_state,
+        requested_by=requested_by,
+        detail=detail,
+        now=now,
+    )
+
+
+# --- relay -----------------------------------------------------------------------------------------------------------
+
+
+def claim_overdue(session: Session, *, limit: int, grace_seconds: float) -> list[DeliveryRecord]:
+    """Deliveries that the relay must look at, the longest waiting first; others will not get them for `grace_seconds`.
+
+    Pending ones lost their message, running ones outlived their lease.
+    """
+    rows = session.execute(
+        select(*_COLUMNS)
+        .where(DeliveryRow.publish_after <= clock_plus(0))
+        .order_by(DeliveryRow.publish_after, DeliveryRow.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    found = [DeliveryRecord(*row) for row in rows]
+    pending = [delivery.id for delivery in found if delivery.status == DeliveryStatus.PENDING]
+    if pending:
+        session.execute(
+            update(DeliveryRow).where(DeliveryRow.id.in_(pending)).values(publish_after=clock_plus(grace_seconds))
+        )
+    return found
+
+
+def look_later(session: Session, delivery: DeliveryRecord, *, seconds: float) -> None:
+    """Take a running delivery that this process cannot settle out of the relay's sight for a while."""
+    session.execute(update(DeliveryRow).where(_running(delivery)).values(publish_after=clock_plus(seconds)))
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def follow_disabling(session: Session, chain_id: int, *, disabled: bool) -> None:
+    """Take a pending delivery of a disabled chain out of the relay's sight, or give it back."""
+    session.execute(
+        update(DeliveryRow)
+        .where(DeliveryRow.chain_id == chain_id, DeliveryRow.status == DeliveryStatus.PENDING)
+        .values(publish_after=None if disabled else DeliveryRow.next_attempt_at)
+    )
+
+
+def prune(session: Session, *, before: datetime, limit: int) -> int:
+    """Delete a batch of closed deliveries that ended before `before`; how many."""
+    ids = session.execute(
+        select(DeliveryRow.id)
+        .where(DeliveryRow.finished_at < before, DeliveryRow.status.in_([str(status) for status in CLOSED_STATUSES]))
+        .order_by(DeliveryRow.finished_at, DeliveryRow.id)
+        .limit(limit)
+    ).scalars().all()
+    if ids:
+        session.execute(delete(DeliveryRow).where(DeliveryRow.id.in_(sorted(ids))))
+    return len(ids)
+
+
+def reasons(errors: Mapping[str, Sequence[str]]) -> str:
+    """The rejections `{str(transition): [reasons]}` as one line of text."""
+    return json.dumps(errors, ensure_ascii=False)[: chains.MAX_DETAIL]
+
+
+def is_local(delivery: DeliveryRecord) -> bool:
+    """Whether only the process that planned it could have called it."""
+    return delivery.callback == CallbackKind.LOCAL

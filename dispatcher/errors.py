@@ -1,0 +1,153 @@
+"""The errors this library raises, all below `DispatcherError`.
+
+Each keeps its facts as attributes and hands its raw arguments to `super().__init__`; the text is made
+in `__str__`, so that an error survives pickling (a Celery result does that).
+"""
+
+
+class DispatcherError(Exception):
+    """The root of every error that this library raises on purpose."""
+
+
+class ConfigurationError(DispatcherError, ValueError):
+    """The configuration is wrong; `path` says where (chain type, state, transition)."""
+
+    def __init__(self, problem: str, path: str = "") -> None:
+        super().__init__(problem, path)
+        self.problem = problem
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}" if self.path else self.problem
+
+
+class InvalidResource(DispatcherError, ValueError):
+    """A resource that is no pair of non-empty strings, or one that is too long."""
+
+    def __init__(self, problem: str, pair: str) -> None:
+        super().__init__(problem, pair)
+        self.problem = problem
+        self.pair = pair
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.pair}"
+
+
+class NotSerializable(DispatcherError, ValueError):
+    """A value that must travel to another process as JSON and cannot; `key` names it."""
+
+    def __init__(self, what: str, key: str, problem: str) -> None:
+        super().__init__(what, key, problem)
+        self.what = what
+        self.key = key
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.what}[{self.key!r}] is not JSON-serialisable: {self.problem}"
+
+
+class AmbiguousChain(DispatcherError, ValueError):
+    """More than one chain has all of the given resources; `chain_ids` lists some of them."""
+
+    def __init__(self, chain_type: str, chain_ids: list[int]) -> None:
+        super().__init__(chain_type, chain_ids)
+        self.chain_type = chain_type
+        self.chain_ids = chain_ids
+
+    def __str__(self) -> str:
+        ids = ", ".join(map(str, self.chain_ids))
+        return f"more than one {self.chain_type!r} chain has these resources: {ids}"
+
+
+class ChainError(DispatcherError):
+    """Something about one chain; `chain_id` names it."""
+
+    reason = "cannot be used"
+
+    def __init__(self, chain_id: int, detail: str = "") -> None:
+        super().__init__(chain_id, detail)
+        self.chain_id = chain_id
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"chain {self.chain_id} {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class ChainMissing(ChainError, LookupError):
+    """The chain does not exist (any more)."""
+
+    reason = "does not exist"
+
+
+class ChainLocked(ChainError, ValueError):
+    """Another process is evaluating the chain."""
+
+    reason = "is locked by another process"
+
+
+class ChainNotDue(ChainError, ValueError):
+    """The chain rests until its `next_update_at`."""
+
+    reason = "rests until its next update"
+
+
+class ChainDisabled(ChainError):
+    """The chain is disabled."""
+
+    reason = "is disabled"
+
+
+class DeliveryPending(ChainError):
+    """The chain waits for an open delivery, or an attempt of it is running."""
+
+    reason = "waits for an open delivery"
+
+
+class UnknownDefinition(ChainError):
+    """The chain's state, transition or callback name is not in this process's configuration."""
+
+    reason = "is not known to this configuration"
+
+
+class EnqueueNotPublished(DispatcherError):
+    """The request is in the chain's row, but no message could be published; the next sweep does the work."""
+
+    def __init__(self, chain_id: int, problem: str = "", written: bool = True) -> None:
+        super().__init__(chain_id, problem, written)
+        self.chain_id = chain_id
+        self.problem = problem
+        self.written = written
+
+    def __str__(self) -> str:
+        where = "its request is written, the next sweep does the work" if self.written else "nothing was written"
+        return f"chain {self.chain_id}: no message was published ({self.problem}); {where}"
+
+
+class PermanentFailure(DispatcherError):
+    """Raise it in a callback when no further attempt can help: the delivery is dead at once."""
+
+
+class DatabaseNotMigrated(DispatcherError):
+    """The database's tables are absent or older than this library."""
+
+    def __init__(self, found: str | None, expected: str) -> None:
+        super().__init__(found, expected)
+        self.found = found
+        self.expected = expected
+
+    def __str__(self) -> str:
+        found = f"is at revision {self.found}" if self.found else "has no chain-dispatcher tables"
+        return f"the database {found}, this version needs {self.expected}: run `dispatcher db upgrade`"
+
+
+class ServiceUnavailable(DispatcherError):
+    """A database, Redis or broker cannot be reached; `service` says which, `address` has no password."""
+
+    def __init__(self, service: str, address: str, problem: str) -> None:
+        super().__init__(service, address, problem)
+        self.service = service
+        self.address = address
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"cannot reach the {self.service} at {self.address}: {self.problem}"

@@ -1,0 +1,239 @@
+"""The tables: chains, their resources, events, deliveries, ticks and types.
+
+Timestamps are aware UTC with microseconds. The chain's `context` and `request` stand at the end of a row whose
+indexes do not touch them; `version` orders a chain's history.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    false,
+    text,
+)
+from sqlalchemy.dialects import mysql
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from dispatcher.config import MAX_NAME
+from dispatcher.states import DeliveryStatus, EventAction
+
+MAX_RESOURCE_TYPE = 100
+MAX_RESOURCE_ID = 255
+MAX_REQUESTED_BY = 255
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC datetime with microseconds, on databases with and without time zones."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        return dialect.type_descriptor(DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a naive datetime reached the database layer")
+        value = value.astimezone(UTC)
+        return value if dialect.name == "postgresql" else value.replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _name(length: int = MAX_NAME) -> TypeEngine[str]:
+    """A string compared byte by byte on every database."""
+    return String(length).with_variant(
+        mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
+    )
+
+
+_BIG_ID = BigInteger().with_variant(Integer(), "sqlite")
+_JSON = JSON(none_as_null=True)
+
+
+class Base(DeclarativeBase):
+    """The declarative base of all tables here."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class ChainRow(Base):
+    """One entity's progress."""
+
+    __tablename__ = "chain_dispatcher_chain"
+
+    id: Mapped[int] = mapped_column(_BIG_ID, primary_key=True, autoincrement=True)
+    chain_type: Mapped[str] = mapped_column(_name())
+    resource_key: Mapped[str] = mapped_column(_name(64))
+    state: Mapped[str] = mapped_column(_name())
+    disabled: Mapped[bool] = mapped_column(default=False, server_default=false())
+    next_update_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    due_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    version: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    wake: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    moves: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    pending_delivery_id: Mapped[str | None] = mapped_column(Uuid(as_uuid=False))
+    failures: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime())
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime())
+    context: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
+    request: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
+
+    __table_args__ = (
+        UniqueConstraint("chain_type", "resource_key"),
+        Index(
+            "ix_chain_dispatcher_chain_due",
+            "chain_type",
+            "due_at",
+            "id",
+            postgresql_where=text("due_at IS NOT NULL"),
+            sqlite_where=text("due_at IS NOT NULL"),
+        ),
+        Index("ix_chain_dispatcher_chain_state", "chain_type", "state", "id"),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class ResourceRow(Base):
+    """One `(resource_type, resource_id)` of a chain."""
+
+    __tablename__ = "chain_dispatcher_resource"
+
+    chain_id: Mapped[int] = mapped_column(
+        _BIG_ID, ForeignKey("chain_dispatcher_chain.id", ondelete="CASCADE"), primary_key=True
+    )
+    resource_type: Mapped[str] = mapped_column(_name(MAX_RESOURCE_TYPE), primary_key=True)
+    resource_id: Mapped[str] = mapped_column(_name(MAX_RESOURCE_ID), primary_key=True)
+
+    __table_args__ = (Index("ix_chain_dispatcher_resource_lookup", "resource_type", "resource_id", "chain_id"),)
+
+
+class EventRow(Base):
+    """One line of a chain's history. `move_version` repeats `chain_version` for state transitions only, and is unique."""
+
+    __tablename__ = "chain_dispatcher_event"
+
+    id: Mapped[int] = mapped_column(_BIG_ID, primary_key=True, autoincrement=True)
+    chain_id: Mapped[int] = mapped_column(_BIG_ID, ForeignKey("chain_dispatcher_chain.id", ondelete="CASCADE"))
+    chain_version: Mapped[int] = mapped_column(BigInteger)
+    move_version: Mapped[int | None] = mapped_column(BigInteger)
+    action: Mapped[str] = mapped_column(_name(32))
+    value: Mapped[str | None] = mapped_column(_name())
+    from_state: Mapped[str | None] = mapped_column(_name())
+    to_state: Mapped[str | None] = mapped_column(_name())
+    requested_by: Mapped[str | None] = mapped_column(String(MAX_REQUESTED_BY))
+    detail: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime())
+
+    __table_args__ = (
+        UniqueConstraint("chain_id", "move_version"),
+        Index("ix_chain_dispatcher_event_chain", "chain_id", "id"),
+        Index("ix_chain_dispatcher_event_created", "created_at", "id"),
+        CheckConstraint(
+            "action IN ({})".format(", ".join(f"'{action}'" for action in EventAction)), name="action"
+        ),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class DeliveryRow(Base):
+    """One callback owed for one planned transition.
+
+    `attempt` counts the attempts begun. `publish_after` is when the relay looks at the row: for a pending one the
+    moment from which its message counts as lost, for a running one the end of its lease; NULL when the relay
+    has nothing to do. `unknown` says that an attempt died and its effect may or may not have taken place.
+    """
+
+    __tablename__ = "chain_dispatcher_delivery"
+
+    id: Mapped[str] = mapped_column(Uuid(as_uuid=False), primary_key=True)
+    idempotency_key: Mapped[str] = mapped_column(Uuid(as_uuid=False))
+    chain_id: Mapped[int] = mapped_column(_BIG_ID, ForeignKey("chain_dispatcher_chain.id", ondelete="CASCADE"))
+    chain_version: Mapped[int] = mapped_column(BigInteger)
+    transition: Mapped[str] = mapped_column(_name())
+    from_state: Mapped[str] = mapped_column(_name())
+    final_state: Mapped[str] = mapped_column(_name())
+    callback: Mapped[str] = mapped_column(_name(MAX_NAME + 10))
+    status: Mapped[str] = mapped_column(_name(16))
+    attempt: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
+    max_attempts: Mapped[int] = mapped_column(Integer)
+    unknown: Mapped[bool] = mapped_column(default=False, server_default=false())
+    next_attempt_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    publish_after: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    planned_at: Mapped[datetime] = mapped_column(UtcDateTime())
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    requested_by: Mapped[str | None] = mapped_column(String(MAX_REQUESTED_BY))
+    last_error: Mapped[str | None] = mapped_column(Text)
+    kwargs: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
+    context: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
+
+    __table_args__ = (
+        UniqueConstraint("chain_id", "chain_version"),
+        Index(
+            "ix_chain_dispatcher_delivery_relay",
+            "publish_after",
+            "id",
+            postgresql_where=text("publish_after IS NOT NULL"),
+            sqlite_where=text("publish_after IS NOT NULL"),
+        ),
+        Index("ix_chain_dispatcher_delivery_status", "status", "id"),
+        Index("ix_chain_dispatcher_delivery_finished", "finished_at", "id"),
+        CheckConstraint(
+            "status IN ({})".format(", ".join(f"'{status}'" for status in DeliveryStatus)), name="status"
+        ),
+    )
+
+
+class TickRow(Base):
+    """When a periodic pass last began, and where it stopped if its time ended."""
+
+    __tablename__ = "chain_dispatcher_tick"
+
+    name: Mapped[str] = mapped_column(_name(50), primary_key=True)
+    last_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    position: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
+
+
+class TypeRow(Base):
+    """What the deployment remembers of a chain type: whether it is paused, and the fingerprints of its states."""
+
+    __tablename__ = "chain_dispatcher_type"
+
+    name: Mapped[str] = mapped_column(_name(), primary_key=True)
+    paused: Mapped[bool] = mapped_column(default=False, server_default=false())
+    paused_reason: Mapped[str | None] = mapped_column(Text)
+    fingerprints: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
+    window_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    window_plans: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    chains_estimate: Mapped[int | None] = mapped_column(BigInteger)
+    estimated_at: Mapped[datetime | None] = mapped_column(UtcDateTime())

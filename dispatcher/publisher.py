@@ -1,0 +1,223 @@
+"""Messages to the workers: the only module of this package that knows Celery."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, TypeAlias
+
+from celery import Celery
+from kombu import Exchange, Producer, Queue
+from kombu.exceptions import KombuError
+
+from dispatcher.deliveries import Owed
+from dispatcher.errors import ServiceUnavailable
+from dispatcher.settings import Settings, without_password
+
+logger = logging.getLogger(__name__)
+
+CeleryApp: TypeAlias = Celery
+"""The type of the app that an application may hand over."""
+
+SWEEP: Final = "dispatcher.sweep"
+EXECUTE: Final = "dispatcher.execute_chain"
+DELIVER: Final = "dispatcher.deliver_callback"
+RELAY: Final = "dispatcher.relay"
+PRUNE: Final = "dispatcher.prune"
+
+REQUESTS_QUEUE: Final = "dispatcher.requests"
+CHAINS_QUEUE: Final = "dispatcher.chains"
+CALLBACKS_QUEUE: Final = "dispatcher.callbacks"
+SWEEPS_QUEUE: Final = "dispatcher.sweeps"
+QUEUES: Final = (REQUESTS_QUEUE, CHAINS_QUEUE, CALLBACKS_QUEUE, SWEEPS_QUEUE)
+
+MAX_COUNTDOWN: Final = 60.0
+"""No wait in the broker is longer than this, in seconds: longer ones are in rows."""
+
+
+class PublishFailed(Exception):  # noqa: N818 - internal: callers turn it into their own outcome
+    """A message may not have reached the broker; `__cause__` is why."""
+
+
+def celery_settings(settings: Settings, *, broker_url: str | None, queues: Sequence[str] = ()) -> dict[str, Any]:
+    """Celery's settings for this deployment: broker, timeouts, queues, beat schedule. (Celery's lower-case names.)
+
+    `queues` are the chain types' own ones, beside the four of this package.
+    """
+    seconds = settings.connect_seconds
+    schedule: dict[str, Any] = {
+        SWEEP: {"task": SWEEP, "schedule": settings.sweep_seconds, "options": {"queue": SWEEPS_QUEUE}},
+        RELAY: {"task": RELAY, "schedule": settings.relay_seconds, "options": {"queue": SWEEPS_QUEUE}},
+    }
+    if settings.retention_days is not None:
+        schedule[PRUNE] = {"task": PRUNE, "schedule": 86_400.0, "options": {"queue": SWEEPS_QUEUE}}
+    return {
+        "broker_url": broker_url,
+        "result_backend": None,
+        "broker_connection_timeout": seconds,
+        "broker_transport_options": transport_options(broker_url, seconds),
+        "broker_connection_retry_on_startup": True,
+        "task_publish_retry": True,
+        "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.2},
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "event_serializer": "json",
+        "accept_content": ["json"],
+        "task_ignore_result": True,
+        "task_default_queue": REQUESTS_QUEUE,
+        "task_queues": declared_queues(queues),
+        "task_routes": {
+            EXECUTE: {"queue": CHAINS_QUEUE},
+            DELIVER: {"queue": CALLBACKS_QUEUE},
+            **{name: {"queue": SWEEPS_QUEUE} for name in (SWEEP, RELAY, PRUNE)},
+        },
+        "beat_schedule": schedule,
+        "timezone": "UTC",
+        "enable_utc": True,
+    }
+
+
+def declared_queues(own: Sequence[str] = ()) -> list[Queue]:
+    """The queues of this package and the chain types' own ones, on-demand requests first."""
+    names = dict.fromkeys([*QUEUES, *own])
+    return [Queue(name, Exchange(name, type="direct"), routing_key=name) for name in names]
+
+
+def transport_options(broker_url: str | None, seconds: float) -> dict[str, Any]:
+    """What keeps a silent broker from blocking for ever, per transport."""
+    scheme = (broker_url or "").partition("://")[0]
+    if scheme.startswith(("redis", "valkey", "sentinel")):
+        return {
+            "socket_timeout": seconds,
+            "socket_connect_timeout": seconds,
+            "socket_keepalive": True,
+            "health_check_interval": 30,
+            "max_retries": 1,
+            "interval_start": 0,
+            "visibility_timeout": 3600,
+        }
+    if scheme in ("amqp", "amqps", "pyamqp"):
+        return {
+            "confirm_publish": True,
+            "max_retries": 1,
+            "interval_start": 0,
+            "read_timeout": seconds,
+            "write_timeout": seconds,
+        }
+    return {}
+
+
+class Publisher:
+    """Sends the tasks of one deployment.
+
+    `app` is the Celery app to publish with; None makes a bare one from the settings, on first use.
+    """
+
+    def __init__(self, settings: Settings, *, broker_url: str | None, app: Celery | None = None) -> None:
+        self._settings = settings
+        self._broker_url = broker_url
+        self._app = app
+        self._errors: tuple[type[BaseException], ...] | None = None
+
+    @property
+    def app(self) -> Celery:
+        """The Celery app that messages are published with."""
+        if self._app is None:
+            self._app = Celery("chain-dispatcher", set_as_current=False)
+            self._app.conf.update(celery_settings(self._settings, broker_url=self._broker_url))
+        return self._app
+
+    @property
+    def address(self) -> str:
+        """The broker's URL as it may be shown."""
+        url = self.app.conf.broker_write_url or self.app.conf.broker_url or self._broker_url
+        return without_password(url[0] if isinstance(url, list | tuple) else url or "")
+
+    @property
+    def configured(self) -> bool:
+        """Whether there is a broker to publish to."""
+        return self._app is not None or self._broker_url is not None
+
+    def execute(
+        self,
+        chain_ids: Sequence[int],
+        *,
+        queue: str,
+        dry_run: bool = False,
+        plan: Mapping[str, Any] | None = None,
+        producer: Producer | None = None,
+    ) -> str:
+        """Publish one execution of these chains; its task id. Raises `PublishFailed`."""
+        kwargs: dict[str, Any] = {"chain_ids": list(chain_ids)}
+        if dry_run:
+            kwargs["dry_run"] = True
+        if plan is not None:
+            kwargs["plan"] = dict(plan)
+        return self._send(EXECUTE, kwargs, queue, producer)
+
+    def deliver(self, owed: Sequence[Owed], *, producer: Producer | None = None) -> None:
+        """Publish attempts at these deliveries, `deliveries_per_task` in one message. Raises `PublishFailed`."""
+        size = self._settings.deliveries_per_task
+        if len(owed) > size and producer is None:
+            with self.batch() as batch:
+                self.deliver(owed, producer=batch)
+            return
+        for start in range(0, len(owed), size):
+            group = owed[start : start + size]
+            kwargs = {"deliveries": [[one.delivery_id, one.attempt] for one in group]}
+            self._send(DELIVER, kwargs, CALLBACKS_QUEUE, producer)
+
+    @contextmanager
+    def batch(self) -> Iterator[Producer]:
+        """One producer whose messages are sent together at the end, where the transport can. Raises `PublishFailed`."""
+        with self._failures(), self.app.producer_pool.acquire(block=True, timeout=self._settings.connect_seconds) as p:
+            with p.batch():
+                yield p
+
+    def backlog(self, queue: str) -> int:
+        """How many messages wait in a queue. Raises `PublishFailed`."""
+        with self._failures(), self.app.connection_for_write() as connection:
+            with connection.channel() as channel:
+                try:
+                    return int(channel.queue_declare(queue=queue, passive=True).message_count)
+                except connection.channel_errors:  # the queue does not exist until something was sent
+                    return 0
+
+    def check(self) -> None:
+        """Raise `ServiceUnavailable` unless the broker answers within the connect timeout."""
+        try:
+            with self._failures(), self.app.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=0, timeout=self._settings.connect_seconds)
+                connection.default_channel  # noqa: B018 - opening a channel asks the server something
+        except PublishFailed as error:
+            raise self.unavailable(error) from error
+
+    def unavailable(self, error: PublishFailed) -> ServiceUnavailable:
+        """The error that a face shows for a message that could not be published."""
+        return ServiceUnavailable("broker", self.address, str(error))
+
+    def close(self) -> None:
+        """Close this process's connections."""
+        if self._app is not None:
+            self._app.pool.force_close_all()
+
+    def _send(self, name: str, kwargs: Mapping[str, Any], queue: str, producer: Producer | None) -> str:
+        with self._failures():
+            result = self.app.send_task(
+                name,
+                kwargs=kwargs,
+                queue=queue,
+                producer=producer,
+                ignore_result=True,
+                serializer="json",
+                retry=producer is None,
+            )
+            return str(result.id)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        if self._errors is None:
+            self._errors = (KombuError, OSError, *self.app.connection_for_write().connection_errors)
+        try:
+            yield
+        except self._errors as error:
+            raise PublishFailed(type(error).__name__) from error

@@ -1,0 +1,57 @@
+"""When a failed attempt is tried again: exponential backoff with a cap and jitter."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+MAX_WAIT_SECONDS: Final = 100 * 365 * 86400
+"""The longest wait that may be configured: far beyond use, and safely addable to any date."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and how long after each other a callback is attempted.
+
+    The delay after attempt n (1, 2, ...) is `base_seconds * factor ** (n - 1)`, at most `cap_seconds`,
+    then spread by `jitter`: 0.2 draws evenly from 80 % to 120 % of it, so that callbacks which failed
+    together do not return together. (Exponential backoff with jitter, see Brooker, "Exponential Backoff
+    And Jitter", AWS Architecture Blog, 2015.)
+
+    Raises `ValueError` for numbers that make no policy.
+    """
+
+    max_attempts: int = 5
+    base_seconds: float = 10.0
+    factor: float = 3.0
+    cap_seconds: float = 3600.0
+    jitter: float = 0.2
+
+    def __post_init__(self) -> None:
+        if type(self.max_attempts) is not int or self.max_attempts < 1:
+            raise ValueError(f"max_attempts must be a whole number of at least 1, not {self.max_attempts!r}")
+        for name in ("base_seconds", "cap_seconds"):
+            if not 0 <= getattr(self, name) <= MAX_WAIT_SECONDS:
+                raise ValueError(f"{name} must lie between 0 and {MAX_WAIT_SECONDS}, not {getattr(self, name)!r}")
+        if not 1 <= self.factor < float("inf"):
+            raise ValueError(f"factor must be a finite number of at least 1, not {self.factor!r}")
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"jitter must lie between 0 and 1, not {self.jitter!r}")
+
+    def delay(self, attempt: int, random: Callable[[], float]) -> timedelta:
+        """The wait after the failed attempt number `attempt` (from 1).
+
+        `random` returns floats in [0, 1), as `random.random` does; it is passed in so that tests can fix it.
+        """
+        try:
+            growth = float(self.factor) ** (attempt - 1)
+        except OverflowError:
+            growth = sys.float_info.max
+        seconds = min(self.base_seconds * growth, self.cap_seconds)
+        return timedelta(seconds=seconds * (1 - self.jitter + 2 * self.jitter * random()))
+
+
+def growing_interval(failures: int, *, base_seconds: float = 60.0, cap_seconds: float = 3600.0) -> timedelta:
+    """The wait before evaluation number `failures + 1` of a chain whose guards failed `failures` times in a row."""
+    return timedelta(seconds=min(base_seconds * 2 ** min(failures - 1, 30), cap_seconds))

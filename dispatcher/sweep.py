@@ -1,0 +1,342 @@
+"""The periodic passes: due chains paged and published, owed deliveries relayed, old history pruned.
+
+Ticks are rows, so that any number of beats is safe; a pass that runs out of its time remembers where it stopped.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy.orm import Session
+
+from dispatcher import chains, deliveries
+from dispatcher.chains import DuePosition
+from dispatcher.config import ChainType, DispatcherConfig
+from dispatcher.database import Database
+from dispatcher.deliveries import DeliveryRecord, Owed
+from dispatcher.delivery import settle_crashed
+from dispatcher.locks import ChainLocks
+from dispatcher.publisher import CALLBACKS_QUEUE, CHAINS_QUEUE, PRUNE, RELAY, SWEEP, Publisher, PublishFailed
+from dispatcher.settings import Settings
+from dispatcher.states import DeliveryStatus
+
+logger = logging.getLogger(__name__)
+
+_PAGE: Final = 1000
+_RELAY_PAGE: Final = 500
+_PRUNE_PAGE: Final = 500
+_FORGET_FINGERPRINT: Final = timedelta(hours=1)
+_REFRESH_FINGERPRINT: Final = timedelta(minutes=10)
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """One chain type's pages within a sweep."""
+
+    chain_type: ChainType
+    after: DuePosition | None
+    exhausted: bool = False
+    held_back: bool = False
+
+
+@dataclass(slots=True)
+class SweepCounts:
+    """What one sweep saw and did."""
+
+    due: int = 0
+    enqueued: int = 0
+    already_queued: int = 0
+    oldest: datetime | None = None
+    backlog: dict[str, int] = field(default_factory=dict)
+
+
+class Sweeper:
+    """Runs the periodic passes of one deployment. `random` draws the jitter of retries from [0, 1)."""
+
+    def __init__(
+        self,
+        *,
+        config: DispatcherConfig,
+        settings: Settings,
+        database: Database,
+        locks: ChainLocks,
+        publisher: Publisher,
+        random: Callable[[], float] = random.random,
+    ) -> None:
+        self._config = config
+        self._settings = settings
+        self._database = database
+        self._locks = locks
+        self._publisher = publisher
+        self._random = random
+
+    # --- sweep -------------------------------------------------------------------------------------------------------
+
+    def sweep(self, *, tick: bool, dry_run: bool = False) -> dict[str, Any]:
+        """Publish one execution per due chain: `{"due", "enqueued", "already_queued", "oldest_due_seconds"}`.
+
+        With `tick=True` it is one of possibly many beats', and only the first within the interval does anything
+        (`{"claimed": False}` for the others). Raises `PublishFailed`.
+        """
+        if tick and not dry_run and not self._claim(SWEEP, self._settings.sweep_seconds):
+            return {"claimed": False}
+        if not dry_run:
+            self._wake_changed_states()
+        with self._database.read() as session:
+            now = self._database.now(session)
+            paused = chains.paused_types(session)
+            positions = {} if dry_run else chains.read_position(session, SWEEP)
+        cursors = [
+            _Cursor(chain_type, _position(positions.get(chain_type.chain_type)))
+            for chain_type in self._config.chains
+            if chain_type.chain_type not in paused
+        ]
+        counts = SweepCounts()
+        stop_at = time.monotonic() + self._pass_seconds(self._settings.sweep_seconds)
+        going = cursors
+        while going and time.monotonic() < stop_at:
+            for cursor in going:
+                self._sweep_page(cursor, counts, now, dry_run=dry_run)
+            going = [cursor for cursor in going if not cursor.exhausted and not cursor.held_back]
+        stopped = {
+            cursor.chain_type.chain_type: [cursor.after.due_at.isoformat(), cursor.after.chain_id]
+            for cursor in cursors
+            if not cursor.exhausted and cursor.after is not None
+        }
+        if not dry_run and stopped != positions:
+            self._database.write(lambda session: chains.write_position(session, SWEEP, stopped))
+        age = (now - counts.oldest).total_seconds() if counts.oldest is not None else 0.0
+        result: dict[str, Any] = {
+            "due": counts.due,
+            "enqueued": counts.enqueued,
+            "already_queued": counts.already_queued,
+            "oldest_due_seconds": round(max(age, 0.0), 3),
+        }
+        if dry_run:
+            result["dry_run"] = True
+        if any(cursor.held_back for cursor in cursors):
+            result["held_back"] = sorted(c.chain_type.chain_type for c in cursors if c.held_back)
+        logger.info("sweep: %s", result, extra={"action": "swept", **{f"sweep_{k}": v for k, v in result.items()}})
+        return result
+
+    def _sweep_page(self, cursor: _Cursor, counts: SweepCounts, now: datetime, *, dry_run: bool) -> None:
+        queue = cursor.chain_type.queue or CHAINS_QUEUE
+        if queue not in counts.backlog:
+            counts.backlog[queue] = 0 if dry_run else self._publisher.backlog(queue)
+        room = self._settings.max_backlog - counts.backlog[queue]
+        if room <= 0:
+            logger.warning("queue %s holds %s messages: nothing is added", queue, counts.backlog[queue])
+            cursor.held_back = True
+            return
+        with self._database.read() as session:
+            page = chains.due_page(
+                session,
+                chain_type=cursor.chain_type.chain_type,
+                now=now,
+                after=cursor.after,
+                limit=min(_PAGE, room * self._settings.chains_per_task),
+            )
+        if not page:
+            cursor.exhausted = True
+            return
+        if counts.oldest is None or page[0].due_at < counts.oldest:
+            counts.oldest = page[0].due_at
+        ids = [position.chain_id for position in page]
+        fresh = ids if dry_run else self._locks.mark_queued(ids, seconds=self._settings.queued_seconds)
+        try:
+            sent = self._publish(fresh, queue, dry_run=dry_run)
+        except PublishFailed:
+            if not dry_run:
+                self._locks.unmark_queued(fresh)
+            raise
+        counts.backlog[queue] += sent
+        counts.due += len(page)
+        counts.enqueued += len(fresh)
+        counts.already_queued += len(page) - len(fresh)
+        cursor.after = page[-1]
+
+    def _publish(self, chain_ids: Sequence[int], queue: str, *, dry_run: bool) -> int:
+        size = self._settings.chains_per_task
+        if not chain_ids:
+            return 0
+        with self._publisher.batch() as producer:
+            for start in range(0, len(chain_ids), size):
+                group = chain_ids[start : start + size]
+                self._publisher.execute(group, queue=queue, dry_run=dry_run, producer=producer)
+        return -(-len(chain_ids) // size)
+
+    def _wake_changed_states(self) -> None:
+        """Make the chains resting in states whose candidates changed due again, in batches.
+
+        A fingerprint that was in use within the last hour is no change: during a deploy old and new workers take
+        turns.
+        """
+        names = [chain_type.chain_type for chain_type in self._config.chains]
+        with self._database.read() as session:
+            known = {
+                name: {state: dict(seen) for state, seen in states.items()}
+                for name, states in chains.read_fingerprints(session, names).items()
+            }
+            machine_now = self._database.machine_now(session)
+        for chain_type in self._config.chains:
+            states = known.get(chain_type.chain_type)
+            fresh = _seen_now(chain_type, states or {}, machine_now)
+            changed = [] if states is None else [state for state in fresh if _changed(chain_type, state, states, machine_now)]
+            for state in changed:
+                self._wake_state(chain_type.chain_type, state)
+            if states is None or changed or _needs_refresh(chain_type, states, machine_now):
+                name = chain_type.chain_type
+                self._database.write(
+                    lambda session, name=name, fresh=fresh: chains.write_fingerprints(session, name, fresh)  # type: ignore[misc]
+                )
+
+    def _wake_state(self, chain_type: str, state: str) -> None:
+        logger.info("candidates of %s/%s changed: its chains are due", chain_type, state)
+        after_id: int | None = 0
+        while after_id is not None:
+
+            def work(session: Session, after: int = after_id) -> int | None:
+                now = self._database.now(session)
+                return chains.make_due(
+                    session, chain_type=chain_type, state=state, after_id=after, limit=_PAGE, now=now
+                )
+
+            after_id = self._database.write(work)
+
+    # --- relay -------------------------------------------------------------------------------------------------------
+
+    def relay(self, *, tick: bool) -> dict[str, Any]:
+        """Publish deliveries whose message was lost, and settle those whose worker died: `{"relayed", "settled"}`.
+
+        `tick` as in `sweep`. What cannot be published stays owed.
+        """
+        if tick and not self._claim(RELAY, self._settings.relay_seconds):
+            return {"claimed": False}
+        stop_at = time.monotonic() + self._pass_seconds(self._settings.relay_seconds)
+        relayed = settled = 0
+        try:
+            room = self._settings.max_backlog - self._publisher.backlog(CALLBACKS_QUEUE)
+            while time.monotonic() < stop_at:
+                limit = _RELAY_PAGE
+                found, owed, page_settled = self._database.write(lambda session: self._relay_page(session, limit))
+                settled += page_settled
+                if owed and room > 0:
+                    self._publisher.deliver(owed)
+                    relayed += len(owed)
+                    room -= len(owed)
+                if found < limit:
+                    break
+        except PublishFailed as error:
+            logger.warning("relay: deliveries not published (%s), they stay owed", error)
+        result = {"relayed": relayed, "settled": settled}
+        level = logging.INFO if relayed or settled else logging.DEBUG
+        logger.log(level, "relay: %s", result, extra={"action": "relayed", **result})
+        return result
+
+    def _relay_page(self, session: Session, limit: int) -> tuple[int, list[Owed], int]:
+        grace = self._settings.queued_seconds
+        found = deliveries.claim_overdue(session, limit=limit, grace_seconds=grace)
+        running = [delivery for delivery in found if delivery.status == DeliveryStatus.RUNNING]
+        owed = [
+            Owed(delivery.id, delivery.attempt + 1) for delivery in found if delivery.status == DeliveryStatus.PENDING
+        ]
+        if running:
+            now = self._database.now(session)
+            records = chains.read_many(session, [delivery.chain_id for delivery in running])
+            for delivery in sorted(running, key=lambda one: one.chain_id):
+                chain_type = self._config.by_type.get(records[delivery.chain_id].chain_type)
+                settled = self._settle(session, delivery, chain_type, now)
+                if settled is not None:
+                    owed.append(settled)
+        return len(found), owed, len(running)
+
+    def _settle(
+        self, session: Session, delivery: DeliveryRecord, chain_type: ChainType | None, now: datetime
+    ) -> Owed | None:
+        grace = self._settings.queued_seconds
+        if chain_type is None:  # a type of another version of the code: its workers settle it
+            deliveries.look_later(session, delivery, seconds=grace)
+            return None
+        return settle_crashed(
+            session, delivery, chain_type, now=now, grace_seconds=grace, random=self._random
+        )
+
+    # --- prune -------------------------------------------------------------------------------------------------------
+
+    def prune(self, *, days: float | None, tick: bool) -> dict[str, Any]:
+        """Delete events and closed deliveries older than `days`, in batches: `{"events", "deliveries"}`; never chains."""
+        days = days if days is not None else self._settings.retention_days
+        if days is None:
+            return {"events": 0, "deliveries": 0}
+        if tick and not self._claim(PRUNE, 3600):
+            return {"claimed": False}
+        with self._database.read() as session:
+            before = self._database.now(session) - timedelta(days=days)
+            machine_before = self._database.machine_now(session) - timedelta(days=days)
+        stop_at = time.monotonic() + self._pass_seconds(300)
+        counts = {"events": 0, "deliveries": 0}
+        steps: Mapping[str, Callable[[Session], int]] = {
+            "events": lambda session: chains.prune_events(session, before=before, limit=_PRUNE_PAGE),
+            "deliveries": lambda session: deliveries.prune(session, before=machine_before, limit=_PRUNE_PAGE),
+        }
+        for name, step in steps.items():
+            deleted = _PRUNE_PAGE
+            while deleted == _PRUNE_PAGE and time.monotonic() < stop_at:
+                deleted = self._database.write(step)
+                counts[name] += deleted
+        logger.info("prune: %s", counts, extra={"action": "pruned", "pruned": counts})
+        return counts
+
+    # --- shared ------------------------------------------------------------------------------------------------------
+
+    def _claim(self, name: str, interval_seconds: float) -> bool:
+        def work(session: Session) -> bool:
+            machine_now = self._database.machine_now(session)
+            not_after = machine_now - timedelta(seconds=interval_seconds * 0.9)  # beats are not exact
+            return chains.claim_tick(session, name, machine_now=machine_now, not_after=not_after)
+
+        return self._database.write(work)
+
+    def _pass_seconds(self, interval_seconds: float) -> float:
+        return min(max(interval_seconds, 10.0), 300.0)
+
+
+def _position(raw: Any) -> DuePosition | None:
+    if not raw:
+        return None
+    return DuePosition(datetime.fromisoformat(raw[0]), int(raw[1]))
+
+
+def _seen_now(chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime) -> dict[str, dict[str, str]]:
+    """The fingerprints to remember: those seen lately, and this configuration's own, as of now."""
+    return {
+        state: {
+            **{mark: seen for mark, seen in states.get(state, {}).items() if now - _time(seen) < _FORGET_FINGERPRINT},
+            chain_type.fingerprint(state): now.astimezone(UTC).isoformat(),
+        }
+        for state in sorted(chain_type.states)
+    }
+
+
+def _changed(chain_type: ChainType, state: str, states: Mapping[str, Mapping[str, str]], now: datetime) -> bool:
+    seen = states.get(state, {})
+    own = seen.get(chain_type.fingerprint(state))
+    if own is not None and (len(seen) == 1 or now - _time(own) < _FORGET_FINGERPRINT):
+        return False
+    return bool(seen) or bool(chain_type.candidates(state))
+
+
+def _needs_refresh(chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime) -> bool:
+    for state in chain_type.states:
+        own = states.get(state, {}).get(chain_type.fingerprint(state))
+        if own is None or now - _time(own) > _REFRESH_FINGERPRINT:
+            return True
+    return False
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text)

@@ -1,0 +1,59 @@
+"""The Celery app of a deployment that needs no other: `celery -A workers worker`, `celery -A workers beat`.
+
+Configured by `DISPATCHER_*`; what a module named by `CELERY_CONFIG_MODULE` sets goes on top.
+"""
+
+import os
+import sys
+from typing import Any, NoReturn
+
+from celery import Celery, signals
+from pydantic import ValidationError
+
+from dispatcher import Dispatcher, DispatcherError, ServiceUnavailable, Settings
+from dispatcher.publisher import celery_settings
+from workers.tasks import install
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"dispatcher: {error}", file=sys.stderr, flush=True)  # noqa: T201 - before any logging is set up
+    raise SystemExit(1) from error
+
+
+def _make() -> tuple[Celery, Dispatcher]:
+    celery = Celery("workers", set_as_current=True)
+    try:
+        dispatcher = Dispatcher.from_settings(Settings(), celery_app=celery)
+        if dispatcher.broker_url is None and "CELERY_CONFIG_MODULE" not in os.environ:
+            raise ServiceUnavailable(
+                "broker", "nowhere", "set DISPATCHER_REDIS_URL or DISPATCHER_BROKER_URL, or run `dispatcher dev`"
+            )
+    except (DispatcherError, ValidationError) as error:
+        _fail(error)
+    own = [chain.queue for chain in dispatcher.config.chains if chain.queue is not None]
+    celery.conf.update(celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=own))
+    if "CELERY_CONFIG_MODULE" in os.environ:
+        celery.config_from_envvar("CELERY_CONFIG_MODULE")
+    install(celery, dispatcher)
+    return celery, dispatcher
+
+
+app, dispatcher = _make()
+
+
+@signals.celeryd_init.connect
+def _check_before_work(**_: Any) -> None:
+    """A worker that cannot use its database or broker ends with one line instead of a loop of tracebacks."""
+    try:
+        dispatcher.check()
+    except DispatcherError as error:
+        _fail(error)
+    dispatcher.close()
+
+
+@signals.beat_init.connect
+def _check_before_ticking(**_: Any) -> None:
+    try:
+        dispatcher.check_broker()
+    except DispatcherError as error:
+        _fail(error)

@@ -1,0 +1,228 @@
+"""One thin task per façade call, and `install()`, which adds them to a Celery app.
+
+A message carries ids and an expected attempt, no decisions: whatever it holds, at most a chain is looked at.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from celery import Celery, Task, signals
+from kombu import Exchange, Queue
+
+from dispatcher import Dispatcher, DispatcherError
+from dispatcher.deliveries import Owed
+from dispatcher.delivery import AttemptResult
+from dispatcher.executor import ChainResult
+from dispatcher.publisher import (
+    CALLBACKS_QUEUE,
+    CHAINS_QUEUE,
+    DELIVER,
+    EXECUTE,
+    PRUNE,
+    RELAY,
+    REQUESTS_QUEUE,
+    SWEEP,
+    SWEEPS_QUEUE,
+    celery_settings,
+    declared_queues,
+)
+from dispatcher.states import Outcome
+
+logger = logging.getLogger(__name__)
+
+MAX_IDS: Final = 1000
+_LOCKED_RETRIES: Final = 5
+_LOCKED_COUNTDOWN: Final = 2
+_MAX_REASONS: Final = 10
+
+# No acknowledgement after the fact and no redelivery: the rows remember what is owed. Set on each task, because an
+# application's own app may have other defaults.
+_TASK_OPTIONS: Final[dict[str, Any]] = {
+    "acks_late": False,
+    "reject_on_worker_lost": False,
+    "ignore_result": True,
+    "serializer": "json",
+    "rate_limit": None,
+    "soft_time_limit": None,
+}
+
+
+def install(app: Celery, dispatcher: Dispatcher) -> None:
+    """Add the dispatcher's tasks, queues and beat entries to a Celery app that exists already.
+
+    What the app has stays: its own queues go on being consumed. The dispatcher publishes through `app`, if it was made
+    with `celery_app=app`.
+    """
+    _add_settings(app, dispatcher)
+    _add_tasks(app, dispatcher)
+
+    @signals.worker_process_init.connect(weak=False)
+    def leave_parents_connections(**_: Any) -> None:
+        dispatcher.after_fork()
+
+
+def _add_settings(app: Celery, dispatcher: Dispatcher) -> None:
+    own = [chain.queue for chain in dispatcher.config.chains if chain.queue is not None]
+    added = celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=own)
+    queues = list(app.conf.task_queues or ())
+    if not queues:
+        name = app.conf.task_default_queue
+        exchange = Exchange(app.conf.task_default_exchange or name, type=app.conf.task_default_exchange_type)
+        queues = [Queue(name, exchange, routing_key=app.conf.task_default_routing_key or name)]
+    names = {queue.name for queue in queues}
+    app.conf.task_queues = [*queues, *(queue for queue in declared_queues(own) if queue.name not in names)]
+    app.conf.beat_schedule = {**(app.conf.beat_schedule or {}), **added["beat_schedule"]}
+
+
+def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
+    settings = dispatcher.settings
+
+    def task(name: str, *, queue: str, time_limit: float, **options: Any) -> Callable[[Callable[..., Any]], Task]:
+        return app.task(name=name, queue=queue, time_limit=time_limit, **_TASK_OPTIONS, **options)  # type: ignore[no-any-return]
+
+    @task(SWEEP, queue=SWEEPS_QUEUE, time_limit=600)
+    def sweep(*_: Any, **__: Any) -> Any:
+        return _named_outcome(lambda: dispatcher.sweep(tick=True))
+
+    @task(RELAY, queue=SWEEPS_QUEUE, time_limit=600)
+    def relay(*_: Any, **__: Any) -> Any:
+        return _named_outcome(lambda: dispatcher.relay(tick=True))
+
+    @task(PRUNE, queue=SWEEPS_QUEUE, time_limit=600)
+    def prune(*_: Any, **__: Any) -> Any:
+        return _named_outcome(lambda: dispatcher.prune(tick=True))
+
+    @task(EXECUTE, queue=CHAINS_QUEUE, time_limit=settings.execute_seconds, bind=True, max_retries=_LOCKED_RETRIES)
+    def execute_chain(self: Task, chain_ids: Any = (), dry_run: Any = False, plan: Any = None) -> Any:
+        ids = chain_ids_of(chain_ids)
+        if dry_run:
+            return _named_outcome(lambda: _plan(dispatcher, ids, plan))
+        results = dispatcher.execute_chains(ids)
+        locked = [result.chain_id for result in results if result.outcome == Outcome.LOCKED]
+        on_demand = self.request.delivery_info.get("routing_key") == REQUESTS_QUEUE
+        if locked and on_demand and self.request.retries < _LOCKED_RETRIES:
+            raise self.retry(kwargs={"chain_ids": locked}, countdown=_LOCKED_COUNTDOWN, queue=REQUESTS_QUEUE)
+        return summary_of_chains(results)
+
+    @task(DELIVER, queue=CALLBACKS_QUEUE, time_limit=settings.callback_seconds, bind=True, max_retries=None)
+    def deliver_callback(self: Task, deliveries: Any = ()) -> Any:
+        owed = owed_of(deliveries)
+        results = dispatcher.deliver(owed)
+        again = [result for result in results if result.retry_seconds is not None]
+        if again and len(results) == 1:
+            (one,) = again
+            raise self.retry(
+                args=(),
+                kwargs={"deliveries": [[one.delivery_id, one.attempt + 1]]},
+                countdown=one.retry_seconds,
+                exc=AttemptFailed(one.detail),
+                throw=False,
+                queue=CALLBACKS_QUEUE,
+            )
+        for one in again:
+            deliver_callback.apply_async(
+                kwargs={"deliveries": [[one.delivery_id, one.attempt + 1]]},
+                countdown=one.retry_seconds,
+                queue=CALLBACKS_QUEUE,
+            )
+        return summary_of_attempts(results)
+
+
+class AttemptFailed(Exception):  # noqa: N818 - shown by Celery and Flower as the reason of a retry
+    """An attempt failed; its text is the error as the delivery's row keeps it."""
+
+
+def chain_ids_of(raw: Any) -> list[int]:
+    """The chain ids in a message: distinct positive numbers, at most `MAX_IDS`; anything else is left out."""
+    if isinstance(raw, int):
+        raw = [raw]
+    if not isinstance(raw, list | tuple):
+        return []
+    ids = [one for one in raw[:MAX_IDS] if isinstance(one, int) and not isinstance(one, bool) and 0 < one < 2**63]
+    return list(dict.fromkeys(ids))
+
+
+def owed_of(raw: Any) -> list[Owed]:
+    """The deliveries in a message: `[[id, attempt], ...]`, at most `MAX_IDS`; anything else is left out."""
+    if not isinstance(raw, list | tuple):
+        return []
+    return [
+        Owed(one[0], one[1])
+        for one in raw[:MAX_IDS]
+        if isinstance(one, list | tuple)
+        and len(one) == 2  # noqa: PLR2004 - a pair
+        and isinstance(one[0], str)
+        and isinstance(one[1], int)
+        and not isinstance(one[1], bool)
+    ]
+
+
+def summary_of_chains(results: Sequence[ChainResult]) -> Any:
+    """What Flower shows of an execution: the one chain's outcome and reasons, or a count per outcome."""
+    if len(results) != 1:
+        counts: dict[str, int] = {}
+        for result in results:
+            counts[str(result.outcome)] = counts.get(str(result.outcome), 0) + 1
+        return counts
+    (result,) = results
+    shown: dict[str, Any] = {"chain_id": result.chain_id, "outcome": str(result.outcome)}
+    if result.state:
+        shown["state"] = result.state
+    if result.transition is not None:
+        shown["transition"] = type(result.transition).__name__
+    if result.delivery_id is not None:
+        shown["delivery_id"] = result.delivery_id
+    if result.errors:
+        shown["reasons"] = dict(list(result.errors.items())[:_MAX_REASONS])
+    if result.detail:
+        shown["detail"] = result.detail[:500]
+    return shown
+
+
+def summary_of_attempts(results: Sequence[AttemptResult]) -> Any:
+    """What Flower shows of attempts: the one delivery's outcome, or a count per outcome."""
+    if len(results) != 1:
+        counts: dict[str, int] = {}
+        for result in results:
+            counts[str(result.outcome)] = counts.get(str(result.outcome), 0) + 1
+        return counts
+    (result,) = results
+    shown: dict[str, Any] = {
+        "delivery_id": result.delivery_id,
+        "attempt": result.attempt,
+        "outcome": str(result.outcome),
+    }
+    if result.chain_id is not None:
+        shown.update(chain_id=result.chain_id, transition=result.transition)
+    if result.detail:
+        shown["detail"] = result.detail
+    return shown
+
+
+def _plan(dispatcher: Dispatcher, ids: Sequence[int], plan: Any) -> Any:
+    plan = plan if isinstance(plan, dict) else {}
+    context, callback = plan.get("context"), plan.get("callback")
+    options: dict[str, Any] = {
+        "context": context if isinstance(context, dict) else None,
+        "callback": callback if isinstance(callback, str) else None,
+    }
+    if ids:
+        return summary_of_chains([dispatcher.plan_chain(chain_id, **options) for chain_id in ids])
+    chain_type, resources = plan.get("chain_type"), plan.get("resources")
+    result = dispatcher.plan_chain(
+        None,
+        chain_type=chain_type if isinstance(chain_type, str) else "",
+        resources=resources if isinstance(resources, list) else (),
+        **options,
+    )
+    return summary_of_chains([result])
+
+
+def _named_outcome(call: Callable[[], Any]) -> Any:
+    """What `call` returns; what this library raises on purpose is logged once and returned by name."""
+    try:
+        return call()
+    except DispatcherError as error:
+        logger.error("%s", error, extra={"action": "task_failed"})  # noqa: TRY400 - expected, one line
+        return {"error": str(error)}
