@@ -11,7 +11,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Insert, and_, case, delete, func, insert, literal, null, or_, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Insert,
+    and_,
+    case,
+    delete,
+    func,
+    insert,
+    literal,
+    null,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -178,7 +192,11 @@ def checked_json(what: str, values: Mapping[str, Any] | None) -> dict[str, Any] 
             checked[key] = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise NotSerializable(what, key, str(error)) from error
-        if "\\u0000" in text or "\\u0000" in json.dumps(key) or not _encodable(json.dumps(checked[key], ensure_ascii=False)):
+        if (
+            "\\u0000" in text
+            or "\\u0000" in json.dumps(key)
+            or not _encodable(json.dumps(checked[key], ensure_ascii=False))
+        ):
             raise NotSerializable(what, key, "text must not contain NUL or lone surrogates")
     return checked
 
@@ -219,9 +237,7 @@ def read_one(session: Session, chain_id: int, *, lock: bool = False) -> ChainRec
 def find_exact(session: Session, chain_type: str, resources: Sequence[Resource]) -> int | None:
     """The id of the chain whose resources are exactly these, or None."""
     return session.execute(
-        select(ChainRow.id).where(
-            ChainRow.chain_type == chain_type, ChainRow.resource_key == resource_key(resources)
-        )
+        select(ChainRow.id).where(ChainRow.chain_type == chain_type, ChainRow.resource_key == resource_key(resources))
     ).scalar_one_or_none()
 
 
@@ -246,9 +262,7 @@ def find_containing(session: Session, chain_type: str, resources: Sequence[Resou
     return found[0] if found else None
 
 
-def list_ids(
-    session: Session, *, chain_type: str | None, state: str | None, after_id: int, limit: int
-) -> list[int]:
+def list_ids(session: Session, *, chain_type: str | None, state: str | None, after_id: int, limit: int) -> list[int]:
     """The ids above `after_id` of the chains of that type and state (None: any), ascending, at most `limit`."""
     query = select(ChainRow.id).where(ChainRow.id > after_id)
     if chain_type is not None:
@@ -408,7 +422,7 @@ def move(session: Session, change: Move, *, now: datetime) -> bool:
     return True
 
 
-def plan(session: Session, record: ChainRecord, delivery_id: str, *, now: datetime, detail: str) -> bool:
+def plan(session: Session, record: ChainRecord, delivery_id: str, *, now: datetime) -> bool:
     """Tie a chain to the delivery that is about to be inserted; False when it changed since it was read."""
     done = session.execute(
         update(ChainRow)
@@ -481,9 +495,7 @@ def write_request(session: Session, chain_id: int, request: Request, *, now: dat
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def set_disabled(
-    session: Session, chain_id: int, *, disabled: bool, requested_by: str | None, now: datetime
-) -> bool:
+def set_disabled(session: Session, chain_id: int, *, disabled: bool, requested_by: str | None, now: datetime) -> bool:
     """Disable or enable a chain; False when it was so already. Raises `ChainMissing`."""
     record = read_one(session, chain_id, lock=True)
     if record.disabled == disabled:
@@ -513,9 +525,7 @@ def set_state(
     """Put a chain, locked and without open delivery, into a state on a person's behalf."""
     done = session.execute(
         update(ChainRow)
-        .where(
-            ChainRow.id == record.id, ChainRow.version == record.version, ChainRow.pending_delivery_id.is_(None)
-        )
+        .where(ChainRow.id == record.id, ChainRow.version == record.version, ChainRow.pending_delivery_id.is_(None))
         .values(
             state=state,
             version=ChainRow.version + 1,
@@ -545,12 +555,16 @@ def set_state(
 
 def make_due(session: Session, *, chain_type: str, state: str, after_id: int, limit: int, now: datetime) -> int | None:
     """Make the next batch of chains resting in a state due; the last id seen, or None when there are no more."""
-    ids = session.execute(
-        select(ChainRow.id)
-        .where(ChainRow.chain_type == chain_type, ChainRow.state == state, ChainRow.id > after_id)
-        .order_by(ChainRow.id)
-        .limit(limit)
-    ).scalars().all()
+    ids = (
+        session.execute(
+            select(ChainRow.id)
+            .where(ChainRow.chain_type == chain_type, ChainRow.state == state, ChainRow.id > after_id)
+            .order_by(ChainRow.id)
+            .limit(limit)
+        )
+        .scalars()
+        .all()
+    )
     if not ids:
         return None
     session.execute(
@@ -564,7 +578,9 @@ def make_due(session: Session, *, chain_type: str, state: str, after_id: int, li
         )
         .values(
             wake=ChainRow.wake + 1,
-            due_at=case((ChainRow.next_update_at > now, ChainRow.next_update_at), else_=literal(now, ChainRow.due_at.type)),
+            due_at=case(
+                (ChainRow.next_update_at > now, ChainRow.next_update_at), else_=literal(now, ChainRow.due_at.type)
+            ),
         )
     )
     return ids[-1]
@@ -689,13 +705,17 @@ def write_fingerprints(session: Session, name: str, fingerprints: Mapping[str, M
 def prune_events(session: Session, *, before: datetime, limit: int) -> int:
     """Delete a batch of events older than `before`; how many. The latest line of a chain's history is kept."""
     newest = select(func.max(EventRow.id)).where(EventRow.chain_id == ChainRow.id).correlate(ChainRow).scalar_subquery()
-    ids = session.execute(
-        select(EventRow.id)
-        .join(ChainRow, ChainRow.id == EventRow.chain_id)
-        .where(EventRow.created_at < before, EventRow.id < newest)
-        .order_by(EventRow.created_at, EventRow.id)
-        .limit(limit)
-    ).scalars().all()
+    ids = (
+        session.execute(
+            select(EventRow.id)
+            .join(ChainRow, ChainRow.id == EventRow.chain_id)
+            .where(EventRow.created_at < before, EventRow.id < newest)
+            .order_by(EventRow.created_at, EventRow.id)
+            .limit(limit)
+        )
+        .scalars()
+        .all()
+    )
     if ids:
         session.execute(delete(EventRow).where(EventRow.id.in_(sorted(ids))))
     return len(ids)

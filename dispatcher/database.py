@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,13 +194,8 @@ def is_conflict(error: DBAPIError) -> bool:
         return True
     if type(original).__module__.startswith("sqlite3"):
         return "locked" in str(original) or "busy" in str(original)
-    arguments = getattr(original, "args", ())
+    arguments: tuple[Any, ...] = getattr(original, "args", ())
     return bool(arguments) and arguments[0] in _DEADLOCK_CODES
-
-
-def deadline(now: datetime, seconds: float) -> datetime:
-    """`seconds` after `now`."""
-    return now + timedelta(seconds=seconds)
 
 
 def _normal_url(url: str) -> URL:
@@ -212,7 +207,7 @@ def _normal_url(url: str) -> URL:
     return parsed
 
 
-def _prepare_sqlite(connection: Any, record: Any) -> None:
+def _prepare_sqlite(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # the driver's own BEGIN is deferred; ours is chosen in _begin_sqlite
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {_SQLITE_BUSY_MS}")
@@ -229,8 +224,8 @@ def _begin_sqlite(connection: Connection) -> None:
 
 def _is_unreachable(error: OperationalError) -> bool:
     if getattr(error.orig, "sqlstate", None) in (None, "57P03", "57P01", "08006", "08001", "53300", "3D000", "28P01"):
-        arguments = getattr(error.orig, "args", ())
-        code = arguments[0] if arguments else None
+        arguments: tuple[Any, ...] = getattr(error.orig, "args", ())
+        code = next(iter(arguments), None)
         if type(error.orig).__module__.startswith("sqlite3"):
             return "unable to open" in str(error.orig)
         return not (isinstance(code, int) and code in _DEADLOCK_CODES | {1146, 1054})

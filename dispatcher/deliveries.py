@@ -97,7 +97,7 @@ def new_id() -> str:
 
 
 def idempotency_key(chain_id: int, moves: int, transition: str) -> str:
-    """The UUID5 of the chain, the number of its moves so far, and the transition: equal for every attempt and re-plan."""
+    """The UUID5 of chain, number of its moves so far and transition: the same for every attempt and re-plan."""
     return str(uuid.uuid5(_KEY_SPACE, f"{chain_id}:{moves}:{transition}"))
 
 
@@ -158,7 +158,7 @@ def plan(
     """
     record = planned.record
     delivery_id = new_id()
-    if not chains.plan(session, record, delivery_id, now=now, detail=planned.transition):
+    if not chains.plan(session, record, delivery_id, now=now):
         return None
     begun = lease_seconds is not None
     session.execute(
@@ -393,7 +393,13 @@ def close_and_stay(
 
 
 def stop(
-    session: Session, delivery: DeliveryRecord, *, status: DeliveryStatus, unknown: bool, error: str, now: datetime
+    session: Session,
+    delivery: DeliveryRecord,
+    *,
+    status: DeliveryStatus,
+    error: str,
+    now: datetime,
+    unknown: bool | None = None,
 ) -> bool:
     """Leave a running delivery dead or held for a person to decide; False when it is not ours."""
     done = session.execute(
@@ -401,7 +407,7 @@ def stop(
         .where(_running(delivery))
         .values(
             status=status,
-            unknown=unknown,
+            unknown=DeliveryRow.unknown if unknown is None else unknown,
             lease_until=None,
             next_attempt_at=None,
             publish_after=None,
@@ -540,12 +546,18 @@ def follow_disabling(session: Session, chain_id: int, *, disabled: bool) -> None
 
 def prune(session: Session, *, before: datetime, limit: int) -> int:
     """Delete a batch of closed deliveries that ended before `before`; how many."""
-    ids = session.execute(
-        select(DeliveryRow.id)
-        .where(DeliveryRow.finished_at < before, DeliveryRow.status.in_([str(status) for status in CLOSED_STATUSES]))
-        .order_by(DeliveryRow.finished_at, DeliveryRow.id)
-        .limit(limit)
-    ).scalars().all()
+    ids = (
+        session.execute(
+            select(DeliveryRow.id)
+            .where(
+                DeliveryRow.finished_at < before, DeliveryRow.status.in_([str(status) for status in CLOSED_STATUSES])
+            )
+            .order_by(DeliveryRow.finished_at, DeliveryRow.id)
+            .limit(limit)
+        )
+        .scalars()
+        .all()
+    )
     if ids:
         session.execute(delete(DeliveryRow).where(DeliveryRow.id.in_(sorted(ids))))
     return len(ids)

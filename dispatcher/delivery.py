@@ -1,8 +1,8 @@
 """Attempts at deliveries: begin, last look, callback, finish.
 
-One attempt is two short transactions with the user's code between them and no session open meanwhile. A finish that fails
-is tried again until the lease ends; it never becomes a failed attempt. What a process that dies between the two leaves is
-an *unknown* effect, settled by the relay with `settle_crashed`.
+One attempt is two short transactions with the user's code between them and no session open meanwhile. A finish that
+fails is tried again until the lease ends; it never becomes a failed attempt. What a process that dies between the two
+leaves is an *unknown* effect, which the relay settles (see `settlement`).
 """
 
 import logging
@@ -21,12 +21,12 @@ from sqlalchemy.orm import Session
 from dispatcher import chains, deliveries
 from dispatcher.config import Callback, ChainType, DispatcherConfig, resolve_callback
 from dispatcher.database import Database
+from dispatcher.decisions import ChainResult, due_after_move, load_contexts, merged_context, next_update
 from dispatcher.deliveries import Begun, DeliveryRecord, LostChain, Owed
 from dispatcher.errors import PermanentFailure, ServiceUnavailable
 from dispatcher.evaluation import GuardFailed, Plan, evaluate
-from dispatcher.executor import ChainResult, due_after_move, load_contexts, merged_context, next_update
 from dispatcher.publisher import CHAINS_QUEUE, MAX_COUNTDOWN, Publisher, PublishFailed
-from dispatcher.retry import RetryPolicy, growing_interval
+from dispatcher.retry import growing_interval
 from dispatcher.settings import Settings
 from dispatcher.states import AttemptOutcome, DeliveryStatus, EventAction, Outcome
 from dispatcher.transition import Transition
@@ -124,9 +124,7 @@ class Attempts:
         )
         return result
 
-    def _begin(
-        self, session: Session, delivery_id: str, attempt: int, finish_by: float
-    ) -> _Attempt | AttemptOutcome:
+    def _begin(self, session: Session, delivery_id: str, attempt: int, finish_by: float) -> _Attempt | AttemptOutcome:
         begun = deliveries.begin(session, delivery_id, attempt, lease_seconds=self._settings.lease_seconds)
         if isinstance(begun, AttemptOutcome):
             return begun
@@ -157,33 +155,50 @@ class Attempts:
         return _Attempt(begun, chain_type, transition_class, callback, now, finish_by)
 
     def _attempt(self, attempt: _Attempt) -> AttemptResult:
+        """Settle what an earlier attempt left, look once more, call; user code and finishes never share a `try`."""
         delivery = attempt.delivery
+        unknown = delivery.unknown
+        if unknown:
+            settled = self._verify(attempt)
+            if isinstance(settled, AttemptResult):
+                return settled
+            unknown = settled
         try:
             context = self._context(attempt)
             transition = self._bare(attempt, context)
-            unknown = delivery.unknown
-            if unknown:
-                took_place = verified(transition)
-                if took_place:
-                    return self._delivered(attempt, transition, "verify() found the effect of an earlier attempt")
-                if took_place is None and attempt.chain_type.on_unknown == "hold":
-                    return self._stopped(attempt, DeliveryStatus.HELD, "the effect of an earlier attempt is unknown")
-                if delivery.attempt > delivery.max_attempts:
-                    return self._out_of_attempts(attempt, transition, delivery.last_error or "")
-                if took_place is False:
-                    unknown = False
-                    self._finish(attempt, lambda session: deliveries.mark_known(session, delivery), ())
             age = attempt.begun.machine_now - delivery.planned_at
             if not unknown and age >= timedelta(seconds=self._settings.last_look_seconds):
                 plan = self._look(attempt, context)
-                if type(plan.winner) is not attempt.transition_class:
-                    return self._cancelled(attempt, plan)
-                transition = plan.winner
-            transition.idempotency_key = delivery.idempotency_key
-            attempt.callback(transition, **(delivery.kwargs or {}))
-        except (Exception, SystemExit) as error:  # user code: guards, loaders, callbacks
+                winner = plan.winner
+            else:
+                plan, winner = None, transition
+            if winner is not None and type(winner) is attempt.transition_class:
+                winner.idempotency_key = delivery.idempotency_key
+                attempt.callback(winner, **(delivery.kwargs or {}))
+                plan, transition = None, winner
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: guards, loaders, callbacks
             return self._failed(attempt, error)
+        if plan is not None:
+            return self._cancelled(attempt, plan)
         return self._delivered(attempt, transition, "")
+
+    def _verify(self, attempt: _Attempt) -> AttemptResult | bool:
+        """The attempt's result where an earlier one's unknown effect decides it, else whether it is still unknown."""
+        delivery = attempt.delivery
+        try:
+            transition = self._bare(attempt, self._context(attempt))
+            took_place = verified(transition)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: loaders, verify()
+            return self._failed(attempt, error)
+        if took_place:
+            return self._delivered(attempt, transition, "verify() found the effect of an earlier attempt")
+        if took_place is None and attempt.chain_type.on_unknown == "hold":
+            return self._stopped(attempt, DeliveryStatus.HELD, "the effect of an earlier attempt is unknown")
+        if took_place is False:
+            self._finish(attempt, lambda session: deliveries.mark_known(session, delivery), ())
+        if delivery.attempt > delivery.max_attempts:
+            return self._out_of_attempts(attempt, transition, delivery.last_error or "")
+        return took_place is None
 
     def _context(self, attempt: _Attempt) -> dict[str, Any]:
         record = attempt.begun.chain
@@ -271,7 +286,7 @@ class Attempts:
         """The transition whose rest a skipped delivery keeps; None when it cannot even be made."""
         try:
             return self._bare(attempt, attempt.delivery.context or {})
-        except Exception:  # user code: its constructor may be what failed
+        except Exception:  # noqa: BLE001 - user code: its constructor may be what failed
             return None
 
     def _out_of_attempts(self, attempt: _Attempt, transition: Transition | None, reason: str) -> AttemptResult:
@@ -299,9 +314,7 @@ class Attempts:
         delivery = attempt.delivery
 
         def work(session: Session) -> bool:
-            return deliveries.stop(
-                session, delivery, status=status, unknown=delivery.unknown, error=reason, now=attempt.now
-            )
+            return deliveries.stop(session, delivery, status=status, error=reason, now=attempt.now)
 
         done = self._finish(attempt, work, (status,))
         return self._result(attempt, AttemptOutcome(status.value) if done else AttemptOutcome.STALE, reason)
@@ -318,11 +331,11 @@ class Attempts:
         try:
             self._publisher.execute([attempt.delivery.chain_id], queue=attempt.chain_type.queue or CHAINS_QUEUE)
         except PublishFailed as error:
-            logger.warning("chain %s: follow-up not published (%s): the sweep does it", attempt.delivery.chain_id, error)
+            logger.warning(
+                "chain %s: follow-up not published (%s): the sweep does it", attempt.delivery.chain_id, error
+            )
 
-    def _finish(
-        self, attempt: _Attempt, work: Callable[[Session], bool], written: Sequence[DeliveryStatus]
-    ) -> bool:
+    def _finish(self, attempt: _Attempt, work: Callable[[Session], bool], written: Sequence[DeliveryStatus]) -> bool:
         """Whether the end of an attempt is committed; tried again until the lease ends while the database is away.
 
         A commit may succeed while its caller sees an error: after one, a row that reads as `written` is ours.
@@ -434,59 +447,14 @@ def finish(
             if time.monotonic() + pause >= finish_by:
                 raise
             logger.warning(
-                "delivery %s: its end is not written (%s), trying again", delivery.id, type(error).__name__,
+                "delivery %s: its end is not written (%s), trying again",
+                delivery.id,
+                type(error).__name__,
                 extra={"action": "finish_failed", "delivery_id": delivery.id},
             )
             seen_error = True
         time.sleep(pause)
         pause = min(pause * 2, _FINISH_PAUSE_SECONDS)
-
-
-def settle_crashed(
-    session: Session,
-    delivery: DeliveryRecord,
-    chain_type: ChainType,
-    *,
-    now: datetime,
-    grace_seconds: float,
-    random: Callable[[], float],
-) -> Owed | None:
-    """Settle an attempt whose lease has ended; the message to publish at once, if any.
-
-    In-process ones are cancelled (or held); with `verify()` the next attempt asks it first; else `on_unknown` and the
-    attempts left decide.
-    """
-    if not deliveries.lease_expired(session, delivery):
-        return None
-    error = f"attempt {delivery.attempt} ended with its process: its effect is unknown"
-    if chain_type.on_unknown == "hold" and not _can_verify(chain_type, delivery):
-        deliveries.stop(session, delivery, status=DeliveryStatus.HELD, unknown=True, error=error, now=now)
-        return None
-    if deliveries.is_local(delivery):
-        deliveries.close_and_stay(session, delivery, now=now, reason=error)
-        return None
-    if _can_verify(chain_type, delivery):
-        deliveries.mark_unknown(session, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
-        return Owed(delivery.id, delivery.attempt + 1)
-    if delivery.attempt >= delivery.max_attempts:
-        if chain_type.on_dead == "hold":
-            deliveries.stop(session, delivery, status=DeliveryStatus.DEAD, unknown=True, error=error, now=now)
-        else:
-            deliveries.close_and_move(
-                session,
-                delivery,
-                status=DeliveryStatus.SKIPPED,
-                next_update_at=None,
-                due_at=due_after_move(chain_type, delivery.final_state, None, now),
-                now=now,
-                detail=f"out of attempts: {error}",
-            )
-        return None
-    known = chain_type.by_name.get(delivery.transition)
-    policy = known.retry if known is not None else RetryPolicy()
-    seconds = policy.delay(delivery.attempt, random).total_seconds()
-    deliveries.mark_unknown(session, delivery, seconds=seconds, grace_seconds=0, error=error)
-    return None
 
 
 def verified(transition: Transition) -> bool | None:
@@ -501,8 +469,3 @@ def verified(transition: Transition) -> bool | None:
 def describe(error: BaseException) -> str:
     """The error as it is kept in a row: its type and its text."""
     return f"{type(error).__name__}: {error}"[: deliveries.MAX_ERROR]
-
-
-def _can_verify(chain_type: ChainType, delivery: DeliveryRecord) -> bool:
-    known = chain_type.by_name.get(delivery.transition)
-    return known is not None and callable(getattr(known, "verify", None)) and not deliveries.is_local(delivery)

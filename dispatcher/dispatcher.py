@@ -2,11 +2,11 @@
 
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final, Self
 
 from sqlalchemy import event
@@ -16,6 +16,7 @@ from dispatcher import chains, deliveries
 from dispatcher.chains import ChainRecord, Request, Resource, checked_json, clean_resources
 from dispatcher.config import Callback, ChainType, DispatcherConfig
 from dispatcher.database import Database
+from dispatcher.decisions import ChainResult, LocalCall, choose_local, unsaved_record
 from dispatcher.deliveries import DeliveryRecord, Owed
 from dispatcher.delivery import AttemptResult, Attempts
 from dispatcher.embedded import default_database_url, find_running
@@ -29,7 +30,7 @@ from dispatcher.errors import (
     EnqueueNotPublished,
 )
 from dispatcher.evaluation import GuardFailed
-from dispatcher.executor import ChainResult, Executor, LocalCall, choose_local, unsaved_record
+from dispatcher.executor import Executor
 from dispatcher.locks import ChainLocks
 from dispatcher.migrations import require_current
 from dispatcher.models import MAX_REQUESTED_BY, EventRow
@@ -53,8 +54,8 @@ Clock = Callable[[], datetime]
 class Dispatcher:
     """The chains of one deployment.
 
-    `config` is the ancestor's dict `{"chains": [{"chain_type": ..., "transitions": {...}}, ...]}` or its typed form; it is
-    validated here, and `ConfigurationError` names chain type, state and transition. URLs not given come from
+    `config` is the ancestor's dict `{"chains": [{"chain_type": ..., "transitions": {...}}, ...]}` or its typed form;
+    it is validated here, and `ConfigurationError` names chain type, state and transition. URLs not given come from
     `settings`, else from `DISPATCHER_*` environment variables, else from the embedded default. `celery_app` publishes
     the messages (default: a bare app made from the settings). `clock` gives the domain time as aware datetimes
     (default: the database's clock). Nothing is connected before it is needed.
@@ -117,7 +118,9 @@ class Dispatcher:
         """The dispatcher of the configuration that `DISPATCHER_CONFIG` names."""
         settings = settings if settings is not None else Settings()
         if settings.config is None:
-            raise ConfigurationError("is not set; it names the configuration as package.module:ATTRIBUTE", "DISPATCHER_CONFIG")
+            raise ConfigurationError(
+                "is not set; it names the configuration as package.module:ATTRIBUTE", "DISPATCHER_CONFIG"
+            )
         config = _load(settings.config, "DISPATCHER_CONFIG")
         return cls(config.config if isinstance(config, cls) else config, settings=settings, celery_app=celery_app)
 
@@ -155,7 +158,9 @@ class Dispatcher:
 
         def work(session: Session) -> ChainRecord:
             found = find(session)  # another caller may have been faster
-            return chains.read_one(session, found if found is not None else self._create(session, config, resources, context))
+            return chains.read_one(
+                session, found if found is not None else self._create(session, config, resources, context)
+            )
 
         return Chain(self, self.database.write(work))
 
@@ -201,12 +206,10 @@ class Dispatcher:
         """Deliveries by chain, chain type and status, newest first, at most `limit`."""
         self._ready()
         with self.database.read() as session:
-            return deliveries.listing(
-                session, chain_id=chain_id, chain_type=chain_type, statuses=statuses, limit=limit
-            )
+            return deliveries.listing(session, chain_id=chain_id, chain_type=chain_type, statuses=statuses, limit=limit)
 
     def stats(self) -> dict[str, Any]:
-        """Counts now: `{"chains", "due", "next_due_at", "open_deliveries", "deliveries": {status: n}}`; reads every chain."""
+        """Counts `{"chains", "due", "next_due_at", "open_deliveries", "deliveries": {status: n}}`; reads all chains."""
         self._ready()
         with self.database.read() as session:
             return chains.statistics(session, now=self.database.now(session))
@@ -327,7 +330,7 @@ class Dispatcher:
             raise self._publisher.unavailable(error) from error
 
     def relay(self, *, tick: bool = False) -> dict[str, Any]:
-        """Publish owed deliveries whose message was lost and settle those whose worker died: `{"relayed", "settled"}`."""
+        """Publish deliveries whose message was lost, settle those whose worker died: `{"relayed", "settled"}`."""
         self._ready()
         if self.settings.dry_run:
             return {"relayed": 0, "settled": 0, "dry_run": True}
@@ -447,8 +450,8 @@ class Dispatcher:
         bind = session.get_bind()
         ours, theirs = self.database.url, bind.engine.url
         if self.database.dialect == "sqlite":
-            named = (ours.database, theirs.database)
-            return theirs.get_backend_name() == "sqlite" and len({os.path.abspath(str(name)) for name in named}) == 1
+            files = {Path(str(url.database)).absolute() for url in (ours, theirs)}
+            return theirs.get_backend_name() == "sqlite" and len(files) == 1
         same = ("host", "port", "database")
         return ours.get_backend_name() == theirs.get_backend_name() and all(
             getattr(ours, name) == getattr(theirs, name) for name in same
@@ -570,7 +573,9 @@ class Chain:
             registered_name(config, callback)
             callback = config.callbacks[callback]
         elif callback is not None and not callable(callback):
-            raise ConfigurationError("a callback must be callable or a registered name", f"chain type {self.chain_type!r}")
+            raise ConfigurationError(
+                "a callback must be callable or a registered name", f"chain type {self.chain_type!r}"
+            )
         call = LocalCall(callback, dict(callback_kwargs or {}))
         dry_run = dry_run or dispatcher.settings.dry_run or self.id is None
         try:
@@ -628,7 +633,7 @@ class Chain:
         return self._put(state, EventAction.MOVED, reason, requested_by)
 
     def explain(self) -> dict[str, Any]:
-        """Why the chain does or does not move now: its row, its open delivery, and what each candidate says; nothing changes."""
+        """Why the chain does or does not move: its row, open delivery, what each candidate says; nothing changes."""
         dispatcher = self._dispatcher
         self.refresh()
         record = self._record
@@ -754,7 +759,7 @@ def registered_name(config: ChainType, callback: str | Callback | None) -> str |
     if not name.isidentifier():
         name = "a_name"
     raise ConfigurationError(
-        f"another process cannot find this function: register it as \"callbacks\": {{{name!r}: <function>}} "
+        f'another process cannot find this function: register it as "callbacks": {{{name!r}: <function>}} '
         f"and enqueue with callback={name!r}",
         path,
     )
@@ -808,8 +813,8 @@ def _load(path: str, setting: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise ConfigurationError(f"must be package.module:ATTRIBUTE, not {path!r}", setting)
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -154,7 +154,6 @@ class ChainLocks:
     def check(self) -> None:
         """Raise `ServiceUnavailable` when there is a lock server and it does not answer."""
         if self._client is not None:
-            keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
             try:
                 self._client.ping()
             except (redis.RedisError, OSError) as error:
@@ -177,7 +176,7 @@ class ChainLocks:
             return None
         try:
             return question()
-        except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+        except (redis.RedisError, OSError) as error:  # away, loading, read-only or out of memory: all the same here
             self._away_until = time.monotonic() + _AWAY_SECONDS
             logger.warning(
                 "lock server %s is away (%s): going on without locks",

@@ -138,7 +138,7 @@ class ResourceRow(Base):
 
 
 class EventRow(Base):
-    """One line of a chain's history. `move_version` repeats `chain_version` for state transitions only, and is unique."""
+    """One line of a chain's history. `move_version` is `chain_version` for state transitions only, and unique."""
 
     __tablename__ = "chain_dispatcher_event"
 
@@ -158,9 +158,7 @@ class EventRow(Base):
         UniqueConstraint("chain_id", "move_version"),
         Index("ix_chain_dispatcher_event_chain", "chain_id", "id"),
         Index("ix_chain_dispatcher_event_created", "created_at", "id"),
-        CheckConstraint(
-            "action IN ({})".format(", ".join(f"'{action}'" for action in EventAction)), name="action"
-        ),
+        CheckConstraint("action IN ({})".format(", ".join(f"'{action}'" for action in EventAction)), name="action"),
         {"sqlite_autoincrement": True},
     )
 
@@ -208,9 +206,7 @@ class DeliveryRow(Base):
         ),
         Index("ix_chain_dispatcher_delivery_status", "status", "id"),
         Index("ix_chain_dispatcher_delivery_finished", "finished_at", "id"),
-        CheckConstraint(
-            "status IN ({})".format(", ".join(f"'{status}'" for status in DeliveryStatus)), name="status"
-        ),
+        CheckConstraint("status IN ({})".format(", ".join(f"'{status}'" for status in DeliveryStatus)), name="status"),
     )
 
 

@@ -169,18 +169,21 @@ class Publisher:
     @contextmanager
     def batch(self) -> Iterator[Producer]:
         """One producer whose messages are sent together at the end, where the transport can. Raises `PublishFailed`."""
-        with self._failures(), self.app.producer_pool.acquire(block=True, timeout=self._settings.connect_seconds) as p:
-            with p.batch():
-                yield p
+        seconds = self._settings.connect_seconds
+        with (
+            self._failures(),
+            self.app.producer_pool.acquire(block=True, timeout=seconds) as producer,
+            producer.batch(),
+        ):
+            yield producer
 
     def backlog(self, queue: str) -> int:
         """How many messages wait in a queue. Raises `PublishFailed`."""
-        with self._failures(), self.app.connection_for_write() as connection:
-            with connection.channel() as channel:
-                try:
-                    return int(channel.queue_declare(queue=queue, passive=True).message_count)
-                except connection.channel_errors:  # the queue does not exist until something was sent
-                    return 0
+        with self._failures(), self.app.connection_for_write() as connection, connection.channel() as channel:
+            try:
+                return int(channel.queue_declare(queue=queue, passive=True).message_count)
+            except connection.channel_errors:  # the queue does not exist until something was sent
+                return 0
 
     def check(self) -> None:
         """Raise `ServiceUnavailable` unless the broker answers within the connect timeout."""

@@ -18,10 +18,10 @@ from dispatcher.chains import DuePosition
 from dispatcher.config import ChainType, DispatcherConfig
 from dispatcher.database import Database
 from dispatcher.deliveries import DeliveryRecord, Owed
-from dispatcher.delivery import settle_crashed
 from dispatcher.locks import ChainLocks
 from dispatcher.publisher import CALLBACKS_QUEUE, CHAINS_QUEUE, PRUNE, RELAY, SWEEP, Publisher, PublishFailed
 from dispatcher.settings import Settings
+from dispatcher.settlement import settle_crashed
 from dispatcher.states import DeliveryStatus
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,9 @@ class Sweeper:
         for chain_type in self._config.chains:
             states = known.get(chain_type.chain_type)
             fresh = _seen_now(chain_type, states or {}, machine_now)
-            changed = [] if states is None else [state for state in fresh if _changed(chain_type, state, states, machine_now)]
+            changed = (
+                [] if states is None else [state for state in fresh if _changed(chain_type, state, states, machine_now)]
+            )
             for state in changed:
                 self._wake_state(chain_type.chain_type, state)
             if states is None or changed or _needs_refresh(chain_type, states, machine_now):
@@ -221,14 +223,13 @@ class Sweeper:
         try:
             room = self._settings.max_backlog - self._publisher.backlog(CALLBACKS_QUEUE)
             while time.monotonic() < stop_at:
-                limit = _RELAY_PAGE
-                found, owed, page_settled = self._database.write(lambda session: self._relay_page(session, limit))
+                found, owed, page_settled = self._database.write(self._relay_page)
                 settled += page_settled
                 if owed and room > 0:
                     self._publisher.deliver(owed)
                     relayed += len(owed)
                     room -= len(owed)
-                if found < limit:
+                if found < _RELAY_PAGE:
                     break
         except PublishFailed as error:
             logger.warning("relay: deliveries not published (%s), they stay owed", error)
@@ -237,9 +238,9 @@ class Sweeper:
         logger.log(level, "relay: %s", result, extra={"action": "relayed", **result})
         return result
 
-    def _relay_page(self, session: Session, limit: int) -> tuple[int, list[Owed], int]:
+    def _relay_page(self, session: Session) -> tuple[int, list[Owed], int]:
         grace = self._settings.queued_seconds
-        found = deliveries.claim_overdue(session, limit=limit, grace_seconds=grace)
+        found = deliveries.claim_overdue(session, limit=_RELAY_PAGE, grace_seconds=grace)
         running = [delivery for delivery in found if delivery.status == DeliveryStatus.RUNNING]
         owed = [
             Owed(delivery.id, delivery.attempt + 1) for delivery in found if delivery.status == DeliveryStatus.PENDING
@@ -261,14 +262,12 @@ class Sweeper:
         if chain_type is None:  # a type of another version of the code: its workers settle it
             deliveries.look_later(session, delivery, seconds=grace)
             return None
-        return settle_crashed(
-            session, delivery, chain_type, now=now, grace_seconds=grace, random=self._random
-        )
+        return settle_crashed(session, delivery, chain_type, now=now, grace_seconds=grace, random=self._random)
 
     # --- prune -------------------------------------------------------------------------------------------------------
 
     def prune(self, *, days: float | None, tick: bool) -> dict[str, Any]:
-        """Delete events and closed deliveries older than `days`, in batches: `{"events", "deliveries"}`; never chains."""
+        """Delete events and closed deliveries older than `days` in batches, never chains; returns the counts."""
         days = days if days is not None else self._settings.retention_days
         if days is None:
             return {"events": 0, "deliveries": 0}
@@ -311,7 +310,9 @@ def _position(raw: Any) -> DuePosition | None:
     return DuePosition(datetime.fromisoformat(raw[0]), int(raw[1]))
 
 
-def _seen_now(chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime) -> dict[str, dict[str, str]]:
+def _seen_now(
+    chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime
+) -> dict[str, dict[str, str]]:
     """The fingerprints to remember: those seen lately, and this configuration's own, as of now."""
     return {
         state: {

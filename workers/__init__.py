@@ -10,7 +10,7 @@ __all__ = ["install"]
 def __getattr__(name: str) -> Any:
     """`workers.celery` is the Celery app that `celery -A workers` looks for; made when it is asked for."""
     if name == "celery":
-        from workers.app import app  # not at the top: `install` must not need DISPATCHER_CONFIG
+        from workers.app import app  # noqa: PLC0415 - not at the top: `install` must not need DISPATCHER_CONFIG
 
         return app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

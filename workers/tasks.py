@@ -11,9 +11,9 @@ from celery import Celery, Task, signals
 from kombu import Exchange, Queue
 
 from dispatcher import Dispatcher, DispatcherError
+from dispatcher.decisions import ChainResult
 from dispatcher.deliveries import Owed
 from dispatcher.delivery import AttemptResult
-from dispatcher.executor import ChainResult
 from dispatcher.publisher import (
     CALLBACKS_QUEUE,
     CHAINS_QUEUE,
@@ -94,7 +94,7 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
         return _named_outcome(lambda: dispatcher.prune(tick=True))
 
     @task(EXECUTE, queue=CHAINS_QUEUE, time_limit=settings.execute_seconds, bind=True, max_retries=_LOCKED_RETRIES)
-    def execute_chain(self: Task, chain_ids: Any = (), dry_run: Any = False, plan: Any = None) -> Any:
+    def execute_chain(self: Task, chain_ids: Any = (), dry_run: Any = None, plan: Any = None) -> Any:
         ids = chain_ids_of(chain_ids)
         if dry_run:
             return _named_outcome(lambda: _plan(dispatcher, ids, plan))

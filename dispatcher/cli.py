@@ -1,0 +1,360 @@
+"""The command `dispatcher`: each subcommand is one call of the library and a way to print what came of it."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import click
+from pydantic import ValidationError
+
+from dispatcher import migrations
+from dispatcher.config import NO_CALLBACK_FOUND, ChainType, choose_callback
+from dispatcher.database import Database
+from dispatcher.dev import run_dev
+from dispatcher.dispatcher import Chain, Dispatcher
+from dispatcher.embedded import default_database_url
+from dispatcher.errors import DispatcherError
+from dispatcher.settings import Settings, embedded_directory
+
+_EVENT_FIELDS = ("created_at", "action", "value", "from_state", "to_state", "requested_by", "detail")
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _pairs(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> list[tuple[str, str]]:
+    """`type=id` words as pairs; what may stand in them is the library's to judge."""
+    for value in values:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r} is no resource: write it as type=id, such as customer=123")
+    return [
+        (resource_type, resource_id) for resource_type, _, resource_id in (value.partition("=") for value in values)
+    ]
+
+
+def _json_object(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise click.BadParameter("must be a JSON object, such as '{\"order\": 1}'")
+    return parsed
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Log what would be done, and do nothing.")
+
+
+def main() -> NoReturn:
+    """Run the command line; the exit code is 0, 1 for an error in one line, or 2 for wrong usage."""
+    try:
+        cli(prog_name="dispatcher")
+    except ValidationError as error:
+        problems = [f"{_setting_name(problem['loc'])}: {problem['msg']}" for problem in error.errors()]
+        _fail("; ".join(problems))
+    except DispatcherError as error:
+        _fail(str(error))
+    raise AssertionError("unreachable: click exits")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="chain-dispatcher", prog_name="dispatcher")
+@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="Logs go to stderr.")
+def cli(log_level: str) -> None:
+    """Decide what happens next to each chain, and make it happen once.
+
+    DISPATCHER_CONFIG=package.module:ATTRIBUTE names the configuration.
+    """
+    logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("dispatcher").setLevel(log_level.upper())
+
+
+@cli.command()
+@click.option("--concurrency", type=click.IntRange(min=1), help="Processes of the worker's pool.")
+@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="What is shown.")
+def dev(concurrency: int | None, log_level: str) -> None:
+    """Run a server, a worker and beat here until Ctrl-C; files go to ./.dispatcher/."""
+    settings = Settings()
+    with Dispatcher.from_settings(settings) as dispatcher:  # a wrong configuration is told before anything starts
+        dispatcher.check()
+    run_dev(settings, concurrency=concurrency, log_level=log_level.upper())
+
+
+@cli.group()
+def db() -> None:
+    """Create, upgrade and inspect the tables."""
+
+
+@db.command()
+def upgrade() -> None:
+    """Create the tables, or bring them to this version's revision."""
+    click.echo(f"the database is at revision {migrations.upgrade(_database())}")
+
+
+@db.command()
+@json_option
+def current(as_json: bool) -> None:
+    """Print the revision of the tables."""
+    found, head = migrations.current(_database()), migrations.head()
+    if as_json:
+        _print_json({"current": found, "head": head})
+    else:
+        click.echo(f"{found or 'no tables'} ({'up to date' if found == head else f'this version has {head}'})")
+
+
+@cli.command()
+@dry_run_option
+@json_option
+def sweep(dry_run: bool, as_json: bool) -> None:
+    """Publish the due chains now, whatever beat did."""
+    _print_counts(Dispatcher.from_settings().sweep(dry_run=dry_run), as_json)
+
+
+@cli.command()
+@json_option
+def relay(as_json: bool) -> None:
+    """Publish the owed deliveries whose message was lost or whose worker died."""
+    dispatcher = Dispatcher.from_settings()
+    dispatcher.check_broker()  # the pass itself leaves what it cannot publish to the next one
+    _print_counts(dispatcher.relay(), as_json)
+
+
+@cli.command()
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Their age, in place of the setting.")
+@json_option
+def prune(days: float | None, as_json: bool) -> None:
+    """Delete events and closed deliveries older than DISPATCHER_RETENTION_DAYS; never chains."""
+    dispatcher = Dispatcher.from_settings()
+    if days is None and dispatcher.settings.retention_days is None:
+        raise click.UsageError("give --days, or set DISPATCHER_RETENTION_DAYS")
+    _print_counts(dispatcher.prune(days=days), as_json)
+
+
+@cli.command()
+@click.argument("chain_type")
+@click.argument("resources", metavar="TYPE=ID...", nargs=-1, required=True, callback=_pairs)
+@click.option("--callback", metavar="NAME", help="A callback that the configuration registers under this name.")
+@click.option("--context", metavar="JSON", callback=_json_object, help="The initial context.")
+@dry_run_option
+@json_option
+def enqueue(  # noqa: PLR0917 - click passes all of them by name
+    chain_type: str,
+    resources: Sequence[tuple[str, str]],
+    callback: str | None,
+    context: dict[str, Any] | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Have the workers execute the chain of these resources; print the task's id."""
+    task_id = Dispatcher.from_settings().enqueue(
+        chain_type,
+        resources,
+        initial_context=context,
+        callback=callback,
+        requested_by="cli",
+        dry_run=dry_run,
+    )
+    if as_json:
+        _print_json({"task_id": task_id})
+    else:
+        click.echo(task_id)
+
+
+@cli.command()
+@click.argument("chain_type")
+@click.argument("resources", metavar="TYPE=ID...", nargs=-1, required=True, callback=_pairs)
+@dry_run_option
+@json_option
+def execute(chain_type: str, resources: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
+    """Execute the chain of these resources here and now, callback included."""
+    settings = Settings()
+    if dry_run:  # for the whole dispatcher, because a chain that does not exist must not be created either
+        settings = settings.model_copy(update={"dry_run": True})
+    chain = Dispatcher.from_settings(settings).get_or_create_resource_chain(chain_type, resources)
+    result = chain.execute(requested_by="cli")
+    if as_json:
+        _print_json(result)
+        return
+    click.echo(f"chain {chain.id or '(not created)'} is in state {chain.state}: {result['outcome']}")
+    _print_reasons(result["errors"])
+
+
+@cli.group()
+def chains() -> None:
+    """Look at chains."""
+
+
+@chains.command("list")
+@click.option("--type", "chain_type", help="Only this chain type.")
+@click.option("--state", help="Only this state.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
+@click.option("--after-id", type=click.IntRange(min=0), default=0, help="Continue behind this chain.")
+@json_option
+def list_chains(chain_type: str | None, state: str | None, limit: int, after_id: int, as_json: bool) -> None:
+    """List chains in the order of their ids."""
+    found = Dispatcher.from_settings().find_chains(chain_type=chain_type, state=state, limit=limit, after_id=after_id)
+    if as_json:
+        _print_json([_chain_values(chain) for chain in found])
+        return
+    head = ("id", "type", "state", "due", "disabled", "resources")
+    rows = [
+        (
+            str(chain.id),
+            chain.chain_type,
+            chain.state,
+            _moment(chain.due_at),
+            "yes" if chain.disabled else "",
+            _resources(chain.resources),
+        )
+        for chain in found
+    ]
+    _print_table([head, *rows])
+
+
+@chains.command()
+@click.argument("chain_id", type=int)
+@json_option
+def show(chain_id: int, as_json: bool) -> None:
+    """Print one chain and its history."""
+    chain = Dispatcher.from_settings().chain(chain_id)
+    events = [{name: getattr(event, name) for name in _EVENT_FIELDS} for event in chain.events]
+    if as_json:
+        _print_json({**_chain_values(chain), "events": events})
+        return
+    for name, value in _chain_values(chain).items():
+        click.echo(f"{name:<15} {_text(value)}")
+    click.echo()
+    _print_table([_EVENT_FIELDS, *([_text(value) for value in event.values()] for event in events)])
+
+
+@chains.command()
+@click.argument("chain_id", type=int)
+@json_option
+def explain(chain_id: int, as_json: bool) -> None:
+    """Say why a chain moves, or why it does not."""
+    explanation = Dispatcher.from_settings().chain(chain_id).explain()
+    if as_json:
+        _print_json(explanation)
+        return
+    for name, value in explanation.items():
+        click.echo(f"{name:<15} {_text(value)}")
+
+
+@cli.command()
+@click.argument("chain_type", required=False)
+def graph(chain_type: str | None) -> None:
+    """Print the states and transitions as Mermaid diagrams."""
+    config = Dispatcher.from_settings().config
+    for chain in [config.get(chain_type)] if chain_type is not None else config.chains:
+        click.echo(f"%% {chain.chain_type}\n{chain.graph.mermaid()}")
+
+
+@cli.command()
+@click.option("--services", is_flag=True, help="Ask the database, Redis and the broker as well.")
+@json_option
+def check(services: bool, as_json: bool) -> None:
+    """Validate the configuration; print types, states and warnings."""
+    dispatcher = Dispatcher.from_settings()
+    if services:
+        dispatcher.check()
+        dispatcher.check_locks()
+    reports = {chain.chain_type: _report(chain) for chain in dispatcher.config.chains}
+    if as_json:
+        _print_json(reports)
+        return
+    for name, report in reports.items():
+        click.echo(f"{name}: {len(report['states'])} states, {len(report['transitions'])} transitions")
+        for state, candidates in report["states"].items():
+            click.echo(f"  {state}: {', '.join(candidates) or '(terminal)'}")
+        for warning in report["warnings"]:
+            click.echo(f"  warning: {warning}")
+
+
+def _report(chain: ChainType) -> dict[str, Any]:
+    """The states of a chain type with their candidates, and what is allowed but probably not meant."""
+    warnings = [f"no chain can come to state {state!r}" for state in chain.graph.unreachable()]
+    warnings += [
+        f"{name} has no callback unless a request names one"
+        for name, transition in chain.by_name.items()
+        if choose_callback(chain, transition, None) is NO_CALLBACK_FOUND
+    ]
+    return {
+        "states": {state: [one.__name__ for one in chain.candidates(state)] for state in chain.graph.states},
+        "transitions": list(chain.by_name),
+        "warnings": warnings,
+    }
+
+
+def _database() -> Database:
+    settings = Settings()
+    return Database(
+        settings.database_url or default_database_url(embedded_directory()), connect_seconds=settings.connect_seconds
+    )
+
+
+def _chain_values(chain: Chain) -> dict[str, Any]:
+    return {
+        "id": chain.id,
+        "chain_type": chain.chain_type,
+        "state": chain.state,
+        "resources": chain.resources,
+        "disabled": chain.disabled,
+        "next_update_at": chain.next_update_at,
+        "due_at": chain.due_at,
+        "created_at": chain.created_at,
+    }
+
+
+def _print_counts(counts: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(counts)
+    else:
+        click.echo(", ".join(f"{name} {_text(value)}" for name, value in counts.items()))
+
+
+def _print_reasons(errors: Mapping[str, Iterable[str]]) -> None:
+    for transition, reasons in errors.items():
+        click.echo(f"  {transition}: {'; '.join(reasons)}")
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, default=_json_form))
+
+
+def _json_form(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, datetime):
+        return _moment(value)
+    return json.dumps(value, default=_json_form) if isinstance(value, list | tuple | dict) else str(value)
+
+
+def _moment(when: datetime | None) -> str:
+    return when.isoformat(sep=" ", timespec="seconds") if when is not None else ""
+
+
+def _resources(resources: Iterable[tuple[str, str]]) -> str:
+    return " ".join(f"{resource_type}={resource_id}" for resource_type, resource_id in resources)
+
+
+def _setting_name(location: Sequence[int | str]) -> str:
+    return f"DISPATCHER_{str(location[0]).upper()}" if location else "settings"
+
+
+def _fail(problem: str) -> NoReturn:
+    click.echo(f"dispatcher: {' '.join(problem.split())}", err=True)
+    sys.exit(1)

@@ -1,0 +1,124 @@
+"""Delays after failed attempts: exponential, capped, spread."""
+
+import math
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy, growing_interval
+
+MIDDLE = 0.5
+"""The random number at which jitter changes nothing."""
+
+UNIT = st.floats(min_value=0, max_value=1, exclude_max=True)
+POLICIES = st.builds(
+    RetryPolicy,
+    max_attempts=st.integers(min_value=1, max_value=10**6),
+    base_seconds=st.floats(min_value=0, max_value=1e6),
+    factor=st.floats(min_value=1, max_value=1e300),
+    cap_seconds=st.floats(min_value=0, max_value=MAX_WAIT_SECONDS),
+    jitter=st.floats(min_value=0, max_value=1),
+)
+
+
+def middle() -> float:
+    return MIDDLE
+
+
+def test_the_default_policy_makes_five_attempts_within_minutes():
+    policy = RetryPolicy()
+    assert policy.max_attempts == 5
+    assert [policy.delay(n, middle).total_seconds() for n in range(1, 5)] == [10, 30, 90, 270]
+
+
+def test_a_delay_stops_growing_at_the_cap():
+    policy = RetryPolicy(base_seconds=10, factor=10, cap_seconds=500)
+    assert [policy.delay(n, middle).total_seconds() for n in (1, 2, 3, 4)] == [10, 100, 500, 500]
+
+
+@pytest.mark.parametrize(("drawn", "seconds"), [(0.0, 80), (0.5, 100), (0.75, 110)])
+def test_jitter_spreads_a_delay_evenly_around_its_value(drawn, seconds):
+    assert RetryPolicy(base_seconds=100, jitter=0.2).delay(1, lambda: drawn) == timedelta(seconds=seconds)
+
+
+def test_without_jitter_the_random_number_does_not_matter():
+    policy = RetryPolicy(jitter=0)
+    assert policy.delay(2, lambda: 0.0) == policy.delay(2, lambda: 0.999) == timedelta(seconds=30)
+
+
+@given(policy=POLICIES, attempt=st.integers(min_value=1, max_value=10**6), drawn=UNIT)
+def test_a_delay_lies_within_the_jitter_around_the_capped_formula(policy, attempt, drawn):
+    try:
+        plain = min(policy.base_seconds * policy.factor ** (attempt - 1), policy.cap_seconds)
+    except OverflowError:
+        plain = policy.cap_seconds if policy.base_seconds > 1e-200 else math.nan
+    delay = policy.delay(attempt, lambda: drawn).total_seconds()
+    assert delay >= 0
+    assert delay <= policy.cap_seconds * (1 + policy.jitter) + 1e-6
+    if not math.isnan(plain):
+        assert plain * (1 - policy.jitter) - 1e-6 <= delay * (1 + 1e-12)
+        assert delay <= plain * (1 + policy.jitter) * (1 + 1e-12) + 1e-6
+
+
+@given(policy=POLICIES, attempt=st.integers(min_value=1, max_value=10**6))
+def test_a_later_attempt_never_waits_less(policy, attempt):
+    assert policy.delay(attempt, middle) <= policy.delay(attempt + 1, middle)
+
+
+@given(policy=POLICIES, attempt=st.integers(min_value=1), drawn=UNIT)
+def test_every_delay_can_be_added_to_a_date(policy, attempt, drawn):
+    assert datetime(2200, 1, 1, tzinfo=UTC) + policy.delay(attempt, lambda: drawn)
+
+
+@pytest.mark.parametrize("factor", [3, 3.0, 1e300])
+@pytest.mark.parametrize("attempt", [1_000, 10**9, 10**400])
+def test_an_attempt_number_beyond_all_floats_waits_for_the_cap(factor, attempt):
+    assert RetryPolicy(factor=factor).delay(attempt, middle) == timedelta(hours=1)
+
+
+def test_a_policy_without_waits_has_none_at_any_attempt():
+    assert RetryPolicy(base_seconds=0).delay(10_000, middle) == timedelta(0)
+
+
+def test_a_slowly_growing_policy_keeps_growing_after_many_attempts():
+    policy = RetryPolicy(base_seconds=1, factor=1.001, cap_seconds=1e6, jitter=0)
+    assert policy.delay(5001, middle).total_seconds() == pytest.approx(1.001**5000)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_attempts": 0},
+        {"max_attempts": -1},
+        {"max_attempts": 2.0},
+        {"max_attempts": True},
+        {"base_seconds": -1},
+        {"base_seconds": math.inf},
+        {"base_seconds": math.nan},
+        {"cap_seconds": -0.1},
+        {"cap_seconds": math.inf},
+        {"cap_seconds": math.nan},
+        {"cap_seconds": 1e13},
+        {"factor": 0.99},
+        {"factor": math.inf},
+        {"factor": math.nan},
+        {"jitter": -0.1},
+        {"jitter": 1.1},
+        {"jitter": math.nan},
+    ],
+)
+def test_numbers_that_make_no_policy_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        RetryPolicy(**wrong)
+
+
+@pytest.mark.parametrize(("failures", "minutes"), [(1, 1), (2, 2), (3, 4), (6, 32), (7, 60), (10**6, 60)])
+def test_the_interval_of_a_failing_guard_doubles_up_to_an_hour(failures, minutes):
+    assert growing_interval(failures) == timedelta(minutes=minutes)
+
+
+def test_the_growing_interval_can_start_and_end_elsewhere():
+    assert growing_interval(1, base_seconds=5, cap_seconds=8) == timedelta(seconds=5)
+    assert growing_interval(2, base_seconds=5, cap_seconds=8) == timedelta(seconds=8)
