@@ -1,19 +1,22 @@
 """A logic engine that determines what to execute next, on Celery."""
 
+from dispatcher.chain import Chain
 from dispatcher.config import ChainType, DispatcherConfig
-from dispatcher.dispatcher import Chain, Dispatcher
+from dispatcher.dispatcher import Dispatcher
 from dispatcher.errors import (
     AmbiguousChain,
     ChainDisabled,
     ChainLocked,
     ChainMissing,
     ChainNotDue,
+    ChainTypePaused,
     ConfigurationError,
     DatabaseNotMigrated,
     DeliveryPending,
     DispatcherError,
     EnqueueNotPublished,
     InvalidResource,
+    NoOpenDelivery,
     NotSerializable,
     PermanentFailure,
     ServiceUnavailable,
@@ -33,6 +36,7 @@ __all__ = [
     "ChainMissing",
     "ChainNotDue",
     "ChainType",
+    "ChainTypePaused",
     "ConfigurationError",
     "DatabaseNotMigrated",
     "DeliveryPending",
@@ -41,6 +45,7 @@ __all__ = [
     "DispatcherError",
     "EnqueueNotPublished",
     "InvalidResource",
+    "NoOpenDelivery",
     "NotSerializable",
     "PermanentFailure",
     "RetryPolicy",

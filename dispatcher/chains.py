@@ -4,9 +4,7 @@ A guarded write names in its WHERE clause what the caller read; a row that chang
 function says so. Every plan, move, close and operator action increments `version`; every enqueue increments `wake`.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -29,21 +27,16 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending, InvalidResource, NotSerializable
+from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending
 from dispatcher.models import (
-    MAX_RESOURCE_ID,
-    MAX_RESOURCE_TYPE,
     ChainRow,
     DeliveryRow,
     EventRow,
     ResourceRow,
-    TickRow,
-    TypeRow,
 )
+from dispatcher.resources import Resource, resource_key
 from dispatcher.states import NEW, DeliveryStatus, EventAction
 from dispatcher.transition import ChainSnapshot
-
-Resource = tuple[str, str]
 
 MAX_DETAIL: Final = 4000
 
@@ -145,62 +138,6 @@ class DuePosition:
 _CHAIN_COLUMNS = tuple(getattr(ChainRow, name) for name in ChainRecord.__dataclass_fields__ if name != "resources")
 
 
-# --- resources -------------------------------------------------------------------------------------------------------
-
-
-def clean_resources(rsc_mappings: Iterable[Any]) -> tuple[Resource, ...]:
-    """The sorted distinct `(resource_type, resource_id)` pairs; `InvalidResource` names a pair that is none."""
-    if isinstance(rsc_mappings, str | bytes) or not isinstance(rsc_mappings, Iterable):
-        raise InvalidResource("resources must be a list of (type, id) pairs", _show(rsc_mappings))
-    pairs = set()
-    for pair in rsc_mappings:
-        if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:  # noqa: PLR2004 - a pair
-            raise InvalidResource("a resource must be a (type, id) pair", _show(pair))
-        for value, what, limit in zip(
-            pair, ("resource type", "resource id"), (MAX_RESOURCE_TYPE, MAX_RESOURCE_ID), strict=True
-        ):
-            if not isinstance(value, str) or not value:
-                raise InvalidResource(f"a {what} must be a non-empty string", _show(pair))
-            if len(value) > limit:
-                raise InvalidResource(f"a {what} must have at most {limit} characters", _show(pair))
-            if "\x00" in value or not _encodable(value):
-                raise InvalidResource(f"a {what} must be text without NUL or lone surrogates", _show(pair))
-        pairs.add((pair[0], pair[1]))
-    if not pairs:
-        raise InvalidResource("a chain needs at least one resource", "[]")
-    return tuple(sorted(pairs))
-
-
-def resource_key(resources: Sequence[Resource]) -> str:
-    """The SHA-256 (hex) of the canonical JSON of the sorted distinct pairs."""
-    canonical = json.dumps(sorted(set(resources)), ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def checked_json(what: str, values: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """`values` as a plain JSON object; `NotSerializable` names the key that cannot travel."""
-    if values is None:
-        return None
-    if not isinstance(values, Mapping):
-        raise NotSerializable(what, "", f"must be a dict, not {type(values).__name__}")
-    checked = {}
-    for key, value in values.items():
-        if not isinstance(key, str):
-            raise NotSerializable(what, _show(key), "keys must be strings")
-        try:
-            text = json.dumps(value, allow_nan=False)
-            checked[key] = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise NotSerializable(what, key, str(error)) from error
-        if (
-            "\\u0000" in text
-            or "\\u0000" in json.dumps(key)
-            or not _encodable(json.dumps(checked[key], ensure_ascii=False))
-        ):
-            raise NotSerializable(what, key, "text must not contain NUL or lone surrogates")
-    return checked
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +209,7 @@ def list_ids(session: Session, *, chain_type: str | None, state: str | None, aft
     return list(session.execute(query.order_by(ChainRow.id).limit(limit)).scalars())
 
 
-def list_by_resource(session: Session, resource: Resource, *, after_id: int, limit: int) -> list[int]:
+def list_by_resource(session: Session, resource: Resource, *, after_id: int, limit: int | None) -> list[int]:
     """The ids above `after_id` of the chains that have this resource, ascending, at most `limit`."""
     query = (
         select(ResourceRow.chain_id)
@@ -511,6 +448,42 @@ def set_disabled(session: Session, chain_id: int, *, disabled: bool, requested_b
     return True
 
 
+def set_resource_disabled(
+    session: Session, resource: Resource, *, disabled: bool, requested_by: str | None, now: datetime
+) -> list[int]:
+    """Disable or enable every chain that has this resource, in one guarded statement; the ids of those that changed."""
+    has_it = select(ResourceRow.chain_id).where(
+        ResourceRow.resource_type == resource[0], ResourceRow.resource_id == resource[1]
+    )
+    ids = list(
+        session.execute(
+            select(ChainRow.id)
+            .where(ChainRow.id.in_(has_it), ChainRow.disabled != disabled)
+            .order_by(ChainRow.id)
+            .with_for_update()
+        ).scalars()
+    )
+    if not ids:
+        return []
+    due_at = None if disabled else case((ChainRow.pending_delivery_id.is_(None), literal(now, ChainRow.due_at.type)))
+    session.execute(
+        update(ChainRow)
+        .where(ChainRow.id.in_(ids), ChainRow.disabled != disabled)
+        .values(disabled=disabled, version=ChainRow.version + 1, due_at=due_at, updated_at=now)
+    )
+    action = EventAction.DISABLED if disabled else EventAction.ENABLED
+    for chain_id in ids:
+        add_event_at_version(session, chain_id, action, requested_by=requested_by, now=now)
+    return ids
+
+
+def erase(session: Session, chain_ids: Sequence[int]) -> None:
+    """Delete these chains with their resources, events and deliveries."""
+    for table in (EventRow, DeliveryRow, ResourceRow):
+        session.execute(delete(table).where(table.chain_id.in_(chain_ids)))
+    session.execute(delete(ChainRow).where(ChainRow.id.in_(chain_ids)))
+
+
 def set_state(
     session: Session,
     record: ChainRecord,
@@ -586,7 +559,7 @@ def make_due(session: Session, *, chain_type: str, state: str, after_id: int, li
     return ids[-1]
 
 
-# --- history, ticks, types -------------------------------------------------------------------------------------------
+# --- history -------------------------------------------------------------------------------------------
 
 
 def add_event(
@@ -660,48 +633,6 @@ def add_event_at_version(
     session.execute(insert(EventRow).from_select(columns, source, include_defaults=False))
 
 
-def claim_tick(session: Session, name: str, *, machine_now: datetime, not_after: datetime) -> bool:
-    """Claim a periodic pass: True for one caller, False when another claimed it after `not_after`."""
-    session.execute(insert_or_ignore(session, TickRow).values(name=name))
-    done = session.execute(
-        update(TickRow)
-        .where(TickRow.name == name, or_(TickRow.last_at.is_(None), TickRow.last_at <= not_after))
-        .values(last_at=machine_now)
-    )
-    return one_row(done)
-
-
-def read_position(session: Session, name: str) -> dict[str, Any]:
-    """Where a periodic pass stopped; empty when it begins anew."""
-    position: dict[str, Any] | None = session.execute(
-        select(TickRow.position).where(TickRow.name == name)
-    ).scalar_one_or_none()
-    return position or {}
-
-
-def write_position(session: Session, name: str, position: dict[str, Any] | None) -> None:
-    """Remember where a periodic pass stopped."""
-    session.execute(insert_or_ignore(session, TickRow).values(name=name))
-    session.execute(update(TickRow).where(TickRow.name == name).values(position=position or None))
-
-
-def paused_types(session: Session) -> set[str]:
-    """The names of the chain types that are paused."""
-    return set(session.execute(select(TypeRow.name).where(TypeRow.paused)).scalars())
-
-
-def read_fingerprints(session: Session, names: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
-    """`{chain type: {state: {fingerprint: when it was last seen}}}` as remembered."""
-    rows = session.execute(select(TypeRow.name, TypeRow.fingerprints).where(TypeRow.name.in_(names)))
-    return {name: dict(fingerprints or {}) for name, fingerprints in rows}
-
-
-def write_fingerprints(session: Session, name: str, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
-    """Remember the fingerprints of a chain type's states."""
-    session.execute(insert_or_ignore(session, TypeRow).values(name=name))
-    session.execute(update(TypeRow).where(TypeRow.name == name).values(fingerprints=dict(fingerprints)))
-
-
 def prune_events(session: Session, *, before: datetime, limit: int) -> int:
     """Delete a batch of events older than `before`; how many. The latest line of a chain's history is kept."""
     newest = select(func.max(EventRow.id)).where(EventRow.chain_id == ChainRow.id).correlate(ChainRow).scalar_subquery()
@@ -724,15 +655,3 @@ def prune_events(session: Session, *, before: datetime, limit: int) -> int:
 def one_row(result: Any) -> bool:
     """Whether a guarded write met its row."""
     return bool(result.rowcount == 1)
-
-
-def _show(value: object) -> str:
-    return repr(value)[:200]
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -4,17 +4,17 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from datetime import datetime
 from typing import Any, NoReturn
 
 import click
 from pydantic import ValidationError
 
-from dispatcher import migrations
+from dispatcher import Chain, Dispatcher, migrations
 from dispatcher.config import NO_CALLBACK_FOUND, ChainType, choose_callback
 from dispatcher.database import Database
 from dispatcher.dev import run_dev
-from dispatcher.dispatcher import Chain, Dispatcher
 from dispatcher.embedded import default_database_url
 from dispatcher.errors import DispatcherError
 from dispatcher.settings import Settings, embedded_directory
@@ -111,7 +111,9 @@ def current(as_json: bool) -> None:
 @json_option
 def sweep(dry_run: bool, as_json: bool) -> None:
     """Publish the due chains now, whatever beat did."""
-    _print_counts(Dispatcher.from_settings().sweep(dry_run=dry_run), as_json)
+    dispatcher = Dispatcher.from_settings()
+    dispatcher.check_broker()  # told at once, before each part of the sweep waits for it
+    _print_counts(dispatcher.sweep(dry_run=dry_run), as_json)
 
 
 @cli.command()
@@ -175,7 +177,8 @@ def execute(chain_type: str, resources: Sequence[tuple[str, str]], dry_run: bool
     if dry_run:  # for the whole dispatcher, because a chain that does not exist must not be created either
         settings = settings.model_copy(update={"dry_run": True})
     chain = Dispatcher.from_settings(settings).get_or_create_resource_chain(chain_type, resources)
-    result = chain.execute(requested_by="cli")
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # what a callback prints is no part of the JSON
+        result = chain.execute(requested_by="cli")
     if as_json:
         _print_json(result)
         return

@@ -3,6 +3,8 @@
 import hashlib
 import inspect
 import logging
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -19,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_NAME: Final = 100
 """The longest chain type, state, transition or callback name, in characters."""
+
+_SHARE: Final = re.compile(r"\d{1,3}(\.\d{1,6})?%", re.ASCII)
 
 Callback = Callable[..., Any]
 ContextLoader = Callable[[Sequence[Any]], Mapping[int, Mapping[str, Any]]]
@@ -48,6 +52,8 @@ class ChainType:
     - `continue_` (in a dict: `"continue"`): publish the next evaluation at once after a move. Defaults to False.
     - `on_unknown`: "retry" or "hold" a delivery whose worker died. Defaults to "retry".
     - `on_dead`: "hold" or "skip" a delivery that is out of attempts. Defaults to "hold".
+    - `max_plans_per_hour`: how many transitions may be planned in one hour before the type is paused: a number, or a
+      share of its chains such as "5%" (of an estimate refreshed every hour). Defaults to None (no limit).
 
     Raises `ConfigurationError` naming chain type, state and transition.
     """
@@ -62,6 +68,7 @@ class ChainType:
     continue_: bool = False
     on_unknown: Literal["retry", "hold"] = "retry"
     on_dead: Literal["hold", "skip"] = "hold"
+    max_plans_per_hour: int | str | None = None
     by_name: Mapping[str, type[Transition]] = field(init=False, repr=False)
     states: frozenset[str] = field(init=False, repr=False)
 
@@ -107,6 +114,19 @@ class ChainType:
     def candidates(self, state: str) -> tuple[type[Transition], ...]:
         """The transitions that may leave `state`, in order; empty for a terminal state."""
         return tuple(self.transitions.get(state, ()))
+
+    @property
+    def plan_share(self) -> float | None:
+        """The share of its chains (above 0, at most 1) that may be planned per hour; None: no share is given."""
+        limit = self.max_plans_per_hour
+        return float(limit.removesuffix("%")) / 100 if isinstance(limit, str) else None
+
+    def plans_per_hour(self, chains: int) -> int | None:
+        """How many transitions may be planned in one hour, of `chains` chains; None: no limit."""
+        share = self.plan_share
+        if share is not None:
+            return max(1, math.floor(share * chains))
+        return self.max_plans_per_hour if isinstance(self.max_plans_per_hour, int) else None
 
     def fingerprint(self, state: str) -> str:
         """A short digest of the candidates of `state` and the options that count for them; it changes when they do."""
@@ -308,6 +328,8 @@ def _check_options(chain: ChainType, path: str) -> None:
         raise ConfigurationError('`on_unknown` must be "retry" or "hold"', path)
     if chain.on_dead not in ("hold", "skip"):
         raise ConfigurationError('`on_dead` must be "hold" or "skip"', path)
+    if not _is_plan_limit(chain.max_plans_per_hour):
+        raise ConfigurationError('`max_plans_per_hour` must be a number of at least 1, or a share such as "5%"', path)
 
 
 def _check_recheck(seconds: object, path: str) -> None:
@@ -321,3 +343,11 @@ def _check_not_async(function: object, what: str, path: str) -> None:
     # Nobody would await it: a coroutine is truthy, so the guard would always be valid and the callback never run.
     if inspect.iscoroutinefunction(function):
         raise ConfigurationError(f"{what} must not be an async function", path)
+
+
+def _is_plan_limit(limit: object) -> bool:
+    if limit is None:
+        return True
+    if isinstance(limit, str):
+        return _SHARE.fullmatch(limit) is not None and 0 < float(limit[:-1]) <= 100  # noqa: PLR2004 - per cent
+    return isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1

@@ -153,8 +153,8 @@ class Database:
                 yield session
         except PoolTimeout as error:
             raise ServiceUnavailable("database", self.address, "no free connection") from error
-        except OperationalError as error:
-            if error.connection_invalidated or _is_unreachable(error):
+        except DBAPIError as error:
+            if error.connection_invalidated or (isinstance(error, OperationalError) and _is_unreachable(error)):
                 raise ServiceUnavailable("database", self.address, _first_line(error.orig)) from error
             raise
 

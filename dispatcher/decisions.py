@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from dispatcher.chains import ChainRecord, Move, Request, Resource, Rest
+from dispatcher.chains import ChainRecord, Move, Request, Rest
 from dispatcher.config import NO_CALLBACK_FOUND, Callback, CallbackChoice, ChainType, choose_callback
 from dispatcher.deliveries import PlannedDelivery
 from dispatcher.errors import UnknownDefinition
 from dispatcher.evaluation import GuardFailed, Plan, evaluate
+from dispatcher.resources import Resource
 from dispatcher.retry import growing_interval
 from dispatcher.states import DONE, NEW, CallbackKind, EventAction, Outcome
 from dispatcher.transition import Transition, as_utc
@@ -51,6 +52,11 @@ class Decision:
 
     result: ChainResult
     write: Move | Rest | PlannedDelivery | None = None
+
+    @property
+    def plans(self) -> bool:
+        """Whether a transition is taken: what a type's budget is about."""
+        return isinstance(self.write, Move | PlannedDelivery)
 
 
 @dataclass(frozen=True, slots=True)

@@ -535,13 +535,49 @@ def look_later(session: Session, delivery: DeliveryRecord, *, seconds: float) ->
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def follow_disabling(session: Session, chain_id: int, *, disabled: bool) -> None:
-    """Take a pending delivery of a disabled chain out of the relay's sight, or give it back."""
+def follow_disabling(session: Session, chain_ids: Sequence[int], *, disabled: bool) -> None:
+    """Take the pending deliveries of disabled chains out of the relay's sight, or give them back."""
     session.execute(
         update(DeliveryRow)
-        .where(DeliveryRow.chain_id == chain_id, DeliveryRow.status == DeliveryStatus.PENDING)
+        .where(DeliveryRow.chain_id.in_(chain_ids), DeliveryRow.status == DeliveryStatus.PENDING)
         .values(publish_after=None if disabled else DeliveryRow.next_attempt_at)
     )
+
+
+def reopen(
+    session: Session,
+    delivery: DeliveryRecord,
+    *,
+    max_attempts: int,
+    disabled: bool,
+    now: datetime,
+    requested_by: str | None,
+) -> None:
+    """Open the next attempt of a delivery that does not run, at once; the relay publishes it."""
+    session.execute(
+        update(DeliveryRow)
+        .where(
+            DeliveryRow.id == delivery.id,
+            DeliveryRow.attempt == delivery.attempt,
+            DeliveryRow.status == delivery.status,
+        )
+        .values(
+            status=DeliveryStatus.PENDING,
+            max_attempts=max_attempts,
+            next_attempt_at=clock_plus(0),
+            publish_after=None if disabled else clock_plus(0),
+        )
+    )
+    session.execute(update(ChainRow).where(ChainRow.id == delivery.chain_id).values(version=ChainRow.version + 1))
+    _event(session, delivery, EventAction.RETRIED, now=now, requested_by=requested_by, detail=delivery.last_error)
+
+
+def running_chains(session: Session, chain_ids: Sequence[int]) -> list[int]:
+    """Those of these chains that have a running attempt, ascending."""
+    query = select(DeliveryRow.chain_id).where(
+        DeliveryRow.chain_id.in_(chain_ids), DeliveryRow.status == DeliveryStatus.RUNNING
+    )
+    return list(session.execute(query.order_by(DeliveryRow.chain_id)).scalars())
 
 
 def prune(session: Session, *, before: datetime, limit: int) -> int:

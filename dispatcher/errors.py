@@ -97,10 +97,22 @@ class ChainDisabled(ChainError):
     reason = "is disabled"
 
 
+class ChainTypePaused(ChainError):
+    """Nothing is planned for chains of this type until it is resumed."""
+
+    reason = "is of a paused type"
+
+
 class DeliveryPending(ChainError):
     """The chain waits for an open delivery, or an attempt of it is running."""
 
     reason = "waits for an open delivery"
+
+
+class NoOpenDelivery(ChainError):
+    """The chain owes nothing that could be retried, cancelled or skipped."""
+
+    reason = "has no open delivery"
 
 
 class UnknownDefinition(ChainError):

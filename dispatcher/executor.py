@@ -5,6 +5,8 @@ what was read (`decisions`); the decisions are written in one transaction, in id
 """
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -12,8 +14,9 @@ from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
-from dispatcher import chains, deliveries
-from dispatcher.chains import ChainRecord, Move, Request, Resource, Rest
+from dispatcher import bookkeeping, chains, deliveries
+from dispatcher.bookkeeping import Budget
+from dispatcher.chains import ChainRecord, Move, Request, Rest
 from dispatcher.config import ChainType, DispatcherConfig
 from dispatcher.database import Database
 from dispatcher.decisions import (
@@ -32,6 +35,7 @@ from dispatcher.deliveries import Owed
 from dispatcher.evaluation import GuardFailed
 from dispatcher.locks import ChainLocks, Held
 from dispatcher.publisher import CHAINS_QUEUE, Publisher, PublishFailed
+from dispatcher.resources import Resource
 from dispatcher.retry import growing_interval
 from dispatcher.settings import Settings
 from dispatcher.states import EventAction, Outcome
@@ -40,6 +44,7 @@ logger = logging.getLogger(__name__)
 plan_logger = logging.getLogger("dispatcher.plan")
 
 _CRASHES_BEFORE_BACKOFF: Final = 3
+_PAUSED_SECONDS: Final = 2.0
 
 
 class Executor:
@@ -59,6 +64,8 @@ class Executor:
         self._database = database
         self._locks = locks
         self._publisher = publisher
+        self._paused_types: frozenset[str] = frozenset()
+        self._paused_until = 0.0
 
     def execute(self, chain_ids: Sequence[int]) -> list[ChainResult]:
         """Execute these chains as a worker does; one result for each, in their order."""
@@ -141,6 +148,24 @@ class Executor:
         outcome = standing or (Outcome.DRY_RUN if result.transition else result.outcome)
         return replace(result, outcome=outcome)
 
+    def plan(
+        self,
+        chain_id: int | None,
+        *,
+        chain_type: str,
+        resources: Sequence[Resource] = (),
+        context: Mapping[str, Any] | None = None,
+        callback: str | None = None,
+    ) -> ChainResult:
+        """Dry run one chain as a worker does: what a guard raises is logged, and is the result's outcome."""
+        try:
+            return self.dry_run(
+                chain_id, chain_type=chain_type, resources=resources, context=context, callback=callback
+            )
+        except GuardFailed as error:
+            logger.error("dry run of chain %s: %s", chain_id, error, exc_info=error)  # noqa: TRY400 - with its cause
+            return ChainResult(chain_id, Outcome.GUARD_FAILED, error=error.__cause__, detail=str(error))
+
     # --- the batch ---------------------------------------------------------------------------------------------------
 
     def _execute_held(
@@ -159,6 +184,8 @@ class Executor:
         for chain_id in held.held:
             record = records.get(chain_id)
             standing = Outcome.MISSING if record is None else standing_of(record, now)
+            if record is not None and standing is None and record.chain_type in self._paused():
+                standing = Outcome.PAUSED
             if record is not None and standing is None:
                 todo.append(record)
             else:
@@ -208,6 +235,14 @@ class Executor:
             loaded = load_contexts(chain, [record]).get(record.id, {})
         return evaluate_record(record, chain, loaded, context, now)
 
+    def _paused(self) -> frozenset[str]:
+        """The paused chain types, as of at most some seconds ago: a pause need not cost every execution a query."""
+        if time.monotonic() >= self._paused_until:
+            with self._database.read() as session:
+                self._paused_types = frozenset(bookkeeping.paused_types(session))
+            self._paused_until = time.monotonic() + _PAUSED_SECONDS
+        return self._paused_types
+
     def _back_off_crashers(self, records: list[ChainRecord], held: Held, now: datetime) -> list[ChainRecord]:
         """Pay the back-off of a chain that keeps killing its process before it is evaluated once more."""
         crashers = [record for record in records if held.crashes.get(record.id, 0) >= _CRASHES_BEFORE_BACKOFF]
@@ -216,6 +251,7 @@ class Executor:
         kept = {record.id: record for record in records}
 
         def work(session: Session) -> None:
+            kept.update((record.id, record) for record in crashers)
             for record in crashers:
                 failures = record.failures + 1
                 rest = Rest(
@@ -234,17 +270,54 @@ class Executor:
         return list(kept.values())
 
     def _write(self, decisions: Sequence[Decision], now: datetime, *, lease: bool) -> list[ChainResult]:
-        writes = [decision for decision in decisions if decision.write is not None]
+        writes = sorted(
+            (decision for decision in decisions if decision.write is not None),
+            key=lambda one: one.result.chain_id or 0,
+        )
         written: dict[int | None, ChainResult] = {}
 
         def work(session: Session) -> None:
             written.clear()
-            for decision in sorted(writes, key=lambda one: one.result.chain_id or 0):
-                written[decision.result.chain_id] = self._write_one(session, decision, now, lease=lease)
+            budgets = self._lock_budgets(session, writes)
+            spent: Counter[str] = Counter()
+            wanted: Counter[str] = Counter()
+            for decision in writes:
+                assert decision.write is not None
+                record = decision.write.record
+                limited = decision.plans and record.chain_type in budgets
+                budget = budgets.get(record.chain_type)
+                wanted[record.chain_type] += limited
+                if limited and (budget is None or spent[record.chain_type] >= budget.left):
+                    written[record.id] = ChainResult(record.id, Outcome.PAUSED, record.state)
+                    continue
+                result = self._write_one(session, decision, now, lease=lease)
+                spent[record.chain_type] += limited and result.outcome != Outcome.STALE
+                written[record.id] = result
+            for name, budget in budgets.items():
+                if budget is not None and not bookkeeping.spend_budget(
+                    session, name, budget, spent=spent[name], wanted=wanted[name]
+                ):
+                    logger.error(
+                        "chain type %s is paused: its plans of this hour are used up",
+                        name,
+                        extra={"action": "type_paused", "chain_type": name},
+                    )
 
         if writes:
             self._database.write(work)
         return [written.get(decision.result.chain_id, decision.result) for decision in decisions]
+
+    def _lock_budgets(self, session: Session, writes: Sequence[Decision]) -> dict[str, Budget | None]:
+        """The budgets of the types with a limit that something is to be planned for, locked in the order of names."""
+        names = {decision.write.record.chain_type for decision in writes if decision.write and decision.plans}
+        limited = sorted(name for name in names if self._config.get(name).max_plans_per_hour is not None)
+        if not limited:
+            return {}
+        machine_now = self._database.machine_now(session)
+        return {
+            name: bookkeeping.lock_budget(session, name, self._config.get(name).plans_per_hour, machine_now=machine_now)
+            for name in limited
+        }
 
     def _write_one(self, session: Session, decision: Decision, now: datetime, *, lease: bool) -> ChainResult:
         result, write = decision.result, decision.write

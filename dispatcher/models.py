@@ -29,10 +29,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from dispatcher.config import MAX_NAME
+from dispatcher.resources import MAX_RESOURCE_ID, MAX_RESOURCE_TYPE
 from dispatcher.states import DeliveryStatus, EventAction
 
-MAX_RESOURCE_TYPE = 100
-MAX_RESOURCE_ID = 255
 MAX_REQUESTED_BY = 255
 
 

@@ -116,6 +116,7 @@ class Publisher:
         self._settings = settings
         self._broker_url = broker_url
         self._app = app
+        self._owns_app = app is None
         self._errors: tuple[type[BaseException], ...] | None = None
 
     @property
@@ -199,11 +200,13 @@ class Publisher:
         return ServiceUnavailable("broker", self.address, str(error))
 
     def close(self) -> None:
-        """Close this process's connections."""
-        if self._app is not None:
+        """Close this process's connections, unless they belong to an app that was handed over."""
+        if self._app is not None and self._owns_app:
             self._app.pool.force_close_all()
 
     def _send(self, name: str, kwargs: Mapping[str, Any], queue: str, producer: Producer | None) -> str:
+        if not self.configured:
+            raise PublishFailed("no broker is configured")
         with self._failures():
             result = self.app.send_task(
                 name,

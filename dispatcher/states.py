@@ -76,6 +76,7 @@ class Outcome(StrEnum):
     UNKNOWN_DEFINITION = "unknown_definition"
     GUARD_FAILED = "guard_failed"
     MISSING = "missing"
+    PAUSED = "paused"
     DRY_RUN = "dry_run"
 
 

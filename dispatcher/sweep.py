@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
-from dispatcher import chains, deliveries
+from dispatcher import bookkeeping, chains, deliveries
 from dispatcher.chains import DuePosition
 from dispatcher.config import ChainType, DispatcherConfig
 from dispatcher.database import Database
@@ -88,8 +88,8 @@ class Sweeper:
             self._wake_changed_states()
         with self._database.read() as session:
             now = self._database.now(session)
-            paused = chains.paused_types(session)
-            positions = {} if dry_run else chains.read_position(session, SWEEP)
+            paused = bookkeeping.paused_types(session)
+            positions = {} if dry_run else bookkeeping.read_position(session, SWEEP)
         cursors = [
             _Cursor(chain_type, _position(positions.get(chain_type.chain_type)))
             for chain_type in self._config.chains
@@ -108,7 +108,7 @@ class Sweeper:
             if not cursor.exhausted and cursor.after is not None
         }
         if not dry_run and stopped != positions:
-            self._database.write(lambda session: chains.write_position(session, SWEEP, stopped))
+            self._database.write(lambda session: bookkeeping.write_position(session, SWEEP, stopped))
         age = (now - counts.oldest).total_seconds() if counts.oldest is not None else 0.0
         result: dict[str, Any] = {
             "due": counts.due,
@@ -179,7 +179,7 @@ class Sweeper:
         with self._database.read() as session:
             known = {
                 name: {state: dict(seen) for state, seen in states.items()}
-                for name, states in chains.read_fingerprints(session, names).items()
+                for name, states in bookkeeping.read_fingerprints(session, names).items()
             }
             machine_now = self._database.machine_now(session)
         for chain_type in self._config.chains:
@@ -193,7 +193,7 @@ class Sweeper:
             if states is None or changed or _needs_refresh(chain_type, states, machine_now):
                 name = chain_type.chain_type
                 self._database.write(
-                    lambda session, name=name, fresh=fresh: chains.write_fingerprints(session, name, fresh)  # type: ignore[misc]
+                    lambda session, name=name, fresh=fresh: bookkeeping.write_fingerprints(session, name, fresh)  # type: ignore[misc]
                 )
 
     def _wake_state(self, chain_type: str, state: str) -> None:
@@ -296,7 +296,7 @@ class Sweeper:
         def work(session: Session) -> bool:
             machine_now = self._database.machine_now(session)
             not_after = machine_now - timedelta(seconds=interval_seconds * 0.9)  # beats are not exact
-            return chains.claim_tick(session, name, machine_now=machine_now, not_after=not_after)
+            return bookkeeping.claim_tick(session, name, machine_now=machine_now, not_after=not_after)
 
         return self._database.write(work)
 

@@ -37,9 +37,18 @@ def test_a_line_of_the_file_is_a_purchase() -> None:
     )
 
 
-@pytest.mark.parametrize("line", ["", "00004 0001 19970118 2", "00004 0001 19970230 2 29.73", "a b c d e"])
-def test_a_bad_line_is_refused(line: str) -> None:
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("", "expected 5 columns, found 0"),
+        ("00004 0001 19970118 2", "expected 5 columns, found 4"),
+        ("00004 0001 19970230 2 29.73", "day is out of range"),
+        ("00004 0001 1997 2 29.73", "does not match format"),
+        ("00004 0001 19970118 two 29.73", "invalid literal"),
+    ],
+)
+def test_a_bad_line_is_refused(line: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
         parse_purchase(line)
 
 

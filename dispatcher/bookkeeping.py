@@ -1,0 +1,136 @@
+"""What the deployment remembers beside its chains: ticks of periodic passes, and its chain types.
+
+On the caller's session; nothing here commits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from dispatcher.chains import insert_or_ignore, one_row
+from dispatcher.models import ChainRow, TickRow, TypeRow
+
+_BUDGET_WINDOW: Final = timedelta(hours=1)
+_ESTIMATE_AGE: Final = timedelta(hours=1)
+
+
+def claim_tick(session: Session, name: str, *, machine_now: datetime, not_after: datetime) -> bool:
+    """Claim a periodic pass: True for one caller, False when another claimed it after `not_after`."""
+    session.execute(insert_or_ignore(session, TickRow).values(name=name))
+    done = session.execute(
+        update(TickRow)
+        .where(TickRow.name == name, or_(TickRow.last_at.is_(None), TickRow.last_at <= not_after))
+        .values(last_at=machine_now)
+    )
+    return one_row(done)
+
+
+def read_position(session: Session, name: str) -> dict[str, Any]:
+    """Where a periodic pass stopped; empty when it begins anew."""
+    position: dict[str, Any] | None = session.execute(
+        select(TickRow.position).where(TickRow.name == name)
+    ).scalar_one_or_none()
+    return position or {}
+
+
+def write_position(session: Session, name: str, position: dict[str, Any] | None) -> None:
+    """Remember where a periodic pass stopped."""
+    session.execute(insert_or_ignore(session, TickRow).values(name=name))
+    session.execute(update(TickRow).where(TickRow.name == name).values(position=position or None))
+
+
+def paused_types(session: Session) -> set[str]:
+    """The names of the chain types that are paused."""
+    return set(session.execute(select(TypeRow.name).where(TypeRow.paused)).scalars())
+
+
+def set_paused(session: Session, name: str, *, paused: bool, reason: str | None) -> bool:
+    """Pause or resume a chain type; False when it was so already."""
+    session.execute(insert_or_ignore(session, TypeRow).values(name=name))
+    done = session.execute(
+        update(TypeRow)
+        .where(TypeRow.name == name, TypeRow.paused != paused)
+        .values(paused=paused, paused_reason=reason if paused else None, window_at=None, window_plans=0)
+    )
+    return one_row(done)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many more plans a chain type may have in the hour that began at `window_at`."""
+
+    window_at: datetime
+    plans: int
+    limit: int
+
+    @property
+    def left(self) -> int:
+        """Plans that may still be written."""
+        return max(0, self.limit - self.plans)
+
+
+def lock_budget(
+    session: Session, name: str, limit_of: Callable[[int], int | None], *, machine_now: datetime
+) -> Budget | None:
+    """The budget of a chain type, its row locked until the transaction ends; None while the type is paused.
+
+    `limit_of` gives the limit for an estimated number of chains; the estimate is refreshed once an hour.
+    """
+    session.execute(insert_or_ignore(session, TypeRow).values(name=name))
+    row = session.execute(select(TypeRow).where(TypeRow.name == name).with_for_update()).scalar_one()
+    if row.paused:
+        return None
+    estimate = row.chains_estimate
+    if estimate is None or row.estimated_at is None or machine_now - row.estimated_at > _ESTIMATE_AGE:
+        estimate = session.execute(select(func.count()).where(ChainRow.chain_type == name)).scalar_one()
+        session.execute(
+            update(TypeRow).where(TypeRow.name == name).values(chains_estimate=estimate, estimated_at=machine_now)
+        )
+    limit = limit_of(estimate)
+    assert limit is not None  # only asked for types that have one
+    if row.window_at is None or machine_now - row.window_at >= _BUDGET_WINDOW:
+        return Budget(machine_now, 0, limit)
+    return Budget(row.window_at, row.window_plans, limit)
+
+
+def spend_budget(session: Session, name: str, budget: Budget, *, spent: int, wanted: int) -> bool:
+    """Note the plans that were written; False, and the type is paused with the reason, when more were wanted."""
+    enough = wanted <= budget.left
+    reason = (
+        None if enough else f"max_plans_per_hour: {budget.limit} used up in the hour from {budget.window_at:%H:%M} UTC"
+    )
+    session.execute(
+        update(TypeRow)
+        .where(TypeRow.name == name)
+        .values(window_at=budget.window_at, window_plans=budget.plans + spent, paused=not enough, paused_reason=reason)
+    )
+    return enough
+
+
+def read_types(session: Session) -> list[TypeRow]:
+    """What is remembered of each chain type, by name."""
+    return list(session.execute(select(TypeRow).order_by(TypeRow.name)).scalars())
+
+
+def count_by_state(session: Session) -> dict[tuple[str, str], int]:
+    """`{(chain type, state): chains}`."""
+    rows = session.execute(
+        select(ChainRow.chain_type, ChainRow.state, func.count()).group_by(ChainRow.chain_type, ChainRow.state)
+    )
+    return {(chain_type, state): count for chain_type, state, count in rows}
+
+
+def read_fingerprints(session: Session, names: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """`{chain type: {state: {fingerprint: when it was last seen}}}` as remembered."""
+    rows = session.execute(select(TypeRow.name, TypeRow.fingerprints).where(TypeRow.name.in_(names)))
+    return {name: dict(fingerprints or {}) for name, fingerprints in rows}
+
+
+def write_fingerprints(session: Session, name: str, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
+    """Remember the fingerprints of a chain type's states."""
+    session.execute(insert_or_ignore(session, TypeRow).values(name=name))
+    session.execute(update(TypeRow).where(TypeRow.name == name).values(fingerprints=dict(fingerprints)))

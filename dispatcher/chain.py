@@ -1,0 +1,337 @@
+"""`Chain`: one chain as applications and operators use it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from dispatcher import chains, deliveries
+from dispatcher.chains import ChainRecord
+from dispatcher.config import Callback, DispatcherConfig
+from dispatcher.database import Database
+from dispatcher.decisions import ChainResult, LocalCall, choose_local, unsaved_record
+from dispatcher.deliveries import DeliveryRecord
+from dispatcher.delivery import Attempts
+from dispatcher.errors import (
+    ChainDisabled,
+    ChainLocked,
+    ChainMissing,
+    ChainNotDue,
+    ChainTypePaused,
+    ConfigurationError,
+    DeliveryPending,
+)
+from dispatcher.evaluation import GuardFailed
+from dispatcher.executor import Executor
+from dispatcher.models import EventRow
+from dispatcher.operations import Operations
+from dispatcher.requests import Requests, checked_request, checked_requester, registered_name
+from dispatcher.resources import Resource
+from dispatcher.settings import Settings
+from dispatcher.states import NEW, EventAction, Outcome
+
+_RAISED: Final = {
+    Outcome.LOCKED: ChainLocked,
+    Outcome.RESTING: ChainNotDue,
+    Outcome.DISABLED: ChainDisabled,
+    Outcome.PAUSED: ChainTypePaused,
+    Outcome.PENDING: DeliveryPending,
+    Outcome.MISSING: ChainMissing,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """The parts of one deployment that its chains use."""
+
+    config: DispatcherConfig
+    settings: Settings
+    database: Database
+    requests: Requests
+    executor: Executor
+    attempts: Attempts
+    operations: Operations
+
+
+class Chain:
+    """One chain, as it was when it was read; `refresh()` reads it again. Chains with the same id are equal."""
+
+    def __init__(self, services: Services, record: ChainRecord) -> None:
+        self._services = services
+        self._record = record
+        self.errors: dict[str, list[str]] = {}
+
+    @classmethod
+    def unsaved(
+        cls,
+        services: Services,
+        chain_type: str,
+        resources: tuple[Resource, ...],
+        context: Mapping[str, Any] | None,
+    ) -> "Chain":
+        """A chain that is not in the database, for dry runs: its `id` is None."""
+        with services.database.read() as session:
+            now = services.database.now(session)
+        return cls(services, unsaved_record(chain_type, resources, context, now))
+
+    @property
+    def id(self) -> int | None:
+        """The chain's id; None only for one that a dry run did not create."""
+        return self._record.id or None
+
+    @property
+    def chain_type(self) -> str:
+        """The name of its configuration."""
+        return self._record.chain_type
+
+    @property
+    def state(self) -> str:
+        """The state it was in when it was read."""
+        return self._record.state
+
+    @property
+    def resources(self) -> tuple[Resource, ...]:
+        """Its `(resource_type, resource_id)` pairs, sorted."""
+        return self._record.resources
+
+    @property
+    def disabled(self) -> bool:
+        """Whether it is disabled."""
+        return self._record.disabled
+
+    @property
+    def next_update_at(self) -> datetime | None:
+        """Until when it rests (aware UTC), or None."""
+        return self._record.next_update_at
+
+    @property
+    def date_next_update(self) -> datetime | None:
+        """The ancestor's name for `next_update_at`."""
+        return self._record.next_update_at
+
+    @property
+    def due_at(self) -> datetime | None:
+        """When a sweep looks at it next (aware UTC), or None."""
+        return self._record.due_at
+
+    @property
+    def created_at(self) -> datetime:
+        """When it was created (aware UTC)."""
+        return self._record.created_at
+
+    @property
+    def events(self) -> list[EventRow]:
+        """Its history, oldest first, read now."""
+        with self._services.database.read() as session:
+            return chains.events(session, self._record.id)
+
+    @property
+    def deliveries(self) -> list[DeliveryRecord]:
+        """Its deliveries, newest first, read now."""
+        with self._services.database.read() as session:
+            return deliveries.listing(session, chain_id=self._record.id, limit=1000)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chain) and other.id is not None and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash((Chain, self._record.id))
+
+    def __repr__(self) -> str:
+        return f"<Chain {self.id} {self.chain_type} {self.state}>"
+
+    def refresh(self) -> "Chain":
+        """This chain, read again. Raises `ChainMissing`."""
+        if self.id is not None:
+            with self._services.database.read() as session:
+                self._record = chains.read_one(session, self.id)
+        return self
+
+    def execute(
+        self,
+        *,
+        initial_context: Mapping[str, Any] | None = None,
+        callback: Callback | str | None = None,
+        callback_kwargs: Mapping[str, Any] | None = None,
+        dry_run: bool = False,
+        requested_by: str | None = None,
+    ) -> dict[str, Any]:
+        """Evaluate the chain here and now, and take its transition, callback included.
+
+        Returns `{"errors": {str(transition): [reasons]}, "dry_run": bool, "transition": transition.to_dict() or None,
+        "chain": {"id", "state"}, "outcome": str}`. What a guard or the callback raises goes on unchanged: the state has
+        then not moved and the chain is due. Raises `ChainLocked`, `ChainNotDue`, `ChainDisabled`, `DeliveryPending` or
+        `ChainMissing`; a dry run reports these as its outcome.
+        """
+        services = self._services
+        config = services.config.get(self.chain_type)
+        if isinstance(callback, str):
+            registered_name(config, callback)
+            callback = config.callbacks[callback]
+        elif callback is not None and not callable(callback):
+            raise ConfigurationError(
+                "a callback must be callable or a registered name", f"chain type {self.chain_type!r}"
+            )
+        call = LocalCall(callback, dict(callback_kwargs or {}))
+        dry_run = dry_run or services.settings.dry_run or self.id is None
+        try:
+            result = self._plan(call, initial_context) if dry_run else self._run(call, initial_context, requested_by)
+        except GuardFailed as error:
+            raise error.__cause__ or error from None
+        self.errors = dict(result.errors)
+        if not dry_run:
+            if result.outcome in _RAISED:
+                raise _RAISED[result.outcome](self._record.id)
+            self.refresh()
+        return self._result(result, dry_run=dry_run)
+
+    def enqueue(
+        self,
+        *,
+        initial_context: Mapping[str, Any] | None = None,
+        callback: str | Callback | None = None,
+        callback_kwargs: Mapping[str, Any] | None = None,
+        requested_by: str | None = None,
+        dry_run: bool = False,
+        best_effort: bool = False,
+    ) -> str | None:
+        """Ask the workers to execute the chain; the task's id. See `Dispatcher.enqueue`. Raises `ChainMissing`."""
+        services = self._services
+        config = services.config.get(self.chain_type)
+        request = checked_request(
+            config,
+            initial_context=initial_context,
+            callback=callback,
+            callback_kwargs=callback_kwargs,
+            requested_by=requested_by,
+        )
+        if dry_run or services.settings.dry_run or self.id is None:
+            return services.requests.publish_dry_run(self.id, self.chain_type, self.resources, request)
+        chain_id = self.id
+        services.database.write(lambda session: services.requests.write_to(session, chain_id, request))
+        return services.requests.publish(chain_id, best_effort=best_effort)
+
+    def disable(self, requested_by: str | None = None) -> "Chain":
+        """Stop new plans and new attempts; an attempt under way finishes and moves. This chain, read again."""
+        self._services.operations.set_disabled(self._record.id, disabled=True, requested_by=requested_by)
+        return self.refresh()
+
+    def enable(self, requested_by: str | None = None) -> "Chain":
+        """Undo `disable`: the chain is due, a delivery it owes goes on. This chain, read again."""
+        self._services.operations.set_disabled(self._record.id, disabled=False, requested_by=requested_by)
+        return self.refresh()
+
+    def reset(self, requested_by: str | None = None) -> "Chain":
+        """Put the chain back to NEW, cancelling a delivery it owes. Raises `DeliveryPending` while an attempt runs."""
+        operations = self._services.operations
+        operations.put(self._record.id, NEW, EventAction.RESET, reason=None, requested_by=requested_by)
+        return self.refresh()
+
+    def move_to(self, state: str, reason: str, requested_by: str | None = None) -> "Chain":
+        """Put the chain into a state of its configuration, cancelling a delivery it owes.
+
+        Raises `ConfigurationError` for an unknown state, `DeliveryPending` while an attempt runs.
+        """
+        if state not in self._services.config.get(self.chain_type).states:
+            raise ConfigurationError("unknown state", f"chain type {self.chain_type!r}, state {state!r}")
+        operations = self._services.operations
+        operations.put(self._record.id, state, EventAction.MOVED, reason=reason, requested_by=requested_by)
+        return self.refresh()
+
+    def retry_delivery(self, requested_by: str | None = None) -> "Chain":
+        """Attempt the delivery that the chain owes again, at once: a dead or held one gets further attempts.
+
+        `attempt` is never lowered, `max_attempts` is raised. Raises `NoOpenDelivery`, or `DeliveryPending` while an
+        attempt runs.
+        """
+        self._services.operations.retry_delivery(self._record.id, requested_by=checked_requester(requested_by))
+        return self.refresh()
+
+    def cancel_delivery(self, requested_by: str | None = None, reason: str = "cancelled by hand") -> "Chain":
+        """Close the delivery that the chain owes as cancelled: the chain stays in its state and is due.
+
+        Raises as `retry_delivery`.
+        """
+        requested_by = checked_requester(requested_by)
+        self._services.operations.cancel_delivery(self._record.id, reason=reason, requested_by=requested_by)
+        return self.refresh()
+
+    def skip_delivery(self, requested_by: str | None = None, reason: str = "skipped by hand") -> "Chain":
+        """Close the delivery that the chain owes as skipped, and move the chain as if it had been delivered.
+
+        Raises as `retry_delivery`.
+        """
+        requested_by = checked_requester(requested_by)
+        self._services.operations.skip_delivery(self._record.id, reason=reason, requested_by=requested_by)
+        return self.refresh()
+
+    def explain(self) -> dict[str, Any]:
+        """Why the chain does or does not move: its row, open delivery, what each candidate says; nothing changes."""
+        services = self._services
+        self.refresh()
+        record = self._record
+        delivery = None
+        if record.pending_delivery_id is not None:
+            with services.database.read() as session:
+                delivery = deliveries.read(session, record.pending_delivery_id)
+        result = services.executor.plan(self.id, chain_type=record.chain_type, resources=record.resources)
+        winner = result.transition
+        return {
+            "id": self.id,
+            "chain_type": record.chain_type,
+            "state": record.state,
+            "resources": [list(pair) for pair in record.resources],
+            "outcome": str(result.outcome),
+            "would_take": type(winner).__name__ if winner is not None else None,
+            "would_reach": winner.final_state if winner is not None else None,
+            "callback": result.callback,
+            "errors": {label: list(reasons) for label, reasons in result.errors.items()},
+            "detail": result.detail,
+            "disabled": record.disabled,
+            "due_at": record.due_at,
+            "next_update_at": record.next_update_at,
+            "failures": record.failures,
+            "requested_by": record.request.requested_by if record.request else None,
+            "has_request": record.request is not None,
+            "delivery": None if delivery is None else _shown(delivery),
+        }
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _plan(self, call: LocalCall, context: Mapping[str, Any] | None) -> ChainResult:
+        return self._services.executor.dry_run(
+            self.id,
+            chain_type=self.chain_type,
+            resources=self.resources,
+            stored_context=self._record.context,
+            context=context or {},
+            local=call,
+        )
+
+    def _run(self, call: LocalCall, context: Mapping[str, Any] | None, requested_by: str | None) -> ChainResult:
+        services = self._services
+        result = services.executor.execute_locally(
+            self._record.id, call=call, context=context or {}, requested_by=checked_requester(requested_by)
+        )
+        chain_type = services.config.get(self.chain_type)
+        if result.outcome == Outcome.PLANNED:
+            assert result.transition is not None
+            choice = choose_local(chain_type, result.transition, call)
+            assert choice.call is not None
+            result = services.attempts.deliver_locally(result, choice.call, call.kwargs)
+        if chain_type.candidates(result.state):
+            services.executor.publish_follow_ups([result], chain_type)
+        return result
+
+    def _result(self, result: ChainResult, *, dry_run: bool) -> dict[str, Any]:
+        return {
+            "errors": self.errors,
+            "dry_run": dry_run,
+            "transition": result.transition.to_dict() if result.transition is not None else None,
+            "chain": {"id": self.id, "state": self.state},
+            "outcome": str(result.outcome),
+        }
+
+
+def _shown(delivery: DeliveryRecord) -> dict[str, Any]:
+    return {key: value for key, value in asdict(delivery).items() if key not in ("kwargs", "context")}

@@ -1,0 +1,43 @@
+"""Actions that wait for the commit of a session that belongs to the caller."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session, SessionTransaction
+
+_WAITING: Final = "chain_dispatcher_waiting"
+_Waiting = list[tuple[SessionTransaction | None, Callable[[], Any]]]
+
+
+def run_after_commit(session: Session, action: Callable[[], Any]) -> None:
+    """Run `action` once when the session's outermost transaction commits; forget it if its transaction rolls back.
+
+    An action that was asked for inside a savepoint is forgotten when that savepoint rolls back.
+    """
+    if _WAITING not in session.info:
+        session.info[_WAITING] = []
+        event.listen(session, "after_commit", _run)
+        event.listen(session, "after_soft_rollback", _forget)
+    begun_in = session.get_nested_transaction() or session.get_transaction() or session.begin()
+    session.info[_WAITING].append((begun_in, action))
+
+
+def _run(session: Session) -> None:
+    if session.in_nested_transaction():
+        return
+    waiting: _Waiting = session.info[_WAITING]
+    session.info[_WAITING] = []
+    for _, action in waiting:
+        action()
+
+
+def _forget(session: Session, rolled_back: SessionTransaction) -> None:
+    waiting: _Waiting = session.info[_WAITING]
+    session.info[_WAITING] = [(begun_in, action) for begun_in, action in waiting if not _within(begun_in, rolled_back)]
+
+
+def _within(transaction: SessionTransaction | None, outer: SessionTransaction) -> bool:
+    while transaction is not None and transaction is not outer:
+        transaction = transaction.parent
+    return transaction is outer

@@ -1,0 +1,250 @@
+"""What operators do to chains and deliveries: guarded writes on a person's behalf, each with its event."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from sqlalchemy.orm import Session
+
+from dispatcher import bookkeeping, chains, deliveries
+from dispatcher.chains import ChainRecord
+from dispatcher.config import DispatcherConfig
+from dispatcher.database import Database
+from dispatcher.decisions import due_after_move
+from dispatcher.deliveries import DeliveryRecord
+from dispatcher.errors import ConfigurationError, DeliveryPending, NoOpenDelivery
+from dispatcher.requests import checked_requester
+from dispatcher.resources import Resource
+from dispatcher.states import DeliveryStatus, EventAction
+
+_BATCH: Final = 500
+_STOPPED: Final = (DeliveryStatus.DEAD, DeliveryStatus.HELD)
+
+
+@dataclass(frozen=True, slots=True)
+class MapCounts:
+    """What a mapping of states did, or would do: chains put into the new state, and those that an attempt keeps."""
+
+    mapped: int
+    waiting: int
+
+
+class Operations:
+    """Operator actions of one deployment."""
+
+    def __init__(self, *, config: DispatcherConfig, database: Database) -> None:
+        self._config = config
+        self._database = database
+
+    # --- one chain ---------------------------------------------------------------------------------------------------
+
+    def set_disabled(self, chain_id: int, *, disabled: bool, requested_by: str | None) -> bool:
+        """Disable or enable a chain and, with it, the delivery it owes; False when it was so already."""
+        requested_by = checked_requester(requested_by)
+
+        def work(session: Session) -> bool:
+            now = self._database.now(session)
+            changed = chains.set_disabled(session, chain_id, disabled=disabled, requested_by=requested_by, now=now)
+            if changed:
+                deliveries.follow_disabling(session, [chain_id], disabled=disabled)
+            return changed
+
+        return self._database.write(work)
+
+    def put(
+        self, chain_id: int, state: str, action: EventAction, *, reason: str | None, requested_by: str | None
+    ) -> None:
+        """Put a chain into a state; a delivery it owes is cancelled. Raises `DeliveryPending` while an attempt runs."""
+        requested_by = checked_requester(requested_by)
+
+        def work(session: Session) -> None:
+            self._put(session, chain_id, state, action, reason=reason, requested_by=requested_by)
+
+        self._database.write(work)
+
+    def _put(
+        self,
+        session: Session,
+        chain_id: int,
+        state: str,
+        action: EventAction,
+        *,
+        reason: str | None,
+        requested_by: str | None,
+    ) -> None:
+        now = self._database.now(session)
+        record = chains.read_one(session, chain_id, lock=True)
+        if record.pending_delivery_id is not None:
+            text = f"{action} to {state}" + (f": {reason}" if reason else "")
+            delivery = self._open(session, record)
+            if delivery.status == DeliveryStatus.RUNNING:
+                raise DeliveryPending(chain_id, "an attempt is running")
+            deliveries.close_and_stay(session, delivery, now=now, reason=text, requested_by=requested_by)
+            record = chains.read_one(session, chain_id, lock=True)
+        config = self._config.by_type.get(record.chain_type)
+        chains.set_state(
+            session,
+            record,
+            state=state,
+            action=action,
+            due_at=now if config is not None and config.candidates(state) else None,
+            requested_by=requested_by,
+            reason=reason,
+            now=now,
+        )
+
+    # --- the delivery a chain owes -----------------------------------------------------------------------------------
+
+    def retry_delivery(self, chain_id: int, *, requested_by: str | None) -> str:
+        """Open a dead, held or waiting delivery's next attempt now; its id. Attempts are added, never taken back."""
+
+        def work(session: Session, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
+            known = self._config.by_type.get(record.chain_type)
+            transition = known.by_name.get(delivery.transition) if known is not None else None
+            more = transition.retry.max_attempts if transition is not None else 1
+            maximum = delivery.max_attempts
+            if delivery.status in _STOPPED or delivery.attempt >= maximum:
+                maximum = max(maximum, delivery.attempt + more)
+            deliveries.reopen(
+                session,
+                delivery,
+                max_attempts=maximum,
+                disabled=record.disabled,
+                now=now,
+                requested_by=requested_by,
+            )
+
+        return self._on_delivery(chain_id, work)
+
+    def cancel_delivery(self, chain_id: int, *, reason: str, requested_by: str | None) -> str:
+        """Close the delivery a chain owes as cancelled: the chain stays and is due; the delivery's id."""
+
+        def work(session: Session, _: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
+            deliveries.close_and_stay(session, delivery, now=now, reason=reason, requested_by=requested_by)
+
+        return self._on_delivery(chain_id, work)
+
+    def skip_delivery(self, chain_id: int, *, reason: str, requested_by: str | None) -> str:
+        """Close the delivery a chain owes as skipped and move the chain as if it had been delivered; its id."""
+
+        def work(session: Session, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
+            config = self._config.get(record.chain_type)
+            deliveries.close_and_move(
+                session,
+                delivery,
+                status=DeliveryStatus.SKIPPED,
+                next_update_at=None,
+                due_at=due_after_move(config, delivery.final_state, None, now),
+                now=now,
+                requested_by=requested_by,
+                detail=reason,
+            )
+
+        return self._on_delivery(chain_id, work)
+
+    def _on_delivery(self, chain_id: int, act: Callable[[Session, ChainRecord, DeliveryRecord, datetime], None]) -> str:
+        def work(session: Session) -> str:
+            record = chains.read_one(session, chain_id, lock=True)
+            if record.pending_delivery_id is None:
+                raise NoOpenDelivery(chain_id)
+            delivery = self._open(session, record)
+            if delivery.status == DeliveryStatus.RUNNING:
+                raise DeliveryPending(chain_id, "an attempt is running")
+            act(session, record, delivery, self._database.now(session))
+            return delivery.id
+
+        return self._database.write(work)
+
+    def _open(self, session: Session, record: ChainRecord) -> DeliveryRecord:
+        assert record.pending_delivery_id is not None
+        delivery = deliveries.read(session, record.pending_delivery_id, lock=True)
+        if delivery is None:
+            raise DeliveryPending(record.id, "its delivery's row is missing: see `dispatcher doctor`")
+        return delivery
+
+    # --- a resource --------------------------------------------------------------------------------------------------
+
+    def set_resource_disabled(self, resource: Resource, *, disabled: bool, requested_by: str | None) -> int:
+        """Disable or enable every chain that has this resource, in one guarded statement; how many changed."""
+        requested_by = checked_requester(requested_by)
+
+        def work(session: Session) -> int:
+            now = self._database.now(session)
+            ids = chains.set_resource_disabled(session, resource, disabled=disabled, requested_by=requested_by, now=now)
+            deliveries.follow_disabling(session, ids, disabled=disabled)
+            return len(ids)
+
+        return self._database.write(work)
+
+    def erase_resource(self, resource: Resource) -> int:
+        """Delete every chain that has this resource, with all that belongs to it; how many.
+
+        Raises `DeliveryPending`, and deletes nothing, while an attempt of one of them runs.
+        """
+
+        def work(session: Session) -> int:
+            ids = chains.list_by_resource(session, resource, after_id=0, limit=None)
+            records = chains.read_many(session, ids, lock=True)
+            running = deliveries.running_chains(session, sorted(records))
+            if running:
+                raise DeliveryPending(running[0], "an attempt is running")
+            chains.erase(session, sorted(records))
+            return len(records)
+
+        return self._database.write(work)
+
+    # --- a chain type ------------------------------------------------------------------------------------------------
+
+    def set_paused(self, chain_type: str, *, paused: bool, reason: str | None) -> bool:
+        """Pause a chain type (nothing more of it is planned) or resume it; False when it was so already."""
+        self._config.get(chain_type)
+        return self._database.write(
+            lambda session: bookkeeping.set_paused(session, chain_type, paused=paused, reason=reason)
+        )
+
+    def map_states(
+        self, chain_type: str, from_state: str, to_state: str, *, requested_by: str | None, dry_run: bool
+    ) -> MapCounts:
+        """Put every chain of a type from one state into another, in batches; a dry run only counts.
+
+        The new state must be one of the configuration; chains with a running attempt are left and counted.
+        """
+        requested_by = checked_requester(requested_by)
+        if to_state not in self._config.get(chain_type).states:
+            raise ConfigurationError("unknown state", f"chain type {chain_type!r}, state {to_state!r}")
+        mapped = waiting = after_id = 0
+        while True:
+            with self._database.read() as session:
+                ids = chains.list_ids(session, chain_type=chain_type, state=from_state, after_id=after_id, limit=_BATCH)
+            if not ids:
+                return MapCounts(mapped, waiting)
+            after_id = ids[-1]
+            for chain_id in ids:
+                if dry_run or self._map_one(chain_id, from_state, to_state, requested_by):
+                    mapped += 1
+                else:
+                    waiting += 1
+
+    def _map_one(self, chain_id: int, from_state: str, to_state: str, requested_by: str | None) -> bool:
+        def work(session: Session) -> bool:
+            if chains.read_one(session, chain_id, lock=True).state != from_state:
+                return False
+            reason = f"from {from_state}"
+            self._put(session, chain_id, to_state, EventAction.MAPPED, reason=reason, requested_by=requested_by)
+            return True
+
+        try:
+            return self._database.write(work)
+        except DeliveryPending:
+            return False
+
+    def unknown_states(self) -> Mapping[tuple[str, str], int]:
+        """`{(chain type, state): chains}` of the states that no configuration here has any more."""
+        with self._database.read() as session:
+            found = bookkeeping.count_by_state(session)
+        return {
+            (chain_type, state): count
+            for (chain_type, state), count in found.items()
+            if (known := self._config.by_type.get(chain_type)) is None or state not in known.states
+        }

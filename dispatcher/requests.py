@@ -1,0 +1,143 @@
+"""On-demand requests: checked, written to the chain's row, and published."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from dispatcher import chains
+from dispatcher.chains import Request
+from dispatcher.config import Callback, ChainType
+from dispatcher.database import Database
+from dispatcher.errors import ConfigurationError, EnqueueNotPublished
+from dispatcher.models import MAX_REQUESTED_BY
+from dispatcher.publisher import REQUESTS_QUEUE, Publisher, PublishFailed
+from dispatcher.resources import Resource, checked_json, is_text
+from dispatcher.states import NEW
+
+logger = logging.getLogger(__name__)
+
+
+class Requests:
+    """Writes and publishes the requests of one deployment."""
+
+    def __init__(self, *, database: Database, publisher: Publisher) -> None:
+        self._database = database
+        self._publisher = publisher
+
+    def create(
+        self, session: Session, config: ChainType, resources: Sequence[Resource], context: Mapping[str, Any] | None
+    ) -> int:
+        """The id of the chain with exactly these resources, made in NEW and due unless another caller was first."""
+        now = self._database.now(session)
+        return chains.create(
+            session,
+            chain_type=config.chain_type,
+            resources=resources,
+            context=context,
+            due_at=now if config.candidates(NEW) else None,
+            now=now,
+        )
+
+    def write(self, session: Session, config: ChainType, resources: Sequence[Resource], request: Request) -> int:
+        """The id of the chain with these resources (created if absent), with the request in its row."""
+        chain_id = chains.find_exact(session, config.chain_type, resources)
+        if chain_id is None:
+            chain_id = self.create(session, config, resources, None)
+        self.write_to(session, chain_id, request)
+        return chain_id
+
+    def write_to(self, session: Session, chain_id: int, request: Request) -> None:
+        """Write the request to a chain's row and make it due. Raises `ChainMissing`."""
+        chains.write_request(session, chain_id, request, now=self._database.now(session))
+
+    def publish(self, chain_id: int, *, best_effort: bool) -> str | None:
+        """The id of the task that executes the chain; `EnqueueNotPublished`, or None with `best_effort`."""
+        try:
+            return self._publisher.execute([chain_id], queue=REQUESTS_QUEUE)
+        except PublishFailed as error:
+            if best_effort:
+                logger.warning(
+                    "chain %s: request written, not published (%s)",
+                    chain_id,
+                    error,
+                    extra={"action": "request_not_published", "chain_id": chain_id},
+                )
+                return None
+            raise EnqueueNotPublished(chain_id, str(error)) from error
+
+    def publish_dry_run(
+        self, chain_id: int | None, chain_type: str, resources: Sequence[Resource], request: Request
+    ) -> str:
+        """The id of the task that plans the chain and changes nothing; what was asked travels in the message."""
+        plan = {
+            "chain_type": chain_type,
+            "resources": [list(pair) for pair in resources],
+            "context": request.context,
+            "callback": request.callback,
+        }
+        ids = [] if chain_id is None else [chain_id]
+        try:
+            return self._publisher.execute(ids, queue=REQUESTS_QUEUE, dry_run=True, plan=plan)
+        except PublishFailed as error:
+            raise EnqueueNotPublished(chain_id or 0, str(error), written=False) from error
+
+    def shares_database(self, session: Session) -> bool:
+        """Whether the caller's session is on the database that holds the chains."""
+        ours, theirs = self._database.url, session.get_bind().engine.url
+        if ours.get_backend_name() != theirs.get_backend_name():
+            return False
+        if self._database.dialect == "sqlite":
+            return Path(str(ours.database)).absolute() == Path(str(theirs.database)).absolute()
+        return (ours.host, ours.port, ours.database) == (theirs.host, theirs.port, theirs.database)
+
+
+def checked_request(
+    config: ChainType,
+    *,
+    initial_context: Mapping[str, Any] | None,
+    callback: str | Callback | None,
+    callback_kwargs: Mapping[str, Any] | None,
+    requested_by: str | None,
+) -> Request:
+    """The request as it may travel; `NotSerializable`, `ConfigurationError` or `ValueError` says what cannot."""
+    return Request(
+        checked_json("initial_context", initial_context),
+        registered_name(config, callback),
+        checked_json("callback_kwargs", callback_kwargs),
+        checked_requester(requested_by),
+    )
+
+
+def registered_name(config: ChainType, callback: str | Callback | None) -> str | None:
+    """The name under which a callback is registered with its chain type; `ConfigurationError` if it is not."""
+    path = f"chain type {config.chain_type!r}"
+    if callback is None:
+        return None
+    if isinstance(callback, str):
+        if callback not in config.callbacks:
+            known = ", ".join(map(repr, config.callbacks)) or "none"
+            raise ConfigurationError(f"no callback is registered as {callback!r} (registered: {known})", path)
+        return callback
+    for name, function in config.callbacks.items():
+        if function is callback:
+            return name
+    name = getattr(callback, "__name__", "")
+    if not name.isidentifier():
+        name = "a_name"
+    raise ConfigurationError(
+        f'another process cannot find this function: register it as "callbacks": {{{name!r}: <function>}} '
+        f"and enqueue with callback={name!r}",
+        path,
+    )
+
+
+def checked_requester(requested_by: str | None) -> str | None:
+    """`requested_by`, if it is text that fits its column; `ValueError` otherwise."""
+    if requested_by is None:
+        return None
+    if not isinstance(requested_by, str) or len(requested_by) > MAX_REQUESTED_BY or not is_text(requested_by):
+        raise ValueError(f"requested_by must be text of at most {MAX_REQUESTED_BY} characters")
+    return requested_by

@@ -1,0 +1,76 @@
+"""Resources, and other values from outside: what may be kept, in which form."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from dispatcher.errors import InvalidResource, NotSerializable
+
+Resource = tuple[str, str]
+"""A `(resource_type, resource_id)` pair."""
+
+MAX_RESOURCE_TYPE: Final = 100
+MAX_RESOURCE_ID: Final = 255
+
+
+def clean_resources(rsc_mappings: Iterable[Any]) -> tuple[Resource, ...]:
+    """The sorted distinct `(resource_type, resource_id)` pairs; `InvalidResource` names a pair that is none."""
+    if isinstance(rsc_mappings, str | bytes) or not isinstance(rsc_mappings, Iterable):
+        raise InvalidResource("resources must be a list of (type, id) pairs", _show(rsc_mappings))
+    pairs = set()
+    for pair in rsc_mappings:
+        if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:  # noqa: PLR2004 - a pair
+            raise InvalidResource("a resource must be a (type, id) pair", _show(pair))
+        for value, what, limit in zip(
+            pair, ("resource type", "resource id"), (MAX_RESOURCE_TYPE, MAX_RESOURCE_ID), strict=True
+        ):
+            if not isinstance(value, str) or not value:
+                raise InvalidResource(f"a {what} must be a non-empty string", _show(pair))
+            if len(value) > limit:
+                raise InvalidResource(f"a {what} must have at most {limit} characters", _show(pair))
+            if not is_text(value):
+                raise InvalidResource(f"a {what} must be text without NUL or lone surrogates", _show(pair))
+        pairs.add((pair[0], pair[1]))
+    if not pairs:
+        raise InvalidResource("a chain needs at least one resource", "[]")
+    return tuple(sorted(pairs))
+
+
+def resource_key(resources: Sequence[Resource]) -> str:
+    """The SHA-256 (hex) of the canonical JSON of the sorted distinct pairs."""
+    canonical = json.dumps(sorted(set(resources)), ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def checked_json(what: str, values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """`values` as a plain JSON object; `NotSerializable` names the key that cannot travel."""
+    if values is None:
+        return None
+    if not isinstance(values, Mapping):
+        raise NotSerializable(what, "", f"must be a dict, not {type(values).__name__}")
+    checked = {}
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise NotSerializable(what, _show(key), "keys must be strings")
+        try:
+            text = json.dumps(value, allow_nan=False)
+            checked[key] = json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise NotSerializable(what, key, str(error)) from error
+        if "\\u0000" in text or not is_text(json.dumps({key: checked[key]}, ensure_ascii=False)):
+            raise NotSerializable(what, key, "text must not contain NUL or lone surrogates")
+    return checked
+
+
+def is_text(text: str) -> bool:
+    """Whether every database can keep this text: no NUL, no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\x00" not in text
+
+
+def _show(value: object) -> str:
+    return repr(value)[:200]
