@@ -17,7 +17,6 @@ from dispatcher.errors import (
     ChainLocked,
     ChainMissing,
     ChainNotDue,
-    ChainTypePaused,
     ConfigurationError,
     DeliveryPending,
 )
@@ -34,7 +33,6 @@ _RAISED: Final = {
     Outcome.LOCKED: ChainLocked,
     Outcome.RESTING: ChainNotDue,
     Outcome.DISABLED: ChainDisabled,
-    Outcome.PAUSED: ChainTypePaused,
     Outcome.PENDING: DeliveryPending,
     Outcome.MISSING: ChainMissing,
 }
@@ -181,7 +179,7 @@ class Chain:
         self.errors = dict(result.errors)
         if not dry_run:
             if result.outcome in _RAISED:
-                raise _RAISED[result.outcome](self._record.id)
+                raise _RAISED[result.outcome](self._record.id, result.detail)
             self.refresh()
         return self._result(result, dry_run=dry_run)
 

@@ -16,7 +16,7 @@ from dispatcher.config import NO_CALLBACK_FOUND, ChainType, choose_callback
 from dispatcher.database import Database
 from dispatcher.dev import run_dev
 from dispatcher.embedded import default_database_url
-from dispatcher.errors import DispatcherError
+from dispatcher.errors import DispatcherError, ServiceUnavailable
 from dispatcher.settings import Settings, embedded_directory
 
 _EVENT_FIELDS = ("created_at", "action", "value", "from_state", "to_state", "requested_by", "detail")
@@ -112,7 +112,7 @@ def current(as_json: bool) -> None:
 def sweep(dry_run: bool, as_json: bool) -> None:
     """Publish the due chains now, whatever beat did."""
     dispatcher = Dispatcher.from_settings()
-    dispatcher.check_broker()  # told at once, before each part of the sweep waits for it
+    _require_broker(dispatcher)
     _print_counts(dispatcher.sweep(dry_run=dry_run), as_json)
 
 
@@ -121,7 +121,7 @@ def sweep(dry_run: bool, as_json: bool) -> None:
 def relay(as_json: bool) -> None:
     """Publish the owed deliveries whose message was lost or whose worker died."""
     dispatcher = Dispatcher.from_settings()
-    dispatcher.check_broker()  # the pass itself leaves what it cannot publish to the next one
+    _require_broker(dispatcher)
     _print_counts(dispatcher.relay(), as_json)
 
 
@@ -290,6 +290,14 @@ def _report(chain: ChainType) -> dict[str, Any]:
         "transitions": list(chain.by_name),
         "warnings": warnings,
     }
+
+
+def _require_broker(dispatcher: Dispatcher) -> None:
+    """Tell at once that there is no broker: a pass waits for it in several places, or leaves it to the next pass."""
+    if dispatcher.broker_url is None:
+        hint = "set DISPATCHER_REDIS_URL or DISPATCHER_BROKER_URL, or run `dispatcher dev`"
+        raise ServiceUnavailable("broker", "nowhere", hint)
+    dispatcher.check_broker()
 
 
 def _database() -> Database:

@@ -97,12 +97,6 @@ class ChainDisabled(ChainError):
     reason = "is disabled"
 
 
-class ChainTypePaused(ChainError):
-    """Nothing is planned for chains of this type until it is resumed."""
-
-    reason = "is of a paused type"
-
-
 class DeliveryPending(ChainError):
     """The chain waits for an open delivery, or an attempt of it is running."""
 

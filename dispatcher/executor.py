@@ -45,6 +45,7 @@ plan_logger = logging.getLogger("dispatcher.plan")
 
 _CRASHES_BEFORE_BACKOFF: Final = 3
 _PAUSED_SECONDS: Final = 2.0
+_TYPE_PAUSED: Final = "its chain type is paused"
 
 
 class Executor:
@@ -185,7 +186,8 @@ class Executor:
             record = records.get(chain_id)
             standing = Outcome.MISSING if record is None else standing_of(record, now)
             if record is not None and standing is None and record.chain_type in self._paused():
-                standing = Outcome.PAUSED
+                results.append(ChainResult(chain_id, Outcome.DISABLED, record.state, detail=_TYPE_PAUSED))
+                continue
             if record is not None and standing is None:
                 todo.append(record)
             else:
@@ -288,7 +290,7 @@ class Executor:
                 budget = budgets.get(record.chain_type)
                 wanted[record.chain_type] += limited
                 if limited and (budget is None or spent[record.chain_type] >= budget.left):
-                    written[record.id] = ChainResult(record.id, Outcome.PAUSED, record.state)
+                    written[record.id] = ChainResult(record.id, Outcome.DISABLED, record.state, detail=_TYPE_PAUSED)
                     continue
                 result = self._write_one(session, decision, now, lease=lease)
                 spent[record.chain_type] += limited and result.outcome != Outcome.STALE

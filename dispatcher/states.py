@@ -76,7 +76,6 @@ class Outcome(StrEnum):
     UNKNOWN_DEFINITION = "unknown_definition"
     GUARD_FAILED = "guard_failed"
     MISSING = "missing"
-    PAUSED = "paused"
     DRY_RUN = "dry_run"
 
 
