@@ -29,6 +29,12 @@ def claim_tick(session: Session, name: str, *, machine_now: datetime, not_after:
     return one_row(done)
 
 
+def read_ticks(session: Session) -> dict[str, datetime]:
+    """When each periodic pass last began, by the database's clock."""
+    rows = session.execute(select(TickRow.name, TickRow.last_at))
+    return {name: last_at for name, last_at in rows if last_at is not None}
+
+
 def read_position(session: Session, name: str) -> dict[str, Any]:
     """Where a periodic pass stopped; empty when it begins anew."""
     position: dict[str, Any] | None = session.execute(

@@ -263,6 +263,11 @@ def statistics(session: Session, *, now: datetime) -> dict[str, Any]:
     }
 
 
+def oldest_due(session: Session, *, now: datetime) -> datetime | None:
+    """The `due_at` of the chain that is due longest, or None."""
+    return session.execute(select(func.min(ChainRow.due_at)).where(_is_due(now))).scalar_one()
+
+
 # --- creating --------------------------------------------------------------------------------------------------------
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import and_, case, delete, insert, select, update
+from sqlalchemy import and_, case, delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from dispatcher import chains
 from dispatcher.chains import ChainRecord, one_row
 from dispatcher.database import clock_plus
 from dispatcher.models import ChainRow, DeliveryRow
-from dispatcher.states import CLOSED_STATUSES, AttemptOutcome, CallbackKind, DeliveryStatus, EventAction
+from dispatcher.states import CLOSED_STATUSES, OPEN_STATUSES, AttemptOutcome, CallbackKind, DeliveryStatus, EventAction
 
 MAX_ERROR: Final = 2000
 _KEY_SPACE: Final = uuid.UUID("6c7e1f0a-6f3c-5f0e-9d53-7b8a3c1e2d40")
@@ -578,6 +578,73 @@ def running_chains(session: Session, chain_ids: Sequence[int]) -> list[int]:
         DeliveryRow.chain_id.in_(chain_ids), DeliveryRow.status == DeliveryStatus.RUNNING
     )
     return list(session.execute(query.order_by(DeliveryRow.chain_id)).scalars())
+
+
+# --- disagreements ---------------------------------------------------------------------------------------------------
+
+
+def chains_astray(session: Session, *, limit: int) -> list[int]:
+    """Chains that wait for a delivery which is closed or missing, ascending."""
+    owed = select(DeliveryRow.id).where(
+        DeliveryRow.id == ChainRow.pending_delivery_id, DeliveryRow.status.in_([str(one) for one in OPEN_STATUSES])
+    )
+    query = select(ChainRow.id).where(ChainRow.pending_delivery_id.is_not(None), ~owed.exists())
+    return list(session.execute(query.order_by(ChainRow.id).limit(limit)).scalars())
+
+
+def free_chain(session: Session, chain_id: int, *, now: datetime) -> None:
+    """Make a chain due that waits for a delivery which is closed or missing; nothing if it does not."""
+    owed = select(DeliveryRow.id).where(
+        DeliveryRow.id == ChainRow.pending_delivery_id, DeliveryRow.status.in_([str(one) for one in OPEN_STATUSES])
+    )
+    session.execute(
+        update(ChainRow)
+        .where(ChainRow.id == chain_id, ChainRow.pending_delivery_id.is_not(None), ~owed.exists())
+        .values(
+            pending_delivery_id=None, version=ChainRow.version + 1, due_at=case((ChainRow.disabled, None), else_=now)
+        )
+    )
+
+
+def orphans(session: Session, *, limit: int) -> list[str]:
+    """Open deliveries whose chain does not wait for them."""
+    query = (
+        select(DeliveryRow.id)
+        .join(ChainRow, ChainRow.id == DeliveryRow.chain_id)
+        .where(
+            DeliveryRow.status.in_([str(one) for one in OPEN_STATUSES]),
+            or_(ChainRow.pending_delivery_id.is_(None), ChainRow.pending_delivery_id != DeliveryRow.id),
+        )
+    )
+    return list(session.execute(query.order_by(DeliveryRow.id).limit(limit)).scalars())
+
+
+def close_orphan(session: Session, delivery_id: str, *, now: datetime) -> None:
+    """Close an open delivery, that does not run, as cancelled if its chain does not wait for it."""
+    delivery = read(session, delivery_id, lock=True)
+    if delivery is None or delivery.status not in (DeliveryStatus.PENDING, DeliveryStatus.DEAD, DeliveryStatus.HELD):
+        return
+    if chains.read_one(session, delivery.chain_id, lock=True).pending_delivery_id == delivery_id:
+        return
+    if _close(session, delivery, status=DeliveryStatus.CANCELLED, error="its chain does not wait for it"):
+        _event(session, delivery, EventAction.CANCELLED, now=now, detail="its chain does not wait for it")
+
+
+def count_stopped(session: Session) -> dict[str, int]:
+    """How many deliveries are dead and held."""
+    query = select(DeliveryRow.status, func.count()).where(
+        DeliveryRow.status.in_([str(DeliveryStatus.DEAD), str(DeliveryStatus.HELD)])
+    )
+    return {status: count for status, count in session.execute(query.group_by(DeliveryRow.status))}
+
+
+def late(session: Session, *, seconds: float, limit: int) -> list[str]:
+    """Deliveries that the relay should have looked at `seconds` ago and has not."""
+    query = select(DeliveryRow.id).where(DeliveryRow.publish_after <= clock_plus(-seconds))
+    return list(session.execute(query.order_by(DeliveryRow.publish_after).limit(limit)).scalars())
+
+
+# --- upkeep ----------------------------------------------------------------------------------------------------------
 
 
 def prune(session: Session, *, before: datetime, limit: int) -> int:

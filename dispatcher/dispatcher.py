@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from sqlalchemy.orm import Session
 
-from dispatcher import chains, deliveries
+from dispatcher import bookkeeping, chains, deliveries
 from dispatcher.chain import Chain, Services
 from dispatcher.chains import ChainRecord
 from dispatcher.config import Callback, ChainType, DispatcherConfig
@@ -15,12 +15,14 @@ from dispatcher.database import Database
 from dispatcher.decisions import ChainResult
 from dispatcher.deliveries import DeliveryRecord, Owed
 from dispatcher.delivery import AttemptResult, Attempts
+from dispatcher.doctor import Doctor, Finding
 from dispatcher.embedded import default_database_url, find_running
 from dispatcher.errors import ConfigurationError
 from dispatcher.executor import Executor
 from dispatcher.loading import load_object
 from dispatcher.locks import ChainLocks
 from dispatcher.migrations import require_current
+from dispatcher.models import TypeRow
 from dispatcher.on_commit import run_after_commit
 from dispatcher.operations import MapCounts, Operations
 from dispatcher.publisher import CeleryApp, Publisher, PublishFailed
@@ -88,6 +90,7 @@ class Dispatcher:
         self._sweeper = Sweeper(**parts, locks=self._locks)
         self._requests = Requests(database=self.database, publisher=self._publisher)
         self._operations = Operations(config=self.config, database=self.database)
+        self._doctor = Doctor(**parts, locks=self._locks, operations=self._operations)
         self._services = Services(
             config=self.config,
             settings=self.settings,
@@ -397,6 +400,16 @@ class Dispatcher:
             requested_by=requested_by,
             dry_run=dry_run or self.settings.dry_run,
         )
+
+    def find_types(self) -> list[TypeRow]:
+        """What is remembered of each chain type that was paused, limited or fingerprinted, by name."""
+        self._ready()
+        with self.database.read() as session:
+            return bookkeeping.read_types(session)
+
+    def examine(self) -> list[Finding]:
+        """What is wrong with this deployment, each finding with what mends it; empty when all is well."""
+        return self._doctor.examine()
 
     # --- operation ---------------------------------------------------------------------------------------------------
 

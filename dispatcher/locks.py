@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import redis
@@ -66,6 +67,15 @@ class Held:
     held: tuple[int, ...]
     locked: frozenset[int] = frozenset()
     crashes: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LockFacts:
+    """What a lock server says: its clock, its eviction policy (None: not told), and keys that never expire."""
+
+    time: datetime
+    eviction: str | None
+    without_ttl: tuple[str, ...]
 
 
 class ChainLocks:
@@ -150,6 +160,27 @@ class ChainLocks:
         client = self._client
         if client is not None and chain_ids:
             self._ask(lambda: client.delete(*(self._key("queued", chain_id) for chain_id in chain_ids)))
+
+    def examine(self) -> "LockFacts | None":
+        """What a lock server says of itself and of its keys; None without one. Raises `ServiceUnavailable`."""
+        client = self._client
+        if client is None:
+            return None
+        self.check()
+        seconds, microseconds = client.time()
+        try:
+            eviction = client.config_get("maxmemory-policy").get("maxmemory-policy")
+        except redis.RedisError:  # managed servers forbid CONFIG
+            eviction = None
+        kinds = tuple(f"{self.prefix}:{kind}:" for kind in ("lock", "queued", "crash"))
+        keys = client.scan_iter(match=f"{self.prefix}:*", count=1000)
+        forever = sorted(key for key in keys if key.startswith(kinds) and client.ttl(key) == -1)
+        return LockFacts(datetime.fromtimestamp(seconds + microseconds / 1e6, UTC), eviction, tuple(forever))
+
+    def drop_without_ttl(self, key: str) -> None:
+        """Delete a key of this prefix that never expires."""
+        if self._client is not None and key.startswith(f"{self.prefix}:") and self._client.ttl(key) == -1:
+            self._client.delete(key)
 
     def check(self) -> None:
         """Raise `ServiceUnavailable` when there is a lock server and it does not answer."""

@@ -186,6 +186,12 @@ class Publisher:
             except connection.channel_errors:  # the queue does not exist until something was sent
                 return 0
 
+    def consumed_queues(self, *, seconds: float = 2.0) -> set[str]:
+        """The queues for which a worker answers within `seconds`. Raises `PublishFailed`."""
+        with self._failures():
+            answers = self.app.control.inspect(timeout=seconds).active_queues() or {}
+        return {queue["name"] for queues in answers.values() for queue in queues}
+
     def check(self) -> None:
         """Raise `ServiceUnavailable` unless the broker answers within the connect timeout."""
         try:
