@@ -1,0 +1,1 @@
+"""The tests: `unit`, `integration` (real database and Redis), `acceptance` (real workers)."""

@@ -1,0 +1,121 @@
+"""What every test gets: an environment without the developer's settings, and servers that the run starts itself."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import pytest
+
+from dispatcher.database import Database
+from dispatcher.migrations import upgrade
+from tests.servers import MissingBinaryError, PostgresServer, RedisServer, Server
+
+AnyServer = TypeVar("AnyServer", bound=Server)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("DISPATCHER_"):
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds the `.env` or `.dispatcher` of the directory that pytest was started in."""
+    monkeypatch.chdir(tmp_path)
+
+
+def missing(reason: str) -> NoReturn:
+    """End a test for want of a service: a skip on a laptop, a failure where CI is set."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@contextmanager
+def running(make: Callable[[], AnyServer], missing: Callable[[str], NoReturn] = missing) -> Iterator[AnyServer]:
+    """The server that `make` makes, while it runs; `missing` is called where its program is not installed."""
+    try:
+        server = make()
+    except MissingBinaryError as error:
+        missing(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """The run's own Redis or Valkey. A test that stops it starts one of its own instead."""
+    with running(RedisServer) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """The run's own PostgreSQL. A test that stops it starts one of its own instead."""
+    with running(PostgresServer) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The URL of a Redis without any keys."""
+    redis_server.clear()
+    return redis_server.url
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_server: PostgresServer) -> str:
+    """The URL of a migrated, empty database, from which each test's is copied."""
+    url = postgres_server.create_database()
+    _migrate(url)
+    return url
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated, empty SQLite file, from which each test's is copied."""
+    path = tmp_path_factory.mktemp("template") / "rows.sqlite"
+    _migrate(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer, postgres_template: str) -> Iterator[str]:
+    """The URL of a migrated PostgreSQL database of the test's own."""
+    url = postgres_server.create_database(template=postgres_template)
+    yield url
+    postgres_server.drop_database(url)
+
+
+@pytest.fixture
+def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
+    """The URL of a migrated SQLite file of the test's own."""
+    return f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'rows.sqlite')}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a migrated database of the test's own, on each kind of database in turn."""
+    url: str = request.getfixturevalue({"sqlite": "sqlite_url", "postgresql": "postgres_url"}[request.param])
+    return url
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A migrated database of the test's own, on each kind of database in turn."""
+    database = Database(database_url)
+    yield database
+    database.dispose()
+
+
+def _migrate(url: str) -> None:
+    database = Database(url)
+    upgrade(database)
+    database.dispose()

@@ -1,0 +1,1 @@
+"""Tests against databases and Redis servers that the run starts itself."""
