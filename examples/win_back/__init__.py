@@ -1,0 +1,1 @@
+"""Winning customers back: one chain per purchase, on eighteen months of real purchase histories."""

@@ -1,0 +1,25 @@
+"""The simulated clock: a small file that the driver replaces and every process reads, so that all agree.
+
+The processes name it with `DISPATCHER_CLOCK=examples.win_back.clock:now`; the file's path is in `WIN_BACK_CLOCK`.
+"""
+
+import os
+from datetime import UTC, date, datetime, time
+from pathlib import Path
+from typing import Final
+
+VARIABLE: Final = "WIN_BACK_CLOCK"
+
+
+def now() -> datetime:
+    """The first moment of the simulated day, aware (UTC)."""
+    day = date.fromisoformat(Path(os.environ[VARIABLE]).read_text(encoding="ascii"))
+    return datetime.combine(day, time.min, tzinfo=UTC)
+
+
+def set_day(day: date) -> None:
+    """Move every process to `day`; replacing the file is atomic, so nobody reads half a date."""
+    path = Path(os.environ[VARIABLE])
+    coming = path.with_suffix(".coming")
+    coming.write_text(day.isoformat(), encoding="ascii")
+    coming.replace(path)

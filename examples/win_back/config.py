@@ -1,0 +1,40 @@
+"""What `DISPATCHER_CONFIG=examples.win_back.config:CONFIG` names: one chain type and its callback."""
+
+from typing import Any, Final
+
+from dispatcher import DONE, NEW, Transition
+from examples.win_back import sink
+from examples.win_back.transitions import BoughtAgain, Lapsed180, Offer90, Reminder30
+
+CHAIN_TYPE: Final = "win_back"
+
+
+def send(transition: Transition, **callback_kwargs: Any) -> None:
+    """Send the reminder or the offer: here, one line in the sink."""
+    context = transition.build_context()
+    sink.append(
+        sink.Effect(
+            customer=context["customer"],
+            order=context["order"],
+            transition=type(transition).__name__,
+            day=transition.now.date(),
+            idempotency_key=str(transition.idempotency_key),
+        )
+    )
+
+
+CONFIG: Final[dict[str, Any]] = {
+    "chains": [
+        {
+            "chain_type": CHAIN_TYPE,
+            "callback": send,
+            "continue": True,  # after a move, find out at once when the next step is due
+            "transitions": {
+                NEW: [BoughtAgain, Reminder30],
+                Reminder30.final_state: [BoughtAgain, Offer90],
+                Offer90.final_state: [BoughtAgain, Lapsed180],
+                DONE: [],
+            },
+        }
+    ]
+}

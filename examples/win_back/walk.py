@@ -1,0 +1,108 @@
+"""The simulated shop and the calendar that it lives through."""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
+from typing import Any, Final
+
+from dispatcher import DONE, Chain, Dispatcher
+from dispatcher.dev import Stack
+from examples.win_back import clock
+from examples.win_back.config import CHAIN_TYPE
+from examples.win_back.progress import DayProgress
+from examples.win_back.purchases import LAST_DAY, Order
+
+_POLL_SECONDS: Final = 0.01
+_CHECK_SECONDS: Final = 1.0
+_COUNT_SECONDS: Final = 2.0
+
+
+class DayNotQuiet(Exception):  # noqa: N818 - it says what it is
+    """A simulated day did not come to its end."""
+
+
+class Shop:
+    """The application beside the dispatcher: it opens a chain for every order, and says when a customer comes back."""
+
+    def __init__(self, dispatcher: Dispatcher, orders: Iterable[Order]) -> None:
+        self.chains: dict[Order, Chain] = {}
+        self._dispatcher = dispatcher
+        self._coming = deque(sorted(orders))
+        self._open: dict[str, list[Chain]] = {}
+
+    @property
+    def next_day(self) -> date | None:
+        """The day of the next purchase."""
+        return self._coming[0].bought_on if self._coming else None
+
+    def sell(self, day: date) -> None:
+        """Take the purchases of `day`: a chain for each, and the customer's earlier ones are looked at now."""
+        while self._coming and self._coming[0].bought_on == day:
+            order = self._coming.popleft()
+            earlier = [chain for chain in self._open.get(order.customer, []) if chain.refresh().state != DONE]
+            for chain in earlier:
+                chain.enqueue(requested_by="shop")
+            chain = self._dispatcher.get_or_create_resource_chain(CHAIN_TYPE, order.resources)
+            self._open[order.customer] = [*earlier, chain]
+            self.chains[order] = chain
+
+
+class Calendar:
+    """Moves the simulated clock from one day on which something can happen to the next, once the day is quiet."""
+
+    def __init__(self, dispatcher: Dispatcher, stack: Stack, *, day_seconds: float, progress: DayProgress) -> None:
+        self._dispatcher = dispatcher
+        self._stack = stack
+        self._day_seconds = day_seconds
+        self._progress = progress
+        self._ended = 0
+        self._counted = time.monotonic()
+
+    def walk(self, shop: Shop) -> None:
+        """Live through all days; `DayNotQuiet` if one does not end."""
+        day = shop.next_day
+        while day is not None and day <= LAST_DAY:
+            clock.set_day(day)
+            shop.sell(day)
+            self._dispatcher.sweep()
+            next_due_at = self._wait_until_quiet(day)
+            coming = [moment for moment in (shop.next_day, _first_day_from(next_due_at)) if moment is not None]
+            day = min(coming, default=None)
+
+    def _wait_until_quiet(self, day: date) -> datetime | None:
+        """When the next chain is due, once none is due on this day and no delivery is open."""
+        began = time.monotonic()
+        checked = began
+        while True:
+            stats = self._dispatcher.stats()
+            if stats["due"] == 0 and stats["open_deliveries"] == 0:
+                self._show(day, stats)
+                next_due_at: datetime | None = stats["next_due_at"]
+                return next_due_at
+            now = time.monotonic()
+            if now > began + self._day_seconds:
+                raise DayNotQuiet(
+                    f"{day} is not quiet after {self._day_seconds:.0f} s: {stats['due']} chains are due, "
+                    f"{stats['open_deliveries']} deliveries are open"
+                )
+            if now > checked + _CHECK_SECONDS:
+                checked = now
+                self._stack.check()
+            time.sleep(_POLL_SECONDS)
+
+    def _show(self, day: date, stats: Mapping[str, Any]) -> None:
+        callbacks = stats["deliveries"]["delivered"]
+        if time.monotonic() > self._counted + _COUNT_SECONDS:
+            self._ended = len(self._dispatcher.find_chains(chain_type=CHAIN_TYPE, state=DONE, limit=stats["chains"]))
+            self._counted = time.monotonic()
+        self._progress.show(day, chains=stats["chains"], moves=callbacks + self._ended, callbacks=callbacks)
+
+
+def _first_day_from(moment: datetime | None) -> date | None:
+    """The first day that begins at or after `moment`: the clock knows no other moments."""
+    if moment is None:
+        return None
+    starts = datetime.combine(moment.date(), time_of_day.min, tzinfo=UTC)
+    return starts.date() if starts == moment else starts.date() + timedelta(days=1)

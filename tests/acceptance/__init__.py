@@ -1,0 +1,1 @@
+"""Tests with real worker and beat processes, driven by pytest-celery."""
