@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session
 
 from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending
 from dispatcher.models import (
+    Base,
     ChainRow,
     DeliveryRow,
     EventRow,
@@ -291,7 +292,10 @@ def create(
         updated_at=now,
         context=dict(context) if context is not None else None,
     )
-    made = session.execute(statement).rowcount == 1  # type: ignore[attr-defined]
+    if session.get_bind().dialect.insert_returning:
+        made = session.execute(statement.returning(ChainRow.id)).one_or_none() is not None
+    else:
+        made = one_row(session.execute(statement))
     chain_id = find_exact(session, chain_type, resources)
     assert chain_id is not None  # the unique constraint: either ours or the one that was there
     if made:
@@ -303,8 +307,8 @@ def create(
     return chain_id
 
 
-def insert_or_ignore(session: Session, table: Any) -> Insert:
-    """An INSERT that leaves an existing row with the same unique key alone, and counts zero rows then."""
+def insert_or_ignore(session: Session, table: type[Base]) -> Insert:
+    """An INSERT that leaves an existing row with the same unique key alone."""
     dialect = session.get_bind().dialect.name
     if dialect == "postgresql":
         return postgresql.insert(table).on_conflict_do_nothing()
@@ -325,9 +329,14 @@ def _unchanged(record: ChainRecord) -> ColumnElement[bool]:
     )
 
 
+def unless_disabled(due_at: datetime | None) -> Any:
+    """`due_at`, or NULL for a disabled chain: enabling makes it due."""
+    return None if due_at is None else case((~ChainRow.disabled, literal(due_at, ChainRow.due_at.type)))
+
+
 def consumed_request(record: ChainRecord) -> Any:
     """The request column after it was used: a request that came in after the read stays."""
-    return case((ChainRow.wake == record.wake, null()), else_=ChainRow.request)
+    return case((ChainRow.wake != record.wake, ChainRow.request))
 
 
 def move(session: Session, change: Move, *, now: datetime) -> bool:

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Engine, Float, create_engine, event, literal, select
 from sqlalchemy.engine import URL, Connection, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.visitors import InternalTraversal
 
@@ -28,6 +29,7 @@ Result = TypeVar("Result")
 
 _RERUNS = 8
 _SQLITE_BUSY_MS = 30_000
+_IDLE_SECONDS = 1.0
 _DEADLOCK_STATES = {"40001", "40P01"}
 _DEADLOCK_CODES = {1205, 1213, 1020}
 
@@ -84,7 +86,8 @@ class Database:
     @property
     def address(self) -> str:
         """The URL as it may be shown: no user, no password, no query."""
-        return self.url.set(username=None, password=None, query={}).render_as_string()
+        url = self.url
+        return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
 
     @property
     def dialect(self) -> str:
@@ -147,7 +150,9 @@ class Database:
 
     @contextmanager
     def _session(self, *, writes: bool) -> Iterator[Session]:
-        options = {"dispatcher_writes": writes}
+        options: dict[str, Any] = {"dispatcher_writes": writes}
+        if not writes and self.dialect != "sqlite":
+            options["isolation_level"] = "AUTOCOMMIT"  # single reads need no BEGIN and no ROLLBACK
         try:
             with Session(self.engine.execution_options(**options), expire_on_commit=False, autoflush=False) as session:
                 yield session
@@ -176,7 +181,7 @@ class Database:
             arguments["read_timeout"] = arguments["write_timeout"] = 30
             options["isolation_level"] = "READ COMMITTED"
         if self.dialect != "sqlite":
-            options.update(pool_timeout=self.connect_seconds, pool_pre_ping=True, pool_recycle=1800)
+            options.update(pool_timeout=self.connect_seconds, pool_recycle=1800)
         try:
             engine = create_engine(self.url, connect_args=arguments, **options)
         except (NoSuchModuleError, ModuleNotFoundError) as error:
@@ -184,6 +189,9 @@ class Database:
         if self.dialect == "sqlite":
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
+        else:
+            event.listen(engine, "checkin", _note_use)
+            event.listen(engine, "checkout", _ping_idle)
         return engine
 
 
@@ -205,6 +213,23 @@ def _normal_url(url: str) -> URL:
     if parsed.drivername in ("mysql", "mariadb"):
         parsed = parsed.set(drivername=f"{parsed.drivername}+pymysql")
     return parsed
+
+
+def _note_use(_: Any, record: ConnectionPoolEntry) -> None:
+    record.info["used_at"] = time.monotonic()
+
+
+def _ping_idle(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
+    """Replace a connection that died while it was idle; one in steady use is not asked each time."""
+    if time.monotonic() - record.info.get("used_at", time.monotonic()) < _IDLE_SECONDS:
+        return
+    try:
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        cursor.close()
+        connection.rollback()
+    except Exception as error:
+        raise DisconnectionError from error
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:

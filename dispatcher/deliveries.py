@@ -301,7 +301,7 @@ def retry(session: Session, delivery: DeliveryRecord, *, seconds: float, grace_s
 def _when_enabled(moment: clock_plus) -> Any:
     """`moment`, or NULL while the chain is disabled: enabling it gives the relay the delivery back."""
     disabled = select(ChainRow.disabled).where(ChainRow.id == DeliveryRow.chain_id).scalar_subquery()
-    return case((disabled, None), else_=moment)
+    return case((~disabled, moment))
 
 
 def close_and_move(
@@ -331,7 +331,7 @@ def close_and_move(
             pending_delivery_id=None,
             failures=0,
             next_update_at=next_update_at,
-            due_at=case((ChainRow.disabled, None), else_=due_at),
+            due_at=chains.unless_disabled(due_at),
             request=None if due_at is None else ChainRow.request,
             updated_at=now,
         )
@@ -382,7 +382,7 @@ def close_and_stay(
         .values(
             version=ChainRow.version + 1,
             pending_delivery_id=None,
-            due_at=case((ChainRow.disabled, None), else_=now),
+            due_at=chains.unless_disabled(now),
             updated_at=now,
         )
     )
@@ -553,7 +553,10 @@ def reopen(
     now: datetime,
     requested_by: str | None,
 ) -> None:
-    """Open the next attempt of a delivery that does not run, at once; the relay publishes it."""
+    """Open the next attempt of a delivery that does not run, at once; the relay publishes it.
+
+    Whoever retries a held one has decided what its unknown effect was: it is not held for that again.
+    """
     session.execute(
         update(DeliveryRow)
         .where(
@@ -564,6 +567,7 @@ def reopen(
         .values(
             status=DeliveryStatus.PENDING,
             max_attempts=max_attempts,
+            unknown=delivery.unknown and delivery.status != DeliveryStatus.HELD,
             next_attempt_at=clock_plus(0),
             publish_after=None if disabled else clock_plus(0),
         )
@@ -600,9 +604,7 @@ def free_chain(session: Session, chain_id: int, *, now: datetime) -> None:
     session.execute(
         update(ChainRow)
         .where(ChainRow.id == chain_id, ChainRow.pending_delivery_id.is_not(None), ~owed.exists())
-        .values(
-            pending_delivery_id=None, version=ChainRow.version + 1, due_at=case((ChainRow.disabled, None), else_=now)
-        )
+        .values(pending_delivery_id=None, version=ChainRow.version + 1, due_at=chains.unless_disabled(now))
     )
 
 

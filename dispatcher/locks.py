@@ -89,11 +89,12 @@ class ChainLocks:
         self._away_until = 0.0
         if url is not None:
             keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
+            seconds = connect_seconds / 2  # there are two tries
             try:
                 self._client = redis.Redis.from_url(
                     url,
-                    socket_timeout=connect_seconds,
-                    socket_connect_timeout=connect_seconds,
+                    socket_timeout=seconds,
+                    socket_connect_timeout=seconds,
                     health_check_interval=30,
                     retry=Retry(NoBackoff(), 1),
                     decode_responses=True,

@@ -208,11 +208,10 @@ class Publisher:
     def close(self) -> None:
         """Close this process's connections, unless they belong to an app that was handed over."""
         if self._app is not None and self._owns_app:
-            self._app.pool.force_close_all()
+            self._app.close()
+            self._app = None
 
     def _send(self, name: str, kwargs: Mapping[str, Any], queue: str, producer: Producer | None) -> str:
-        if not self.configured:
-            raise PublishFailed("no broker is configured")
         with self._failures():
             result = self.app.send_task(
                 name,
@@ -227,6 +226,8 @@ class Publisher:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
+        if not self.configured:  # Celery would go to a RabbitMQ on localhost
+            raise PublishFailed("no broker is configured")
         if self._errors is None:
             self._errors = (KombuError, OSError, *self.app.connection_for_write().connection_errors)
         try:

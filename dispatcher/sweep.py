@@ -126,7 +126,7 @@ class Sweeper:
     def _sweep_page(self, cursor: _Cursor, counts: SweepCounts, now: datetime, *, dry_run: bool) -> None:
         queue = cursor.chain_type.queue or CHAINS_QUEUE
         if queue not in counts.backlog:
-            counts.backlog[queue] = 0 if dry_run else self._publisher.backlog(queue)
+            counts.backlog[queue] = self._publisher.backlog(queue)
         room = self._settings.max_backlog - counts.backlog[queue]
         if room <= 0:
             logger.warning("queue %s holds %s messages: nothing is added", queue, counts.backlog[queue])

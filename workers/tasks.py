@@ -32,8 +32,8 @@ from dispatcher.states import Outcome
 logger = logging.getLogger(__name__)
 
 MAX_IDS: Final = 1000
-_LOCKED_RETRIES: Final = 5
-_LOCKED_COUNTDOWN: Final = 2
+_BUSY_RETRIES: Final = 5
+_BUSY_COUNTDOWN: Final = 2
 _MAX_REASONS: Final = 10
 
 # No acknowledgement after the fact and no redelivery: the rows remember what is owed. Set on each task, because an
@@ -93,16 +93,16 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
     def prune(*_: Any, **__: Any) -> Any:
         return _named_outcome(lambda: dispatcher.prune(tick=True))
 
-    @task(EXECUTE, queue=CHAINS_QUEUE, time_limit=settings.execute_seconds, bind=True, max_retries=_LOCKED_RETRIES)
+    @task(EXECUTE, queue=CHAINS_QUEUE, time_limit=settings.execute_seconds, bind=True, max_retries=_BUSY_RETRIES)
     def execute_chain(self: Task, chain_ids: Any = (), dry_run: Any = None, plan: Any = None) -> Any:
         ids = chain_ids_of(chain_ids)
         if dry_run:
             return _named_outcome(lambda: _plan(dispatcher, ids, plan))
         results = dispatcher.execute_chains(ids)
-        locked = [result.chain_id for result in results if result.outcome == Outcome.LOCKED]
+        busy = [result.chain_id for result in results if result.outcome in (Outcome.LOCKED, Outcome.PENDING)]
         on_demand = self.request.delivery_info.get("routing_key") == REQUESTS_QUEUE
-        if locked and on_demand and self.request.retries < _LOCKED_RETRIES:
-            raise self.retry(kwargs={"chain_ids": locked}, countdown=_LOCKED_COUNTDOWN, queue=REQUESTS_QUEUE)
+        if busy and on_demand and self.request.retries < _BUSY_RETRIES:
+            raise self.retry(kwargs={"chain_ids": busy}, countdown=_BUSY_COUNTDOWN, queue=REQUESTS_QUEUE)
         return summary_of_chains(results)
 
     @task(DELIVER, queue=CALLBACKS_QUEUE, time_limit=settings.callback_seconds, bind=True, max_retries=None)
