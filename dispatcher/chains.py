@@ -334,6 +334,11 @@ def unless_disabled(due_at: datetime | None) -> Any:
     return None if due_at is None else case((~ChainRow.disabled, literal(due_at, ChainRow.due_at.type)))
 
 
+def at_once(now: datetime) -> ColumnElement[Any]:
+    """`now`, or the end of the chain's rest if that is later."""
+    return case((ChainRow.next_update_at > now, ChainRow.next_update_at), else_=literal(now, ChainRow.due_at.type))
+
+
 def consumed_request(record: ChainRecord) -> Any:
     """The request column after it was used: a request that came in after the read stays."""
     return case((ChainRow.wake != record.wake, ChainRow.request))
@@ -455,7 +460,7 @@ def set_disabled(session: Session, chain_id: int, *, disabled: bool, requested_b
     session.execute(
         update(ChainRow)
         .where(ChainRow.id == chain_id, ChainRow.version == record.version)
-        .values(disabled=disabled, version=ChainRow.version + 1, due_at=None if waits else now, updated_at=now)
+        .values(disabled=disabled, version=ChainRow.version + 1, due_at=None if waits else at_once(now), updated_at=now)
     )
     action = EventAction.DISABLED if disabled else EventAction.ENABLED
     add_event(session, chain_id, record.version + 1, action, value=record.state, requested_by=requested_by, now=now)
@@ -479,7 +484,7 @@ def set_resource_disabled(
     )
     if not ids:
         return []
-    due_at = None if disabled else case((ChainRow.pending_delivery_id.is_(None), literal(now, ChainRow.due_at.type)))
+    due_at = None if disabled else case((ChainRow.pending_delivery_id.is_(None), at_once(now)))
     session.execute(
         update(ChainRow)
         .where(ChainRow.id.in_(ids), ChainRow.disabled != disabled)
@@ -565,9 +570,7 @@ def make_due(session: Session, *, chain_type: str, state: str, after_id: int, li
         )
         .values(
             wake=ChainRow.wake + 1,
-            due_at=case(
-                (ChainRow.next_update_at > now, ChainRow.next_update_at), else_=literal(now, ChainRow.due_at.type)
-            ),
+            due_at=at_once(now),
         )
     )
     return ids[-1]
