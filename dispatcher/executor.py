@@ -134,6 +134,9 @@ class Executor:
         standing = standing_of(record, now)
         if standing is None and chain_id is not None and self._locks.locked([chain_id]):
             standing = Outcome.LOCKED
+        paused = standing is None and record.chain_type in self._paused()
+        if paused:
+            standing = Outcome.DISABLED
         asked = record.request or Request()
         if context is not None or callback is not None:
             asked = Request(context, callback, None, None)
@@ -147,7 +150,7 @@ class Executor:
             result = dry_result(record, chain, evaluated.plan, asked, local)
         _log_plan(record, result, standing)
         outcome = standing or (Outcome.DRY_RUN if result.transition else result.outcome)
-        return replace(result, outcome=outcome)
+        return replace(result, outcome=outcome, detail=_TYPE_PAUSED if paused else result.detail)
 
     def plan(
         self,

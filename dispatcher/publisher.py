@@ -34,6 +34,9 @@ MAX_COUNTDOWN: Final = 60.0
 """No wait in the broker is longer than this, in seconds: longer ones are in rows."""
 
 
+_RETRY_POLICY: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0.2}
+
+
 class PublishFailed(Exception):  # noqa: N818 - internal: callers turn it into their own outcome
     """A message may not have reached the broker; `__cause__` is why."""
 
@@ -57,7 +60,7 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
         "broker_transport_options": transport_options(broker_url, seconds),
         "broker_connection_retry_on_startup": True,
         "task_publish_retry": True,
-        "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_step": 0.2},
+        "task_publish_retry_policy": _RETRY_POLICY,
         "task_serializer": "json",
         "result_serializer": "json",
         "event_serializer": "json",
@@ -221,6 +224,7 @@ class Publisher:
                 ignore_result=True,
                 serializer="json",
                 retry=producer is None,
+                retry_policy=_RETRY_POLICY,
             )
             return str(result.id)
 

@@ -26,6 +26,7 @@ from dispatcher.publisher import (
     SWEEPS_QUEUE,
     celery_settings,
     declared_queues,
+    transport_options,
 )
 from dispatcher.states import Outcome
 
@@ -72,6 +73,9 @@ def _add_settings(app: Celery, dispatcher: Dispatcher) -> None:
         queues = [Queue(name, exchange, routing_key=app.conf.task_default_routing_key or name)]
     names = {queue.name for queue in queues}
     app.conf.task_queues = [*queues, *(queue for queue in declared_queues(own) if queue.name not in names)]
+    # A broker that says nothing must not block an application's enqueue for ever: where the app sets no timeouts.
+    defaults = transport_options(app.conf.broker_url, dispatcher.settings.connect_seconds)
+    app.conf.broker_transport_options = {**defaults, **(app.conf.broker_transport_options or {})}
     app.conf.beat_schedule = {**(app.conf.beat_schedule or {}), **added["beat_schedule"]}
 
 

@@ -3,15 +3,27 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from datetime import datetime
 from typing import Any, NoReturn
 
 import click
 from pydantic import ValidationError
 
 from dispatcher import Chain, Dispatcher, migrations
+from dispatcher.cli.operations import add_operations
+from dispatcher.cli.output import (
+    dry_run_option,
+    json_option,
+    moment,
+    pairs,
+    print_counts,
+    print_json,
+    print_reasons,
+    print_table,
+    text,
+)
+from dispatcher.cli.output import resources as resource_words
 from dispatcher.config import NO_CALLBACK_FOUND, ChainType, choose_callback
 from dispatcher.database import Database
 from dispatcher.dev import run_dev
@@ -21,16 +33,6 @@ from dispatcher.settings import Settings, embedded_directory
 
 _EVENT_FIELDS = ("created_at", "action", "value", "from_state", "to_state", "requested_by", "detail")
 _LEVELS = ("debug", "info", "warning", "error")
-
-
-def _pairs(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> list[tuple[str, str]]:
-    """`type=id` words as pairs; what may stand in them is the library's to judge."""
-    for value in values:
-        if "=" not in value:
-            raise click.BadParameter(f"{value!r} is no resource: write it as type=id, such as customer=123")
-    return [
-        (resource_type, resource_id) for resource_type, _, resource_id in (value.partition("=") for value in values)
-    ]
 
 
 def _json_object(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, Any] | None:
@@ -43,10 +45,6 @@ def _json_object(_ctx: click.Context, _param: click.Parameter, value: str | None
     if not isinstance(parsed, dict):
         raise click.BadParameter("must be a JSON object, such as '{\"order\": 1}'")
     return parsed
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Log what would be done, and do nothing.")
 
 
 def main() -> NoReturn:
@@ -101,7 +99,7 @@ def current(as_json: bool) -> None:
     """Print the revision of the tables."""
     found, head = migrations.current(_database()), migrations.head()
     if as_json:
-        _print_json({"current": found, "head": head})
+        print_json({"current": found, "head": head})
     else:
         click.echo(f"{found or 'no tables'} ({'up to date' if found == head else f'this version has {head}'})")
 
@@ -113,7 +111,7 @@ def sweep(dry_run: bool, as_json: bool) -> None:
     """Publish the due chains now, whatever beat did."""
     dispatcher = Dispatcher.from_settings()
     _require_broker(dispatcher)
-    _print_counts(dispatcher.sweep(dry_run=dry_run), as_json)
+    print_counts(dispatcher.sweep(dry_run=dry_run), as_json)
 
 
 @cli.command()
@@ -122,7 +120,7 @@ def relay(as_json: bool) -> None:
     """Publish the owed deliveries whose message was lost or whose worker died."""
     dispatcher = Dispatcher.from_settings()
     _require_broker(dispatcher)
-    _print_counts(dispatcher.relay(), as_json)
+    print_counts(dispatcher.relay(), as_json)
 
 
 @cli.command()
@@ -133,12 +131,12 @@ def prune(days: float | None, as_json: bool) -> None:
     dispatcher = Dispatcher.from_settings()
     if days is None and dispatcher.settings.retention_days is None:
         raise click.UsageError("give --days, or set DISPATCHER_RETENTION_DAYS")
-    _print_counts(dispatcher.prune(days=days), as_json)
+    print_counts(dispatcher.prune(days=days), as_json)
 
 
 @cli.command()
 @click.argument("chain_type")
-@click.argument("resources", metavar="TYPE=ID...", nargs=-1, required=True, callback=_pairs)
+@click.argument("resources", metavar="TYPE=ID...", nargs=-1, required=True, callback=pairs)
 @click.option("--callback", metavar="NAME", help="A callback that the configuration registers under this name.")
 @click.option("--context", metavar="JSON", callback=_json_object, help="The initial context.")
 @dry_run_option
@@ -161,14 +159,14 @@ def enqueue(  # noqa: PLR0917 - click passes all of them by name
         dry_run=dry_run,
     )
     if as_json:
-        _print_json({"task_id": task_id})
+        print_json({"task_id": task_id})
     else:
         click.echo(task_id)
 
 
 @cli.command()
 @click.argument("chain_type")
-@click.argument("resources", metavar="TYPE=ID...", nargs=-1, required=True, callback=_pairs)
+@click.argument("resources", metavar="TYPE=ID...", nargs=-1, required=True, callback=pairs)
 @dry_run_option
 @json_option
 def execute(chain_type: str, resources: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
@@ -180,10 +178,10 @@ def execute(chain_type: str, resources: Sequence[tuple[str, str]], dry_run: bool
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # what a callback prints is no part of the JSON
         result = chain.execute(requested_by="cli")
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     click.echo(f"chain {chain.id or '(not created)'} is in state {chain.state}: {result['outcome']}")
-    _print_reasons(result["errors"])
+    print_reasons(result["errors"])
 
 
 @cli.group()
@@ -201,7 +199,7 @@ def list_chains(chain_type: str | None, state: str | None, limit: int, after_id:
     """List chains in the order of their ids."""
     found = Dispatcher.from_settings().find_chains(chain_type=chain_type, state=state, limit=limit, after_id=after_id)
     if as_json:
-        _print_json([_chain_values(chain) for chain in found])
+        print_json([_chain_values(chain) for chain in found])
         return
     head = ("id", "type", "state", "due", "disabled", "resources")
     rows = [
@@ -209,13 +207,13 @@ def list_chains(chain_type: str | None, state: str | None, limit: int, after_id:
             str(chain.id),
             chain.chain_type,
             chain.state,
-            _moment(chain.due_at),
+            moment(chain.due_at),
             "yes" if chain.disabled else "",
-            _resources(chain.resources),
+            resource_words(chain.resources),
         )
         for chain in found
     ]
-    _print_table([head, *rows])
+    print_table([head, *rows])
 
 
 @chains.command()
@@ -226,12 +224,12 @@ def show(chain_id: int, as_json: bool) -> None:
     chain = Dispatcher.from_settings().chain(chain_id)
     events = [{name: getattr(event, name) for name in _EVENT_FIELDS} for event in chain.events]
     if as_json:
-        _print_json({**_chain_values(chain), "events": events})
+        print_json({**_chain_values(chain), "events": events})
         return
     for name, value in _chain_values(chain).items():
-        click.echo(f"{name:<15} {_text(value)}")
+        click.echo(f"{name:<15} {text(value)}")
     click.echo()
-    _print_table([_EVENT_FIELDS, *([_text(value) for value in event.values()] for event in events)])
+    print_table([_EVENT_FIELDS, *([text(value) for value in event.values()] for event in events)])
 
 
 @chains.command()
@@ -241,10 +239,10 @@ def explain(chain_id: int, as_json: bool) -> None:
     """Say why a chain moves, or why it does not."""
     explanation = Dispatcher.from_settings().chain(chain_id).explain()
     if as_json:
-        _print_json(explanation)
+        print_json(explanation)
         return
     for name, value in explanation.items():
-        click.echo(f"{name:<15} {_text(value)}")
+        click.echo(f"{name:<15} {text(value)}")
 
 
 @cli.command()
@@ -267,7 +265,7 @@ def check(services: bool, as_json: bool) -> None:
         dispatcher.check_locks()
     reports = {chain.chain_type: _report(chain) for chain in dispatcher.config.chains}
     if as_json:
-        _print_json(reports)
+        print_json(reports)
         return
     for name, report in reports.items():
         click.echo(f"{name}: {len(report['states'])} states, {len(report['transitions'])} transitions")
@@ -275,6 +273,9 @@ def check(services: bool, as_json: bool) -> None:
             click.echo(f"  {state}: {', '.join(candidates) or '(terminal)'}")
         for warning in report["warnings"]:
             click.echo(f"  warning: {warning}")
+
+
+add_operations(cli, chains)
 
 
 def _report(chain: ChainType) -> dict[str, Any]:
@@ -318,48 +319,6 @@ def _chain_values(chain: Chain) -> dict[str, Any]:
         "due_at": chain.due_at,
         "created_at": chain.created_at,
     }
-
-
-def _print_counts(counts: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(counts)
-    else:
-        click.echo(", ".join(f"{name} {_text(value)}" for name, value in counts.items()))
-
-
-def _print_reasons(errors: Mapping[str, Iterable[str]]) -> None:
-    for transition, reasons in errors.items():
-        click.echo(f"  {transition}: {'; '.join(reasons)}")
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=_json_form))
-
-
-def _json_form(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, datetime) else str(value)
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, datetime):
-        return _moment(value)
-    return json.dumps(value, default=_json_form) if isinstance(value, list | tuple | dict) else str(value)
-
-
-def _moment(when: datetime | None) -> str:
-    return when.isoformat(sep=" ", timespec="seconds") if when is not None else ""
-
-
-def _resources(resources: Iterable[tuple[str, str]]) -> str:
-    return " ".join(f"{resource_type}={resource_id}" for resource_type, resource_id in resources)
 
 
 def _setting_name(location: Sequence[int | str]) -> str:

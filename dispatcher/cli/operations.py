@@ -1,0 +1,340 @@
+"""The operators' commands: chains, deliveries, resources, chain types, and the doctor."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from dispatcher.chain import Chain
+from dispatcher.cli.output import dry_run_option, json_option, moment, pairs, print_json, print_table
+from dispatcher.deliveries import DeliveryRecord
+from dispatcher.dispatcher import Dispatcher
+from dispatcher.doctor import repaired
+from dispatcher.errors import DispatcherError
+from dispatcher.states import DeliveryStatus
+
+_STATUSES = [str(status) for status in DeliveryStatus]
+_RETRIABLE = (DeliveryStatus.PENDING, DeliveryStatus.DEAD, DeliveryStatus.HELD)
+_SHOWN = 10_000
+
+by_option = click.option("--by", "requested_by", default="cli", show_default=True, help="Who asks, for the history.")
+reason_option = click.option("--reason", required=True, help="Why, for the history.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def add_operations(cli: click.Group, chains: click.Group) -> None:
+    """Add these commands to the command line and to its group `chains`."""
+    for command in (disable, enable, reset, move, map_states):
+        chains.add_command(command)
+    for group in (deliveries, resources, chain_types, doctor):
+        cli.add_command(group)
+
+
+# --- chains ----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("chain_id", type=int)
+@by_option
+def disable(chain_id: int, requested_by: str) -> None:
+    """Stop new plans and new attempts of a chain."""
+    _say(Dispatcher.from_settings().chain(chain_id).disable(requested_by), "is disabled")
+
+
+@click.command()
+@click.argument("chain_id", type=int)
+@by_option
+def enable(chain_id: int, requested_by: str) -> None:
+    """Let a disabled chain go on."""
+    _say(Dispatcher.from_settings().chain(chain_id).enable(requested_by), "is enabled")
+
+
+@click.command()
+@click.argument("chain_id", type=int)
+@by_option
+@yes_option
+def reset(chain_id: int, requested_by: str, yes: bool) -> None:
+    """Put a chain back to its first state, cancelling a delivery it owes."""
+    chain = Dispatcher.from_settings().chain(chain_id)
+    _confirm(f"reset chain {chain_id}, which is in state {chain.state}?", yes=yes)
+    _say(chain.reset(requested_by), "is reset")
+
+
+@click.command()
+@click.argument("chain_id", type=int)
+@click.argument("state")
+@reason_option
+@by_option
+def move(chain_id: int, state: str, reason: str, requested_by: str) -> None:
+    """Put a chain into a state of its configuration, cancelling a delivery it owes."""
+    _say(Dispatcher.from_settings().chain(chain_id).move_to(state, reason, requested_by), "is moved")
+
+
+@click.command("map")
+@click.option("--type", "chain_type", required=True, help="The chain type.")
+@click.option("--from", "from_state", required=True, help="The state that is to be left.")
+@click.option("--to", "to_state", required=True, help="The state of the configuration that takes its place.")
+@by_option
+@dry_run_option
+@yes_option
+def map_states(chain_type: str, from_state: str, to_state: str, requested_by: str, dry_run: bool, yes: bool) -> None:  # noqa: PLR0917 - click passes them by name
+    """Put all chains of a type from one state into another; counts them first."""
+    dispatcher = Dispatcher.from_settings()
+    planned = dispatcher.map_states(chain_type, from_state, to_state, dry_run=True)
+    click.echo(f"{planned.mapped} chains of {chain_type} are in state {from_state}")
+    if dry_run or not planned.mapped:
+        return
+    _confirm(f"put them into {to_state}?", yes=yes)
+    done = dispatcher.map_states(chain_type, from_state, to_state, requested_by=requested_by)
+    click.echo(f"{done.mapped} mapped, {done.waiting} left because an attempt runs")
+
+
+# --- deliveries ------------------------------------------------------------------------------------------------------
+
+
+@click.group()
+def deliveries() -> None:
+    """Look at deliveries, and decide those that are dead or held."""
+
+
+def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--limit", type=click.IntRange(1, _SHOWN), default=100, show_default=True, help="At most so many."
+        ),
+        click.option("--type", "chain_type", help="Only of this chain type."),
+        click.option("--status", "statuses", type=click.Choice(_STATUSES), multiple=True, help="Only in this status."),
+    ):
+        command = option(command)
+    return command
+
+
+@deliveries.command("list")
+@click.option("--chain", "chain_id", type=int, help="Only of this chain.")
+@_filters
+@json_option
+def list_deliveries(
+    chain_id: int | None, statuses: Sequence[str], chain_type: str | None, limit: int, as_json: bool
+) -> None:
+    """List deliveries, newest first."""
+    found = _find(Dispatcher.from_settings(), chain_id, statuses, chain_type, limit)
+    if as_json:
+        print_json([_values(delivery) for delivery in found])
+        return
+    print_table(
+        [
+            ("id", "chain", "transition", "status", "attempt", "next attempt", "last error"),
+            *(
+                (
+                    delivery.id,
+                    str(delivery.chain_id),
+                    delivery.transition,
+                    delivery.status + (" (effect unknown)" if delivery.unknown else ""),
+                    f"{delivery.attempt}/{delivery.max_attempts}",
+                    moment(delivery.next_attempt_at),
+                    (delivery.last_error or "").split("\n", 1)[0][:60],
+                )
+                for delivery in found
+            ),
+        ]
+    )
+
+
+def _decision(verb: str, past: str, act: Callable[[Chain, str, str], Any], text: str) -> click.Command:
+    """A command that retries, cancels or skips deliveries: one by its chain, or all that the filters choose."""
+
+    @click.option("--chain", "chain_id", type=int, help="The delivery of this chain.")
+    @_filters
+    @click.option("--reason", default=f"{past} by hand", show_default=True, help="Why, for the history.")
+    @by_option
+    @yes_option
+    def decide(  # noqa: PLR0917 - click passes them by name
+        chain_id: int | None,
+        statuses: Sequence[str],
+        chain_type: str | None,
+        limit: int,
+        reason: str,
+        requested_by: str,
+        yes: bool,
+    ) -> None:
+        if chain_id is None and not statuses:
+            raise click.UsageError("name a delivery by --chain, or choose several by --status")
+        dispatcher = Dispatcher.from_settings()
+        wanted = [status for status in statuses if status in _RETRIABLE] or [str(status) for status in _RETRIABLE]
+        found = _find(dispatcher, chain_id, wanted, chain_type, limit)
+        if not found:
+            click.echo("no such delivery")
+            return
+        if chain_id is None:
+            _confirm(f"{verb} {len(found)} deliveries?", yes=yes)
+        done = 0
+        for delivery in found:
+            try:
+                act(dispatcher.chain(delivery.chain_id), requested_by, reason)
+                done += 1
+            except DispatcherError as error:  # it changed meanwhile: say so, and go on with the others
+                click.echo(f"dispatcher: {error}", err=True)
+        click.echo(f"{done} {past}")
+        if done < len(found):
+            raise SystemExit(1)
+
+    decide.__doc__ = text
+    return deliveries.command(verb)(decide)
+
+
+_decision(
+    "retry",
+    "retried",
+    lambda chain, requested_by, _: chain.retry_delivery(requested_by),
+    "Attempt deliveries again, at once; dead and held ones get further attempts.",
+)
+_decision(
+    "cancel",
+    "cancelled",
+    lambda chain, requested_by, reason: chain.cancel_delivery(requested_by, reason),
+    "Close deliveries as cancelled: their chains stay, and are evaluated again.",
+)
+_decision(
+    "skip",
+    "skipped",
+    lambda chain, requested_by, reason: chain.skip_delivery(requested_by, reason),
+    "Close deliveries as skipped: their chains move as if they had been delivered.",
+)
+
+
+def _find(
+    dispatcher: Dispatcher, chain_id: int | None, statuses: Sequence[str], chain_type: str | None, limit: int
+) -> list[DeliveryRecord]:
+    return dispatcher.find_deliveries(
+        chain_id=chain_id,
+        chain_type=chain_type,
+        statuses=[DeliveryStatus(status) for status in statuses],
+        limit=limit,
+    )
+
+
+def _values(delivery: DeliveryRecord) -> dict[str, Any]:
+    names = ("id", "chain_id", "transition", "from_state", "final_state", "callback", "status", "attempt")
+    more = ("max_attempts", "unknown", "next_attempt_at", "planned_at", "finished_at", "requested_by", "last_error")
+    return {name: getattr(delivery, name) for name in (*names, *more)}
+
+
+# --- resources -------------------------------------------------------------------------------------------------------
+
+
+@click.group()
+def resources() -> None:
+    """Act on every chain of a resource, such as customer=57844."""
+
+
+_one_resource = click.argument(
+    "resource", metavar="TYPE=ID", callback=lambda ctx, param, word: pairs(ctx, param, [word])[0]
+)
+
+
+@resources.command("disable")
+@_one_resource
+@by_option
+def disable_resource(resource: tuple[str, str], requested_by: str) -> None:
+    """Disable every chain of a resource (an unsubscribe)."""
+    click.echo(f"{Dispatcher.from_settings().disable_resource(resource, requested_by)} chains disabled")
+
+
+@resources.command("enable")
+@_one_resource
+@by_option
+def enable_resource(resource: tuple[str, str], requested_by: str) -> None:
+    """Enable every chain of a resource."""
+    click.echo(f"{Dispatcher.from_settings().enable_resource(resource, requested_by)} chains enabled")
+
+
+@resources.command("erase")
+@_one_resource
+@yes_option
+def erase_resource(resource: tuple[str, str], yes: bool) -> None:
+    """Delete every chain of a resource, with all that belongs to it."""
+    dispatcher = Dispatcher.from_settings()
+    count = len(dispatcher.find_chains(resource=resource, limit=_SHOWN))
+    _confirm(f"delete {count}{'+' if count == _SHOWN else ''} chains for good?", yes=yes)
+    click.echo(f"{dispatcher.erase_resource(resource)} chains deleted")
+
+
+# --- chain types -----------------------------------------------------------------------------------------------------
+
+
+@click.group("chain-types")
+def chain_types() -> None:
+    """Pause and resume whole chain types."""
+
+
+@chain_types.command("list")
+@json_option
+def list_types(as_json: bool) -> None:
+    """List the chain types of the configuration, and which are paused."""
+    dispatcher = Dispatcher.from_settings()
+    known = {row.name: row for row in dispatcher.find_types()}
+    paused = {
+        name: row.paused_reason if (row := known.get(name)) is not None and row.paused else None
+        for name in dispatcher.config.by_type
+    }
+    if as_json:
+        print_json(paused)
+        return
+    rows = [(name, "" if reason is None else f"paused: {reason}") for name, reason in paused.items()]
+    print_table([("chain type", "state"), *rows])
+
+
+@chain_types.command()
+@click.argument("name")
+@reason_option
+def pause(name: str, reason: str) -> None:
+    """Plan nothing more of a chain type."""
+    changed = Dispatcher.from_settings().pause(name, reason)
+    click.echo(f"{name} is paused" if changed else f"{name} was paused already")
+
+
+@chain_types.command()
+@click.argument("name")
+def resume(name: str) -> None:
+    """Go on with a paused chain type, its budget new."""
+    changed = Dispatcher.from_settings().resume(name)
+    click.echo(f"{name} goes on" if changed else f"{name} was not paused")
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--repair", is_flag=True, help="Do what is safe to do.")
+@json_option
+def doctor(repair: bool, as_json: bool) -> None:
+    """Compare rows, queues, locks and leases; name each disagreement and what mends it. Exits 0 when all is well."""
+    findings = Dispatcher.from_settings().examine()
+    mended = repaired(findings) if repair else []
+    left = [finding for finding in findings if finding not in mended]
+    if as_json:
+        print_json(
+            [
+                {"area": one.area, "problem": one.problem, "remedy": one.remedy, "repaired": one in mended}
+                for one in findings
+            ]
+        )
+    else:
+        for finding in findings:
+            click.echo(f"{'repaired: ' if finding in mended else ''}{finding}")
+        if not findings:
+            click.echo("all is well")
+    if left:
+        raise SystemExit(1)
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _confirm(question: str, *, yes: bool) -> None:
+    if not yes:
+        click.confirm(question, abort=True)
+
+
+def _say(chain: Chain, what: str) -> None:
+    click.echo(f"chain {chain.id} {what}: state {chain.state}")
