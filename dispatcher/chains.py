@@ -12,6 +12,7 @@ from typing import Any, Final
 from sqlalchemy import (
     ColumnElement,
     Insert,
+    Table,
     and_,
     case,
     delete,
@@ -27,14 +28,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from dispatcher.database import clock_plus
 from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending
-from dispatcher.models import (
-    Base,
-    ChainRow,
-    DeliveryRow,
-    EventRow,
-    ResourceRow,
-)
+from dispatcher.models import CHAIN, DELIVERY, EVENT, RESOURCE, Base, EventRow
 from dispatcher.resources import Resource, resource_key
 from dispatcher.states import NEW, DeliveryStatus, EventAction
 from dispatcher.transition import ChainSnapshot
@@ -136,7 +132,8 @@ class DuePosition:
     chain_id: int
 
 
-_CHAIN_COLUMNS = tuple(getattr(ChainRow, name) for name in ChainRecord.__dataclass_fields__ if name != "resources")
+CHAIN_COLUMNS: Final = tuple(CHAIN.c[name] for name in ChainRecord.__dataclass_fields__ if name != "resources")
+"""What `records_of` reads of a chain, `request` last."""
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -144,23 +141,40 @@ _CHAIN_COLUMNS = tuple(getattr(ChainRow, name) for name in ChainRecord.__datacla
 
 def read_many(session: Session, chain_ids: Sequence[int], *, lock: bool = False) -> dict[int, ChainRecord]:
     """The chains with these ids, by id; missing ones are left out. `lock=True` locks the rows, in id order."""
-    if not chain_ids:
-        return {}
-    query = select(*_CHAIN_COLUMNS).where(ChainRow.id.in_(sorted(chain_ids)))
-    if lock:
-        query = query.order_by(ChainRow.id).with_for_update()
-    rows = session.execute(query).all()
-    resources: dict[int, list[Resource]] = {row.id: [] for row in rows}
-    pairs = select(ResourceRow.chain_id, ResourceRow.resource_type, ResourceRow.resource_id).where(
-        ResourceRow.chain_id.in_(sorted(resources))
-    )
-    for chain_id, resource_type, resource_id in session.execute(pairs) if rows else ():
-        resources[chain_id].append((resource_type, resource_id))
-    return {
-        row.id: ChainRecord(
-            **{**row._mapping, "request": Request.from_json(row.request)}, resources=tuple(sorted(resources[row.id]))
+    if lock and chain_ids:
+        session.execute(
+            select(CHAIN.c.id).where(CHAIN.c.id.in_(sorted(chain_ids))).order_by(CHAIN.c.id).with_for_update()
         )
-        for row in rows
+    return read_with_clock(session, chain_ids)[0]
+
+
+def read_with_clock(session: Session, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
+    """The chains with these ids, by id, and the database's clock from the same statement (None without any row)."""
+    if not chain_ids:
+        return {}, None
+    query = (
+        select(*CHAIN_COLUMNS, RESOURCE.c.resource_type, RESOURCE.c.resource_id, clock_plus(0).label("machine_now"))
+        .select_from(CHAIN.outerjoin(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id))
+        .where(CHAIN.c.id.in_(sorted(chain_ids)))
+    )
+    rows = session.execute(query).all()
+    return records_of([row[:-1] for row in rows]), rows[0][-1] if rows else None
+
+
+def records_of(rows: Sequence[Sequence[Any]]) -> dict[int, ChainRecord]:
+    """The chains in rows of `CHAIN_COLUMNS` and a resource's type and id, one row for each resource."""
+    values: dict[int, Sequence[Any]] = {}
+    resources: dict[int, list[Resource]] = {}
+    for row in rows:
+        values[row[0]] = row
+        pairs = resources.setdefault(row[0], [])
+        if row[-1] is not None:
+            pairs.append((row[-2], row[-1]))
+    return {
+        chain_id: ChainRecord(  # type: ignore[call-arg]  # the columns before the request, in order
+            *row[:-3], Request.from_json(row[-3]), tuple(sorted(resources[chain_id]))
+        )
+        for chain_id, row in values.items()
     }
 
 
@@ -175,7 +189,7 @@ def read_one(session: Session, chain_id: int, *, lock: bool = False) -> ChainRec
 def find_exact(session: Session, chain_type: str, resources: Sequence[Resource]) -> int | None:
     """The id of the chain whose resources are exactly these, or None."""
     return session.execute(
-        select(ChainRow.id).where(ChainRow.chain_type == chain_type, ChainRow.resource_key == resource_key(resources))
+        select(CHAIN.c.id).where(CHAIN.c.chain_type == chain_type, CHAIN.c.resource_key == resource_key(resources))
     ).scalar_one_or_none()
 
 
@@ -183,15 +197,15 @@ def find_containing(session: Session, chain_type: str, resources: Sequence[Resou
     """The id of the one chain that has at least these resources, or None; several: `AmbiguousChain`."""
     found = list(
         session.execute(
-            select(ResourceRow.chain_id)
-            .join(ChainRow, ChainRow.id == ResourceRow.chain_id)
+            select(RESOURCE.c.chain_id)
+            .join(CHAIN, CHAIN.c.id == RESOURCE.c.chain_id)
             .where(
-                ChainRow.chain_type == chain_type,
-                tuple_(ResourceRow.resource_type, ResourceRow.resource_id).in_(list(resources)),
+                CHAIN.c.chain_type == chain_type,
+                tuple_(RESOURCE.c.resource_type, RESOURCE.c.resource_id).in_(list(resources)),
             )
-            .group_by(ResourceRow.chain_id)
+            .group_by(RESOURCE.c.chain_id)
             .having(func.count() == len(resources))
-            .order_by(ResourceRow.chain_id)
+            .order_by(RESOURCE.c.chain_id)
             .limit(5)
         ).scalars()
     )
@@ -202,44 +216,44 @@ def find_containing(session: Session, chain_type: str, resources: Sequence[Resou
 
 def list_ids(session: Session, *, chain_type: str | None, state: str | None, after_id: int, limit: int) -> list[int]:
     """The ids above `after_id` of the chains of that type and state (None: any), ascending, at most `limit`."""
-    query = select(ChainRow.id).where(ChainRow.id > after_id)
+    query = select(CHAIN.c.id).where(CHAIN.c.id > after_id)
     if chain_type is not None:
-        query = query.where(ChainRow.chain_type == chain_type)
+        query = query.where(CHAIN.c.chain_type == chain_type)
     if state is not None:
-        query = query.where(ChainRow.state == state)
-    return list(session.execute(query.order_by(ChainRow.id).limit(limit)).scalars())
+        query = query.where(CHAIN.c.state == state)
+    return list(session.execute(query.order_by(CHAIN.c.id).limit(limit)).scalars())
 
 
 def list_by_resource(session: Session, resource: Resource, *, after_id: int, limit: int | None) -> list[int]:
     """The ids above `after_id` of the chains that have this resource, ascending, at most `limit`."""
     query = (
-        select(ResourceRow.chain_id)
-        .where(ResourceRow.resource_type == resource[0], ResourceRow.resource_id == resource[1])
-        .where(ResourceRow.chain_id > after_id)
+        select(RESOURCE.c.chain_id)
+        .where(RESOURCE.c.resource_type == resource[0], RESOURCE.c.resource_id == resource[1])
+        .where(RESOURCE.c.chain_id > after_id)
     )
-    return list(session.execute(query.order_by(ResourceRow.chain_id).limit(limit)).scalars())
+    return list(session.execute(query.order_by(RESOURCE.c.chain_id).limit(limit)).scalars())
 
 
 def events(session: Session, chain_id: int) -> list[EventRow]:
     """The chain's history, oldest first."""
-    return list(session.execute(select(EventRow).where(EventRow.chain_id == chain_id).order_by(EventRow.id)).scalars())
+    return list(session.execute(select(EventRow).where(EVENT.c.chain_id == chain_id).order_by(EVENT.c.id)).scalars())
 
 
 def due_page(
     session: Session, *, chain_type: str, now: datetime, after: DuePosition | None, limit: int
 ) -> list[DuePosition]:
     """The next due chains of a type after a position, in the order (due_at, id)."""
-    query = select(ChainRow.due_at, ChainRow.id).where(ChainRow.chain_type == chain_type, _is_due(now))
+    query = select(CHAIN.c.due_at, CHAIN.c.id).where(CHAIN.c.chain_type == chain_type, _is_due(now))
     if after is not None:
         query = query.where(
-            ChainRow.due_at >= after.due_at, or_(ChainRow.due_at > after.due_at, ChainRow.id > after.chain_id)
+            CHAIN.c.due_at >= after.due_at, or_(CHAIN.c.due_at > after.due_at, CHAIN.c.id > after.chain_id)
         )
-    rows = session.execute(query.order_by(ChainRow.due_at, ChainRow.id).limit(limit)).all()
+    rows = session.execute(query.order_by(CHAIN.c.due_at, CHAIN.c.id).limit(limit)).all()
     return [DuePosition(due_at, chain_id) for due_at, chain_id in rows if due_at is not None]
 
 
 def _is_due(now: datetime) -> ColumnElement[bool]:
-    return and_(ChainRow.due_at <= now, ChainRow.pending_delivery_id.is_(None), ~ChainRow.disabled)
+    return and_(CHAIN.c.due_at <= now, CHAIN.c.pending_delivery_id.is_(None), ~CHAIN.c.disabled)
 
 
 def statistics(session: Session, *, now: datetime) -> dict[str, Any]:
@@ -248,12 +262,12 @@ def statistics(session: Session, *, now: datetime) -> dict[str, Any]:
         select(
             func.count(),
             func.coalesce(func.sum(case((_is_due(now), 1), else_=0)), 0),
-            func.min(case((and_(ChainRow.pending_delivery_id.is_(None), ~ChainRow.disabled), ChainRow.due_at))),
-        ).select_from(ChainRow)
+            func.min(case((and_(CHAIN.c.pending_delivery_id.is_(None), ~CHAIN.c.disabled), CHAIN.c.due_at))),
+        ).select_from(CHAIN)
     ).one()
     by_status = {
         status: count
-        for status, count in session.execute(select(DeliveryRow.status, func.count()).group_by(DeliveryRow.status))
+        for status, count in session.execute(select(DELIVERY.c.status, func.count()).group_by(DELIVERY.c.status))
     }
     return {
         "chains": chains_count,
@@ -266,7 +280,8 @@ def statistics(session: Session, *, now: datetime) -> dict[str, Any]:
 
 def oldest_due(session: Session, *, now: datetime) -> datetime | None:
     """The `due_at` of the chain that is due longest, or None."""
-    return session.execute(select(func.min(ChainRow.due_at)).where(_is_due(now))).scalar_one()
+    oldest: datetime | None = session.execute(select(func.min(CHAIN.c.due_at)).where(_is_due(now))).scalar_one()
+    return oldest
 
 
 # --- creating --------------------------------------------------------------------------------------------------------
@@ -283,7 +298,7 @@ def create(
 ) -> int:
     """The id of the chain with exactly these resources, made in NEW unless another caller was first."""
     key = resource_key(resources)
-    statement = insert_or_ignore(session, ChainRow).values(
+    statement = insert_or_ignore(session, CHAIN).values(
         chain_type=chain_type,
         resource_key=key,
         state=NEW,
@@ -293,21 +308,21 @@ def create(
         context=dict(context) if context is not None else None,
     )
     if session.get_bind().dialect.insert_returning:
-        made = session.execute(statement.returning(ChainRow.id)).one_or_none() is not None
+        made = session.execute(statement.returning(CHAIN.c.id)).one_or_none() is not None
     else:
         made = one_row(session.execute(statement))
     chain_id = find_exact(session, chain_type, resources)
     assert chain_id is not None  # the unique constraint: either ours or the one that was there
     if made:
         session.execute(
-            insert(ResourceRow),
+            insert(RESOURCE),
             [{"chain_id": chain_id, "resource_type": rtype, "resource_id": rid} for rtype, rid in resources],
         )
         add_event(session, chain_id, 0, EventAction.CREATED, value=NEW, to_state=NEW, now=now)
     return chain_id
 
 
-def insert_or_ignore(session: Session, table: type[Base]) -> Insert:
+def insert_or_ignore(session: Session, table: Table | type[Base]) -> Insert:
     """An INSERT that leaves an existing row with the same unique key alone."""
     dialect = session.get_bind().dialect.name
     if dialect == "postgresql":
@@ -322,38 +337,38 @@ def insert_or_ignore(session: Session, table: type[Base]) -> Insert:
 
 def _unchanged(record: ChainRecord) -> ColumnElement[bool]:
     return and_(
-        ChainRow.id == record.id,
-        ChainRow.version == record.version,
-        ~ChainRow.disabled,
-        ChainRow.pending_delivery_id.is_(None),
+        CHAIN.c.id == record.id,
+        CHAIN.c.version == record.version,
+        ~CHAIN.c.disabled,
+        CHAIN.c.pending_delivery_id.is_(None),
     )
 
 
 def unless_disabled(due_at: datetime | None) -> Any:
     """`due_at`, or NULL for a disabled chain: enabling makes it due."""
-    return None if due_at is None else case((~ChainRow.disabled, literal(due_at, ChainRow.due_at.type)))
+    return None if due_at is None else case((~CHAIN.c.disabled, literal(due_at, CHAIN.c.due_at.type)))
 
 
 def at_once(now: datetime) -> ColumnElement[Any]:
     """`now`, or the end of the chain's rest if that is later."""
-    return case((ChainRow.next_update_at > now, ChainRow.next_update_at), else_=literal(now, ChainRow.due_at.type))
+    return case((CHAIN.c.next_update_at > now, CHAIN.c.next_update_at), else_=literal(now, CHAIN.c.due_at.type))
 
 
 def consumed_request(record: ChainRecord) -> Any:
     """The request column after it was used: a request that came in after the read stays."""
-    return case((ChainRow.wake != record.wake, ChainRow.request))
+    return case((CHAIN.c.wake != record.wake, CHAIN.c.request))
 
 
 def move(session: Session, change: Move, *, now: datetime) -> bool:
     """Move a chain without a callback; False when it changed since it was read."""
     record = change.record
     done = session.execute(
-        update(ChainRow)
+        update(CHAIN)
         .where(_unchanged(record))
         .values(
             state=change.to_state,
-            version=ChainRow.version + 1,
-            moves=ChainRow.moves + 1,
+            version=CHAIN.c.version + 1,
+            moves=CHAIN.c.moves + 1,
             failures=0,
             next_update_at=change.next_update_at,
             due_at=change.due_at,
@@ -381,10 +396,10 @@ def move(session: Session, change: Move, *, now: datetime) -> bool:
 def plan(session: Session, record: ChainRecord, delivery_id: str, *, now: datetime) -> bool:
     """Tie a chain to the delivery that is about to be inserted; False when it changed since it was read."""
     done = session.execute(
-        update(ChainRow)
+        update(CHAIN)
         .where(_unchanged(record))
         .values(
-            version=ChainRow.version + 1,
+            version=CHAIN.c.version + 1,
             pending_delivery_id=delivery_id,
             due_at=None,
             failures=0,
@@ -401,7 +416,7 @@ def rest(session: Session, change: Rest, *, now: datetime) -> bool:
     values: dict[str, Any] = {"due_at": change.due_at, "failures": change.failures}
     if change.clear_request:
         values["request"] = None
-    done = session.execute(update(ChainRow).where(_unchanged(record), ChainRow.wake == record.wake).values(**values))
+    done = session.execute(update(CHAIN).where(_unchanged(record), CHAIN.c.wake == record.wake).values(**values))
     if not one_row(done):
         return False
     if change.event is not None:
@@ -432,9 +447,9 @@ def write_request(session: Session, chain_id: int, request: Request, *, now: dat
     waits = record.pending_delivery_id is not None or record.disabled
     due_at = max(now, record.next_update_at) if record.next_update_at else now
     session.execute(
-        update(ChainRow)
-        .where(ChainRow.id == chain_id)
-        .values(wake=ChainRow.wake + 1, request=request.to_json(), due_at=None if waits else due_at)
+        update(CHAIN)
+        .where(CHAIN.c.id == chain_id)
+        .values(wake=CHAIN.c.wake + 1, request=request.to_json(), due_at=None if waits else due_at)
     )
     if record.request is not None and record.request != request:
         add_event(
@@ -458,9 +473,9 @@ def set_disabled(session: Session, chain_id: int, *, disabled: bool, requested_b
         return False
     waits = disabled or record.pending_delivery_id is not None
     session.execute(
-        update(ChainRow)
-        .where(ChainRow.id == chain_id, ChainRow.version == record.version)
-        .values(disabled=disabled, version=ChainRow.version + 1, due_at=None if waits else at_once(now), updated_at=now)
+        update(CHAIN)
+        .where(CHAIN.c.id == chain_id, CHAIN.c.version == record.version)
+        .values(disabled=disabled, version=CHAIN.c.version + 1, due_at=None if waits else at_once(now), updated_at=now)
     )
     action = EventAction.DISABLED if disabled else EventAction.ENABLED
     add_event(session, chain_id, record.version + 1, action, value=record.state, requested_by=requested_by, now=now)
@@ -471,24 +486,24 @@ def set_resource_disabled(
     session: Session, resource: Resource, *, disabled: bool, requested_by: str | None, now: datetime
 ) -> list[int]:
     """Disable or enable every chain that has this resource, in one guarded statement; the ids of those that changed."""
-    has_it = select(ResourceRow.chain_id).where(
-        ResourceRow.resource_type == resource[0], ResourceRow.resource_id == resource[1]
+    has_it = select(RESOURCE.c.chain_id).where(
+        RESOURCE.c.resource_type == resource[0], RESOURCE.c.resource_id == resource[1]
     )
     ids = list(
         session.execute(
-            select(ChainRow.id)
-            .where(ChainRow.id.in_(has_it), ChainRow.disabled != disabled)
-            .order_by(ChainRow.id)
+            select(CHAIN.c.id)
+            .where(CHAIN.c.id.in_(has_it), CHAIN.c.disabled != disabled)
+            .order_by(CHAIN.c.id)
             .with_for_update()
         ).scalars()
     )
     if not ids:
         return []
-    due_at = None if disabled else case((ChainRow.pending_delivery_id.is_(None), at_once(now)))
+    due_at = None if disabled else case((CHAIN.c.pending_delivery_id.is_(None), at_once(now)))
     session.execute(
-        update(ChainRow)
-        .where(ChainRow.id.in_(ids), ChainRow.disabled != disabled)
-        .values(disabled=disabled, version=ChainRow.version + 1, due_at=due_at, updated_at=now)
+        update(CHAIN)
+        .where(CHAIN.c.id.in_(ids), CHAIN.c.disabled != disabled)
+        .values(disabled=disabled, version=CHAIN.c.version + 1, due_at=due_at, updated_at=now)
     )
     action = EventAction.DISABLED if disabled else EventAction.ENABLED
     for chain_id in ids:
@@ -498,9 +513,9 @@ def set_resource_disabled(
 
 def erase(session: Session, chain_ids: Sequence[int]) -> None:
     """Delete these chains with their resources, events and deliveries."""
-    for table in (EventRow, DeliveryRow, ResourceRow):
-        session.execute(delete(table).where(table.chain_id.in_(chain_ids)))
-    session.execute(delete(ChainRow).where(ChainRow.id.in_(chain_ids)))
+    for table in (EVENT, DELIVERY, RESOURCE):
+        session.execute(delete(table).where(table.c.chain_id.in_(chain_ids)))
+    session.execute(delete(CHAIN).where(CHAIN.c.id.in_(chain_ids)))
 
 
 def set_state(
@@ -516,12 +531,12 @@ def set_state(
 ) -> None:
     """Put a chain, locked and without open delivery, into a state on a person's behalf."""
     done = session.execute(
-        update(ChainRow)
-        .where(ChainRow.id == record.id, ChainRow.version == record.version, ChainRow.pending_delivery_id.is_(None))
+        update(CHAIN)
+        .where(CHAIN.c.id == record.id, CHAIN.c.version == record.version, CHAIN.c.pending_delivery_id.is_(None))
         .values(
             state=state,
-            version=ChainRow.version + 1,
-            moves=ChainRow.moves + 1,
+            version=CHAIN.c.version + 1,
+            moves=CHAIN.c.moves + 1,
             failures=0,
             next_update_at=None,
             due_at=None if record.disabled else due_at,
@@ -549,9 +564,9 @@ def make_due(session: Session, *, chain_type: str, state: str, after_id: int, li
     """Make the next batch of chains resting in a state due; the last id seen, or None when there are no more."""
     ids = (
         session.execute(
-            select(ChainRow.id)
-            .where(ChainRow.chain_type == chain_type, ChainRow.state == state, ChainRow.id > after_id)
-            .order_by(ChainRow.id)
+            select(CHAIN.c.id)
+            .where(CHAIN.c.chain_type == chain_type, CHAIN.c.state == state, CHAIN.c.id > after_id)
+            .order_by(CHAIN.c.id)
             .limit(limit)
         )
         .scalars()
@@ -560,20 +575,20 @@ def make_due(session: Session, *, chain_type: str, state: str, after_id: int, li
     if not ids:
         return None
     session.execute(
-        update(ChainRow)
+        update(CHAIN)
         .where(
-            ChainRow.id.in_(ids),
-            ChainRow.state == state,
-            ~ChainRow.disabled,
-            ChainRow.pending_delivery_id.is_(None),
-            or_(ChainRow.due_at.is_(None), ChainRow.due_at > now),
+            CHAIN.c.id.in_(ids),
+            CHAIN.c.state == state,
+            ~CHAIN.c.disabled,
+            CHAIN.c.pending_delivery_id.is_(None),
+            or_(CHAIN.c.due_at.is_(None), CHAIN.c.due_at > now),
         )
         .values(
-            wake=ChainRow.wake + 1,
+            wake=CHAIN.c.wake + 1,
             due_at=at_once(now),
         )
     )
-    return ids[-1]
+    return int(ids[-1])
 
 
 # --- history -------------------------------------------------------------------------------------------
@@ -594,7 +609,7 @@ def add_event(
 ) -> None:
     """Append one line to a chain's history."""
     session.execute(
-        insert(EventRow).values(
+        insert(EVENT).values(
             chain_id=chain_id,
             chain_version=chain_version,
             move_version=chain_version if action == EventAction.STATE_TRANSITION else None,
@@ -624,17 +639,17 @@ def add_event_at_version(
     """Append one line to a chain's history that carries the version its row has in this transaction."""
     is_move = action == EventAction.STATE_TRANSITION
     source = select(
-        ChainRow.id,
-        ChainRow.version,
-        ChainRow.version if is_move else null(),
+        CHAIN.c.id,
+        CHAIN.c.version,
+        CHAIN.c.version if is_move else null(),
         literal(str(action)),
-        literal(value, EventRow.value.type),
-        literal(from_state, EventRow.from_state.type),
-        literal(to_state, EventRow.to_state.type),
-        literal(requested_by, EventRow.requested_by.type),
-        literal(detail[:MAX_DETAIL] if detail else None, EventRow.detail.type),
-        literal(now, EventRow.created_at.type),
-    ).where(ChainRow.id == chain_id)
+        literal(value, EVENT.c.value.type),
+        literal(from_state, EVENT.c.from_state.type),
+        literal(to_state, EVENT.c.to_state.type),
+        literal(requested_by, EVENT.c.requested_by.type),
+        literal(detail[:MAX_DETAIL] if detail else None, EVENT.c.detail.type),
+        literal(now, EVENT.c.created_at.type),
+    ).where(CHAIN.c.id == chain_id)
     columns = [
         "chain_id",
         "chain_version",
@@ -647,25 +662,25 @@ def add_event_at_version(
         "detail",
         "created_at",
     ]
-    session.execute(insert(EventRow).from_select(columns, source, include_defaults=False))
+    session.execute(insert(EVENT).from_select(columns, source, include_defaults=False))
 
 
 def prune_events(session: Session, *, before: datetime, limit: int) -> int:
     """Delete a batch of events older than `before`; how many. The latest line of a chain's history is kept."""
-    newest = select(func.max(EventRow.id)).where(EventRow.chain_id == ChainRow.id).correlate(ChainRow).scalar_subquery()
+    newest = select(func.max(EVENT.c.id)).where(EVENT.c.chain_id == CHAIN.c.id).correlate(CHAIN).scalar_subquery()
     ids = (
         session.execute(
-            select(EventRow.id)
-            .join(ChainRow, ChainRow.id == EventRow.chain_id)
-            .where(EventRow.created_at < before, EventRow.id < newest)
-            .order_by(EventRow.created_at, EventRow.id)
+            select(EVENT.c.id)
+            .join(CHAIN, CHAIN.c.id == EVENT.c.chain_id)
+            .where(EVENT.c.created_at < before, EVENT.c.id < newest)
+            .order_by(EVENT.c.created_at, EVENT.c.id)
             .limit(limit)
         )
         .scalars()
         .all()
     )
     if ids:
-        session.execute(delete(EventRow).where(EventRow.id.in_(sorted(ids))))
+        session.execute(delete(EVENT).where(EVENT.c.id.in_(sorted(ids))))
     return len(ids)
 
 

@@ -137,6 +137,14 @@ class Database:
         """Domain time: the injected clock, else the database's."""
         return self.clock() if self.clock is not None else self.machine_now(session)
 
+    def domain_now(self, machine_now: datetime | None) -> datetime:
+        """Domain time, where the database's clock was read along with something else."""
+        if self.clock is not None:
+            return self.clock()
+        if machine_now is None or self.dialect == "sqlite":  # which would tell this host's time in milliseconds only
+            return datetime.now(UTC)
+        return machine_now
+
     def machine_now(self, session: Session) -> datetime:
         """The database's clock. SQLite has none of its own, so there it is this host's."""
         if self.dialect == "sqlite":

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from dispatcher import chains
 from dispatcher.chains import ChainRecord, one_row
 from dispatcher.database import clock_plus
-from dispatcher.models import ChainRow, DeliveryRow
+from dispatcher.models import CHAIN, DELIVERY, RESOURCE
 from dispatcher.states import CLOSED_STATUSES, OPEN_STATUSES, AttemptOutcome, CallbackKind, DeliveryStatus, EventAction
 
 MAX_ERROR: Final = 2000
@@ -84,7 +84,7 @@ class Owed:
     attempt: int
 
 
-_COLUMNS = tuple(getattr(DeliveryRow, name) for name in DeliveryRecord.__dataclass_fields__)
+_COLUMNS = tuple(DELIVERY.c[name] for name in DeliveryRecord.__dataclass_fields__)
 
 
 def new_id() -> str:
@@ -116,7 +116,7 @@ def valid_id(value: object) -> str | None:
 
 def read(session: Session, delivery_id: str, *, lock: bool = False) -> DeliveryRecord | None:
     """The delivery with this id, or None."""
-    query = select(*_COLUMNS).where(DeliveryRow.id == delivery_id)
+    query = select(*_COLUMNS).where(DELIVERY.c.id == delivery_id)
     row = session.execute(query.with_for_update() if lock else query).one_or_none()
     return DeliveryRecord(*row) if row is not None else None
 
@@ -132,12 +132,12 @@ def listing(
     """Deliveries by chain, status and chain type, newest first, at most `limit`."""
     query = select(*_COLUMNS)
     if chain_id is not None:
-        query = query.where(DeliveryRow.chain_id == chain_id)
+        query = query.where(DELIVERY.c.chain_id == chain_id)
     if statuses:
-        query = query.where(DeliveryRow.status.in_([str(status) for status in statuses]))
+        query = query.where(DELIVERY.c.status.in_([str(status) for status in statuses]))
     if chain_type is not None:
-        query = query.join(ChainRow, ChainRow.id == DeliveryRow.chain_id).where(ChainRow.chain_type == chain_type)
-    return [DeliveryRecord(*row) for row in session.execute(query.order_by(DeliveryRow.id.desc()).limit(limit))]
+        query = query.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).where(CHAIN.c.chain_type == chain_type)
+    return [DeliveryRecord(*row) for row in session.execute(query.order_by(DELIVERY.c.id.desc()).limit(limit))]
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def plan(
         return None
     begun = lease_seconds is not None
     session.execute(
-        insert(DeliveryRow).values(
+        insert(DELIVERY).values(
             id=delivery_id,
             idempotency_key=idempotency_key(record.id, record.moves, planned.transition),
             chain_id=record.id,
@@ -204,17 +204,17 @@ def plan(
 def begin(session: Session, delivery_id: str, attempt: int, *, lease_seconds: float) -> Begun | AttemptOutcome:
     """Begin attempt number `attempt` (from 1): the rows, or the outcome that says why it does not begin."""
     done = session.execute(
-        update(DeliveryRow)
+        update(DELIVERY)
         .where(
-            DeliveryRow.id == delivery_id,
-            DeliveryRow.attempt == attempt - 1,
-            DeliveryRow.status == DeliveryStatus.PENDING,
-            DeliveryRow.next_attempt_at <= clock_plus(0),
-            select(ChainRow.id)
+            DELIVERY.c.id == delivery_id,
+            DELIVERY.c.attempt == attempt - 1,
+            DELIVERY.c.status == DeliveryStatus.PENDING,
+            DELIVERY.c.next_attempt_at <= clock_plus(0),
+            select(CHAIN.c.id)
             .where(
-                ChainRow.id == DeliveryRow.chain_id,
-                ChainRow.pending_delivery_id == DeliveryRow.id,
-                ~ChainRow.disabled,
+                CHAIN.c.id == DELIVERY.c.chain_id,
+                CHAIN.c.pending_delivery_id == DELIVERY.c.id,
+                ~CHAIN.c.disabled,
             )
             .exists(),
         )
@@ -227,18 +227,32 @@ def begin(session: Session, delivery_id: str, attempt: int, *, lease_seconds: fl
     )
     if not one_row(done):
         return _why_not_begun(session, delivery_id)
-    row = session.execute(
-        select(*_COLUMNS, clock_plus(0).label("machine_now")).where(DeliveryRow.id == delivery_id)
-    ).one()
-    delivery = DeliveryRecord(*row[:-1])
-    return Begun(delivery, chains.read_one(session, delivery.chain_id), row.machine_now)
+    width = len(_COLUMNS)
+    rows = session.execute(
+        select(
+            *_COLUMNS,
+            *chains.CHAIN_COLUMNS,
+            RESOURCE.c.resource_type,
+            RESOURCE.c.resource_id,
+            clock_plus(0).label("machine_now"),
+        )
+        .select_from(
+            DELIVERY.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).outerjoin(
+                RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id
+            )
+        )
+        .where(DELIVERY.c.id == delivery_id)
+    ).all()
+    delivery = DeliveryRecord(*rows[0][:width])
+    (record,) = chains.records_of([row[width:-1] for row in rows]).values()
+    return Begun(delivery, record, rows[0][-1])
 
 
 def _why_not_begun(session: Session, delivery_id: str) -> AttemptOutcome:
     row = session.execute(
-        select(DeliveryRow.status, ChainRow.disabled)
-        .join(ChainRow, ChainRow.id == DeliveryRow.chain_id)
-        .where(DeliveryRow.id == delivery_id)
+        select(DELIVERY.c.status, CHAIN.c.disabled)
+        .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
+        .where(DELIVERY.c.id == delivery_id)
     ).one_or_none()
     if row is None:
         return AttemptOutcome.MISSING
@@ -249,16 +263,16 @@ def _why_not_begun(session: Session, delivery_id: str) -> AttemptOutcome:
 
 def _running(delivery: DeliveryRecord) -> Any:
     return and_(
-        DeliveryRow.id == delivery.id,
-        DeliveryRow.attempt == delivery.attempt,
-        DeliveryRow.status == DeliveryStatus.RUNNING,
+        DELIVERY.c.id == delivery.id,
+        DELIVERY.c.attempt == delivery.attempt,
+        DELIVERY.c.status == DeliveryStatus.RUNNING,
     )
 
 
 def renew_lease(session: Session, delivery: DeliveryRecord, *, lease_seconds: float) -> bool:
     """Give a running attempt a new lease; False when it is no longer ours."""
     done = session.execute(
-        update(DeliveryRow)
+        update(DELIVERY)
         .where(_running(delivery))
         .values(lease_until=clock_plus(lease_seconds), publish_after=clock_plus(lease_seconds))
     )
@@ -268,7 +282,7 @@ def renew_lease(session: Session, delivery: DeliveryRecord, *, lease_seconds: fl
 def postpone(session: Session, delivery: DeliveryRecord, *, seconds: float, reason: str) -> bool:
     """Take back the beginning of an attempt, without using it up, and let it wait."""
     done = session.execute(
-        update(DeliveryRow)
+        update(DELIVERY)
         .where(_running(delivery))
         .values(
             status=DeliveryStatus.PENDING,
@@ -285,7 +299,7 @@ def postpone(session: Session, delivery: DeliveryRecord, *, seconds: float, reas
 def retry(session: Session, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str) -> bool:
     """Close a failed attempt; the next may begin in `seconds`, and its message counts as lost `grace_seconds` later."""
     done = session.execute(
-        update(DeliveryRow)
+        update(DELIVERY)
         .where(_running(delivery))
         .values(
             status=DeliveryStatus.PENDING,
@@ -300,7 +314,7 @@ def retry(session: Session, delivery: DeliveryRecord, *, seconds: float, grace_s
 
 def _when_enabled(moment: clock_plus) -> Any:
     """`moment`, or NULL while the chain is disabled: enabling it gives the relay the delivery back."""
-    disabled = select(ChainRow.disabled).where(ChainRow.id == DeliveryRow.chain_id).scalar_subquery()
+    disabled = select(CHAIN.c.disabled).where(CHAIN.c.id == DELIVERY.c.chain_id).scalar_subquery()
     return case((~disabled, moment))
 
 
@@ -322,17 +336,17 @@ def close_and_move(
     if not _close(session, delivery, status=status, error=None):
         return False
     done = session.execute(
-        update(ChainRow)
-        .where(ChainRow.id == delivery.chain_id, ChainRow.pending_delivery_id == delivery.id)
+        update(CHAIN)
+        .where(CHAIN.c.id == delivery.chain_id, CHAIN.c.pending_delivery_id == delivery.id)
         .values(
             state=delivery.final_state,
-            version=ChainRow.version + 1,
-            moves=ChainRow.moves + 1,
+            version=CHAIN.c.version + 1,
+            moves=CHAIN.c.moves + 1,
             pending_delivery_id=None,
             failures=0,
             next_update_at=next_update_at,
             due_at=chains.unless_disabled(due_at),
-            request=None if due_at is None else ChainRow.request,
+            request=None if due_at is None else CHAIN.c.request,
             updated_at=now,
         )
     )
@@ -377,10 +391,10 @@ def close_and_stay(
     if not _close(session, delivery, status=DeliveryStatus.CANCELLED, error=reason):
         return False
     done = session.execute(
-        update(ChainRow)
-        .where(ChainRow.id == delivery.chain_id, ChainRow.pending_delivery_id == delivery.id)
+        update(CHAIN)
+        .where(CHAIN.c.id == delivery.chain_id, CHAIN.c.pending_delivery_id == delivery.id)
         .values(
-            version=ChainRow.version + 1,
+            version=CHAIN.c.version + 1,
             pending_delivery_id=None,
             due_at=chains.unless_disabled(now),
             updated_at=now,
@@ -403,11 +417,11 @@ def stop(
 ) -> bool:
     """Leave a running delivery dead or held for a person to decide; False when it is not ours."""
     done = session.execute(
-        update(DeliveryRow)
+        update(DELIVERY)
         .where(_running(delivery))
         .values(
             status=status,
-            unknown=DeliveryRow.unknown if unknown is None else unknown,
+            unknown=DELIVERY.c.unknown if unknown is None else unknown,
             lease_until=None,
             next_attempt_at=None,
             publish_after=None,
@@ -416,7 +430,7 @@ def stop(
     )
     if not one_row(done):
         return False
-    session.execute(update(ChainRow).where(ChainRow.id == delivery.chain_id).values(version=ChainRow.version + 1))
+    session.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
     _event(session, delivery, EventAction(status.value), now=now, detail=error)
     return True
 
@@ -426,8 +440,8 @@ def mark_unknown(
 ) -> bool:
     """Open the next attempt of a delivery whose worker died inside one: its effect is unknown."""
     done = session.execute(
-        update(DeliveryRow)
-        .where(_running(delivery), DeliveryRow.lease_until <= clock_plus(0))
+        update(DELIVERY)
+        .where(_running(delivery), DELIVERY.c.lease_until <= clock_plus(0))
         .values(
             status=DeliveryStatus.PENDING,
             unknown=True,
@@ -442,13 +456,13 @@ def mark_unknown(
 
 def mark_known(session: Session, delivery: DeliveryRecord) -> bool:
     """Note that the earlier attempts of a running delivery had no effect."""
-    return one_row(session.execute(update(DeliveryRow).where(_running(delivery)).values(unknown=False)))
+    return one_row(session.execute(update(DELIVERY).where(_running(delivery)).values(unknown=False)))
 
 
 def lease_expired(session: Session, delivery: DeliveryRecord) -> bool:
     """Whether this attempt is still the running one and its lease has ended; locks the row."""
     row = session.execute(
-        select(DeliveryRow.id).where(_running(delivery), DeliveryRow.lease_until <= clock_plus(0)).with_for_update()
+        select(DELIVERY.c.id).where(_running(delivery), DELIVERY.c.lease_until <= clock_plus(0)).with_for_update()
     ).one_or_none()
     return row is not None
 
@@ -470,11 +484,11 @@ def _close(session: Session, delivery: DeliveryRecord, *, status: DeliveryStatus
     if error is not None:
         values["last_error"] = error[:MAX_ERROR]
     done = session.execute(
-        update(DeliveryRow)
+        update(DELIVERY)
         .where(
-            DeliveryRow.id == delivery.id,
-            DeliveryRow.attempt == delivery.attempt,
-            DeliveryRow.status == delivery.status,
+            DELIVERY.c.id == delivery.id,
+            DELIVERY.c.attempt == delivery.attempt,
+            DELIVERY.c.status == delivery.status,
         )
         .values(**values)
     )
@@ -513,8 +527,8 @@ def claim_overdue(session: Session, *, limit: int, grace_seconds: float) -> list
     """
     rows = session.execute(
         select(*_COLUMNS)
-        .where(DeliveryRow.publish_after <= clock_plus(0))
-        .order_by(DeliveryRow.publish_after, DeliveryRow.id)
+        .where(DELIVERY.c.publish_after <= clock_plus(0))
+        .order_by(DELIVERY.c.publish_after, DELIVERY.c.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()
@@ -522,14 +536,14 @@ def claim_overdue(session: Session, *, limit: int, grace_seconds: float) -> list
     pending = [delivery.id for delivery in found if delivery.status == DeliveryStatus.PENDING]
     if pending:
         session.execute(
-            update(DeliveryRow).where(DeliveryRow.id.in_(pending)).values(publish_after=clock_plus(grace_seconds))
+            update(DELIVERY).where(DELIVERY.c.id.in_(pending)).values(publish_after=clock_plus(grace_seconds))
         )
     return found
 
 
 def look_later(session: Session, delivery: DeliveryRecord, *, seconds: float) -> None:
     """Take a running delivery that this process cannot settle out of the relay's sight for a while."""
-    session.execute(update(DeliveryRow).where(_running(delivery)).values(publish_after=clock_plus(seconds)))
+    session.execute(update(DELIVERY).where(_running(delivery)).values(publish_after=clock_plus(seconds)))
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -538,9 +552,9 @@ def look_later(session: Session, delivery: DeliveryRecord, *, seconds: float) ->
 def follow_disabling(session: Session, chain_ids: Sequence[int], *, disabled: bool) -> None:
     """Take the pending deliveries of disabled chains out of the relay's sight, or give them back."""
     session.execute(
-        update(DeliveryRow)
-        .where(DeliveryRow.chain_id.in_(chain_ids), DeliveryRow.status == DeliveryStatus.PENDING)
-        .values(publish_after=None if disabled else DeliveryRow.next_attempt_at)
+        update(DELIVERY)
+        .where(DELIVERY.c.chain_id.in_(chain_ids), DELIVERY.c.status == DeliveryStatus.PENDING)
+        .values(publish_after=None if disabled else DELIVERY.c.next_attempt_at)
     )
 
 
@@ -558,11 +572,11 @@ def reopen(
     Whoever retries a held one has decided what its unknown effect was: it is not held for that again.
     """
     session.execute(
-        update(DeliveryRow)
+        update(DELIVERY)
         .where(
-            DeliveryRow.id == delivery.id,
-            DeliveryRow.attempt == delivery.attempt,
-            DeliveryRow.status == delivery.status,
+            DELIVERY.c.id == delivery.id,
+            DELIVERY.c.attempt == delivery.attempt,
+            DELIVERY.c.status == delivery.status,
         )
         .values(
             status=DeliveryStatus.PENDING,
@@ -572,16 +586,16 @@ def reopen(
             publish_after=None if disabled else clock_plus(0),
         )
     )
-    session.execute(update(ChainRow).where(ChainRow.id == delivery.chain_id).values(version=ChainRow.version + 1))
+    session.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
     _event(session, delivery, EventAction.RETRIED, now=now, requested_by=requested_by, detail=delivery.last_error)
 
 
 def running_chains(session: Session, chain_ids: Sequence[int]) -> list[int]:
     """Those of these chains that have a running attempt, ascending."""
-    query = select(DeliveryRow.chain_id).where(
-        DeliveryRow.chain_id.in_(chain_ids), DeliveryRow.status == DeliveryStatus.RUNNING
+    query = select(DELIVERY.c.chain_id).where(
+        DELIVERY.c.chain_id.in_(chain_ids), DELIVERY.c.status == DeliveryStatus.RUNNING
     )
-    return list(session.execute(query.order_by(DeliveryRow.chain_id)).scalars())
+    return list(session.execute(query.order_by(DELIVERY.c.chain_id)).scalars())
 
 
 # --- disagreements ---------------------------------------------------------------------------------------------------
@@ -589,36 +603,36 @@ def running_chains(session: Session, chain_ids: Sequence[int]) -> list[int]:
 
 def chains_astray(session: Session, *, limit: int) -> list[int]:
     """Chains that wait for a delivery which is closed or missing, ascending."""
-    owed = select(DeliveryRow.id).where(
-        DeliveryRow.id == ChainRow.pending_delivery_id, DeliveryRow.status.in_([str(one) for one in OPEN_STATUSES])
+    owed = select(DELIVERY.c.id).where(
+        DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES])
     )
-    query = select(ChainRow.id).where(ChainRow.pending_delivery_id.is_not(None), ~owed.exists())
-    return list(session.execute(query.order_by(ChainRow.id).limit(limit)).scalars())
+    query = select(CHAIN.c.id).where(CHAIN.c.pending_delivery_id.is_not(None), ~owed.exists())
+    return list(session.execute(query.order_by(CHAIN.c.id).limit(limit)).scalars())
 
 
 def free_chain(session: Session, chain_id: int, *, now: datetime) -> None:
     """Make a chain due that waits for a delivery which is closed or missing; nothing if it does not."""
-    owed = select(DeliveryRow.id).where(
-        DeliveryRow.id == ChainRow.pending_delivery_id, DeliveryRow.status.in_([str(one) for one in OPEN_STATUSES])
+    owed = select(DELIVERY.c.id).where(
+        DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES])
     )
     session.execute(
-        update(ChainRow)
-        .where(ChainRow.id == chain_id, ChainRow.pending_delivery_id.is_not(None), ~owed.exists())
-        .values(pending_delivery_id=None, version=ChainRow.version + 1, due_at=chains.unless_disabled(now))
+        update(CHAIN)
+        .where(CHAIN.c.id == chain_id, CHAIN.c.pending_delivery_id.is_not(None), ~owed.exists())
+        .values(pending_delivery_id=None, version=CHAIN.c.version + 1, due_at=chains.unless_disabled(now))
     )
 
 
 def orphans(session: Session, *, limit: int) -> list[str]:
     """Open deliveries whose chain does not wait for them."""
     query = (
-        select(DeliveryRow.id)
-        .join(ChainRow, ChainRow.id == DeliveryRow.chain_id)
+        select(DELIVERY.c.id)
+        .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
         .where(
-            DeliveryRow.status.in_([str(one) for one in OPEN_STATUSES]),
-            or_(ChainRow.pending_delivery_id.is_(None), ChainRow.pending_delivery_id != DeliveryRow.id),
+            DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES]),
+            or_(CHAIN.c.pending_delivery_id.is_(None), CHAIN.c.pending_delivery_id != DELIVERY.c.id),
         )
     )
-    return list(session.execute(query.order_by(DeliveryRow.id).limit(limit)).scalars())
+    return list(session.execute(query.order_by(DELIVERY.c.id).limit(limit)).scalars())
 
 
 def close_orphan(session: Session, delivery_id: str, *, now: datetime) -> None:
@@ -634,16 +648,16 @@ def close_orphan(session: Session, delivery_id: str, *, now: datetime) -> None:
 
 def count_stopped(session: Session) -> dict[str, int]:
     """How many deliveries are dead and held."""
-    query = select(DeliveryRow.status, func.count()).where(
-        DeliveryRow.status.in_([str(DeliveryStatus.DEAD), str(DeliveryStatus.HELD)])
+    query = select(DELIVERY.c.status, func.count()).where(
+        DELIVERY.c.status.in_([str(DeliveryStatus.DEAD), str(DeliveryStatus.HELD)])
     )
-    return {status: count for status, count in session.execute(query.group_by(DeliveryRow.status))}
+    return {status: count for status, count in session.execute(query.group_by(DELIVERY.c.status))}
 
 
 def late(session: Session, *, seconds: float, limit: int) -> list[str]:
     """Deliveries that the relay should have looked at `seconds` ago and has not."""
-    query = select(DeliveryRow.id).where(DeliveryRow.publish_after <= clock_plus(-seconds))
-    return list(session.execute(query.order_by(DeliveryRow.publish_after).limit(limit)).scalars())
+    query = select(DELIVERY.c.id).where(DELIVERY.c.publish_after <= clock_plus(-seconds))
+    return list(session.execute(query.order_by(DELIVERY.c.publish_after).limit(limit)).scalars())
 
 
 # --- upkeep ----------------------------------------------------------------------------------------------------------
@@ -653,18 +667,16 @@ def prune(session: Session, *, before: datetime, limit: int) -> int:
     """Delete a batch of closed deliveries that ended before `before`; how many."""
     ids = (
         session.execute(
-            select(DeliveryRow.id)
-            .where(
-                DeliveryRow.finished_at < before, DeliveryRow.status.in_([str(status) for status in CLOSED_STATUSES])
-            )
-            .order_by(DeliveryRow.finished_at, DeliveryRow.id)
+            select(DELIVERY.c.id)
+            .where(DELIVERY.c.finished_at < before, DELIVERY.c.status.in_([str(status) for status in CLOSED_STATUSES]))
+            .order_by(DELIVERY.c.finished_at, DELIVERY.c.id)
             .limit(limit)
         )
         .scalars()
         .all()
     )
     if ids:
-        session.execute(delete(DeliveryRow).where(DeliveryRow.id.in_(sorted(ids))))
+        session.execute(delete(DELIVERY).where(DELIVERY.c.id.in_(sorted(ids))))
     return len(ids)
 
 

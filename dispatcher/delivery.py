@@ -129,7 +129,7 @@ class Attempts:
         if isinstance(begun, AttemptOutcome):
             return begun
         delivery, record = begun.delivery, begun.chain
-        now = self._database.clock() if self._database.clock is not None else begun.machine_now
+        now = self._database.domain_now(begun.machine_now)
         try:
             chain_type = self._config.by_type[record.chain_type]
             transition_class = chain_type.by_name[delivery.transition]

@@ -181,8 +181,8 @@ class Executor:
         requested_by: str | None = None,
     ) -> list[ChainResult]:
         with self._database.read() as session:
-            records = chains.read_many(session, held.held)
-            now = self._database.now(session)
+            records, machine_now = chains.read_with_clock(session, held.held)
+        now = self._database.domain_now(machine_now)
         results: list[ChainResult] = []
         todo: list[ChainRecord] = []
         for chain_id in held.held:

@@ -19,6 +19,7 @@ def run_after_commit(session: Session, action: Callable[[], Any]) -> None:
         session.info[_WAITING] = []
         event.listen(session, "after_commit", _run)
         event.listen(session, "after_soft_rollback", _forget)
+        event.listen(session, "after_transaction_end", _clear)
     begun_in = session.get_nested_transaction() or session.get_transaction() or session.begin()
     session.info[_WAITING].append((begun_in, action))
 
@@ -35,6 +36,11 @@ def _run(session: Session) -> None:
 def _forget(session: Session, rolled_back: SessionTransaction) -> None:
     waiting: _Waiting = session.info[_WAITING]
     session.info[_WAITING] = [(begun_in, action) for begun_in, action in waiting if not _within(begun_in, rolled_back)]
+
+
+def _clear(session: Session, ended: SessionTransaction) -> None:
+    if ended.parent is None:  # a session that was closed without a commit ends here, without a rollback's event
+        session.info[_WAITING] = []
 
 
 def _within(transaction: SessionTransaction | None, outer: SessionTransaction) -> bool:
