@@ -10,7 +10,7 @@ CORE := dispatcher/errors.py,dispatcher/states.py,dispatcher/graph.py,dispatcher
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test chaos lint format clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(VENV)/demo.stamp ## Run the example; its arguments in ARGS="--customers 
 test: $(VENV)/dev.stamp ## Run the tests with branch coverage; pytest's arguments in ARGS
 	$(BIN)/python -m pytest $(or $(strip $(ARGS)),--cov --cov-report=term)
 	$(if $(strip $(ARGS)),,$(BIN)/python -m coverage report --include=$(CORE) --fail-under=100)
+
+chaos: $(VENV)/dev.stamp ## Run the whole chaos suite, an hour; CHAOS_CHAINS, CHAOS_SEED, CHAOS_RESULTS; pytest's arguments in ARGS
+	CHAOS_MATRIX=1 $(BIN)/python -m pytest tests/chaos -m chaos -p no:randomly $(ARGS)
 
 lint: $(VENV)/dev.stamp ## Check style, types and layers
 	$(BIN)/ruff check

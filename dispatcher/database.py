@@ -104,9 +104,9 @@ class Database:
         return self._engine
 
     def dispose(self, *, close: bool = True) -> None:
-        """Drop this process's connections; with `close=False` without closing them (after a fork)."""
+        """Drop this process's connections; unclosed with `close=False`, and where they are those of a parent process."""
         if self._engine is not None:
-            self._engine.dispose(close=close)
+            self._engine.dispose(close=close and self._pid == os.getpid())
         self._engine = None
 
     @contextmanager

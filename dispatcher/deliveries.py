@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -84,7 +84,7 @@ class Owed:
     attempt: int
 
 
-_COLUMNS = tuple(DELIVERY.c[name] for name in DeliveryRecord.__dataclass_fields__)
+DELIVERY_COLUMNS = tuple(DELIVERY.c[name] for name in DeliveryRecord.__dataclass_fields__)
 
 
 def new_id() -> str:
@@ -116,7 +116,7 @@ def valid_id(value: object) -> str | None:
 
 def read(session: Session, delivery_id: str, *, lock: bool = False) -> DeliveryRecord | None:
     """The delivery with this id, or None."""
-    query = select(*_COLUMNS).where(DELIVERY.c.id == delivery_id)
+    query = select(*DELIVERY_COLUMNS).where(DELIVERY.c.id == delivery_id)
     row = session.execute(query.with_for_update() if lock else query).one_or_none()
     return DeliveryRecord(*row) if row is not None else None
 
@@ -130,7 +130,7 @@ def listing(
     limit: int = 100,
 ) -> list[DeliveryRecord]:
     """Deliveries by chain, status and chain type, newest first, at most `limit`."""
-    query = select(*_COLUMNS)
+    query = select(*DELIVERY_COLUMNS)
     if chain_id is not None:
         query = query.where(DELIVERY.c.chain_id == chain_id)
     if statuses:
@@ -163,24 +163,13 @@ def plan(
     begun = lease_seconds is not None
     session.execute(
         insert(DELIVERY).values(
-            id=delivery_id,
-            idempotency_key=idempotency_key(record.id, record.moves, planned.transition),
-            chain_id=record.id,
-            chain_version=record.version + 1,
-            transition=planned.transition,
-            from_state=record.state,
-            final_state=planned.final_state,
-            callback=planned.callback,
+            **values_of(planned, delivery_id),
             status=DeliveryStatus.RUNNING if begun else DeliveryStatus.PENDING,
             attempt=1 if begun else 0,
-            max_attempts=planned.max_attempts,
             next_attempt_at=None if begun else clock_plus(0),
             publish_after=clock_plus(lease_seconds if lease_seconds is not None else publish_seconds),
             lease_until=clock_plus(lease_seconds) if lease_seconds is not None else None,
             planned_at=clock_plus(0),
-            requested_by=planned.requested_by,
-            kwargs=dict(planned.kwargs) if planned.kwargs else None,
-            context=dict(planned.context) if planned.context else None,
         )
     )
     chains.add_event(
@@ -196,6 +185,25 @@ def plan(
         now=now,
     )
     return delivery_id
+
+
+def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
+    """The columns of a new delivery that come from its plan."""
+    record = planned.record
+    return {
+        "id": delivery_id,
+        "idempotency_key": idempotency_key(record.id, record.moves, planned.transition),
+        "chain_id": record.id,
+        "chain_version": record.version + 1,
+        "transition": planned.transition,
+        "from_state": record.state,
+        "final_state": planned.final_state,
+        "callback": planned.callback,
+        "max_attempts": planned.max_attempts,
+        "requested_by": planned.requested_by,
+        "kwargs": dict(planned.kwargs) if planned.kwargs else None,
+        "context": dict(planned.context) if planned.context else None,
+    }
 
 
 # --- attempts --------------------------------------------------------------------------------------------------------
@@ -227,10 +235,10 @@ def begin(session: Session, delivery_id: str, attempt: int, *, lease_seconds: fl
     )
     if not one_row(done):
         return _why_not_begun(session, delivery_id)
-    width = len(_COLUMNS)
+    width = len(DELIVERY_COLUMNS)
     rows = session.execute(
         select(
-            *_COLUMNS,
+            *DELIVERY_COLUMNS,
             *chains.CHAIN_COLUMNS,
             RESOURCE.c.resource_type,
             RESOURCE.c.resource_id,
@@ -338,17 +346,7 @@ def close_and_move(
     done = session.execute(
         update(CHAIN)
         .where(CHAIN.c.id == delivery.chain_id, CHAIN.c.pending_delivery_id == delivery.id)
-        .values(
-            state=delivery.final_state,
-            version=CHAIN.c.version + 1,
-            moves=CHAIN.c.moves + 1,
-            pending_delivery_id=None,
-            failures=0,
-            next_update_at=next_update_at,
-            due_at=chains.unless_disabled(due_at),
-            request=None if due_at is None else CHAIN.c.request,
-            updated_at=now,
-        )
+        .values(moved_values(delivery.final_state, next_update_at=next_update_at, due_at=due_at, now=now))
     )
     if not one_row(done):
         raise LostChain(delivery.chain_id)
@@ -471,16 +469,41 @@ class LostChain(Exception):  # noqa: N818 - not an error for callers: it undoes 
     """The chain is not tied to the delivery that is being closed: the whole transaction must be undone."""
 
 
-def _close(session: Session, delivery: DeliveryRecord, *, status: DeliveryStatus, error: str | None) -> bool:
-    values: dict[str, Any] = {
-        "status": status,
-        "finished_at": clock_plus(0),
-        "lease_until": None,
-        "next_attempt_at": None,
-        "publish_after": None,
-        "kwargs": None,
-        "context": None,
+CLOSED_VALUES: Final[Mapping[str, Any]] = {
+    "finished_at": clock_plus(0),
+    "lease_until": None,
+    "next_attempt_at": None,
+    "publish_after": None,
+    "kwargs": None,
+    "context": None,
+}
+"""The columns of a delivery that is closed."""
+
+
+def moved_values(
+    state: str, *, next_update_at: datetime | None, due_at: datetime | None, now: datetime
+) -> dict[str, Any]:
+    """The columns of a chain whose delivery took it to `state`; a request that waits stays, unless this is the end."""
+    return {
+        "state": state,
+        "version": CHAIN.c.version + 1,
+        "moves": CHAIN.c.moves + 1,
+        "pending_delivery_id": None,
+        "failures": 0,
+        "next_update_at": next_update_at,
+        "due_at": chains.unless_disabled(due_at),
+        "request": None if due_at is None else CHAIN.c.request,
+        "updated_at": now,
     }
+
+
+def begun_of(delivery: DeliveryRecord) -> DeliveryRecord:
+    """A pending delivery as it stands once its next attempt has begun."""
+    return replace(delivery, status=DeliveryStatus.RUNNING, attempt=delivery.attempt + 1)
+
+
+def _close(session: Session, delivery: DeliveryRecord, *, status: DeliveryStatus, error: str | None) -> bool:
+    values: dict[str, Any] = {"status": status, **CLOSED_VALUES}
     if error is not None:
         values["last_error"] = error[:MAX_ERROR]
     done = session.execute(
@@ -526,7 +549,7 @@ def claim_overdue(session: Session, *, limit: int, grace_seconds: float) -> list
     Pending ones lost their message, running ones outlived their lease.
     """
     rows = session.execute(
-        select(*_COLUMNS)
+        select(*DELIVERY_COLUMNS)
         .where(DELIVERY.c.publish_after <= clock_plus(0))
         .order_by(DELIVERY.c.publish_after, DELIVERY.c.id)
         .limit(limit)

@@ -18,7 +18,7 @@ from typing import Any, Final
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from dispatcher import chains, deliveries
+from dispatcher import batches, chains, deliveries
 from dispatcher.config import Callback, ChainType, DispatcherConfig, resolve_callback
 from dispatcher.database import Database
 from dispatcher.decisions import ChainResult, due_after_move, load_contexts, merged_context, next_update
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _UNKNOWN_DEFINITION: Final = "unknown definition: "
 _FINISH_PAUSE_SECONDS: Final = 2.0
+_GROUP: Final = 10
+_GROUP_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,9 @@ class Attempts:
 
     def deliver(self, owed: Sequence[Owed]) -> list[AttemptResult]:
         """Make one attempt at each of these deliveries; one result for each, in their order."""
-        return [self._deliver_one(one) for one in owed]
+        if len(owed) == 1:
+            return [self._deliver_one(owed[0])]
+        return self._deliver_many(owed)
 
     # --- in a worker -------------------------------------------------------------------------------------------------
 
@@ -106,7 +110,12 @@ class Attempts:
                 extra={"action": f"attempt_{begun}", "delivery_id": delivery_id},
             )
             return AttemptResult(delivery_id, owed.attempt, begun)
-        result = self._attempt(begun)
+        ended = self._attempt(begun)
+        result = ended if isinstance(ended, AttemptResult) else self._delivered(begun, ended, "")
+        self._log(result)
+        return result
+
+    def _log(self, result: AttemptResult) -> None:
         logger.log(
             logging.ERROR if result.outcome in (AttemptOutcome.DEAD, AttemptOutcome.HELD) else logging.INFO,
             "chain %s: attempt %s of %s: %s %s",
@@ -118,16 +127,110 @@ class Attempts:
             extra={
                 "action": f"attempt_{result.outcome}",
                 "chain_id": result.chain_id,
-                "delivery_id": delivery_id,
+                "delivery_id": result.delivery_id,
                 "attempt": result.attempt,
             },
         )
-        return result
+
+    # --- several in one message --------------------------------------------------------------------------------------
+
+    def _deliver_many(self, owed: Sequence[Owed]) -> list[AttemptResult]:
+        """Begin and record in groups; each callback, failure and last look stays the delivery's own.
+
+        When half of the task's time is used up, what is not begun is published again.
+        """
+        results: dict[str, AttemptResult] = {}
+        todo = []
+        for one in owed:
+            delivery_id = deliveries.valid_id(one.delivery_id)
+            if delivery_id is None or not 0 < one.attempt < 2**31:
+                results[one.delivery_id] = AttemptResult(one.delivery_id[:40], one.attempt, AttemptOutcome.MISSING)
+            else:
+                todo.append(Owed(delivery_id, one.attempt))
+        stop_at = time.monotonic() + self._settings.callback_seconds / 2
+        for start in range(0, len(todo), _GROUP):
+            if time.monotonic() >= stop_at:
+                self._publish_again(todo[start:])
+                break
+            for result in self._deliver_group(todo[start : start + _GROUP]):
+                results[result.delivery_id] = result
+        stale = AttemptOutcome.STALE
+        return [results.get(one.delivery_id, AttemptResult(one.delivery_id, one.attempt, stale)) for one in owed]
+
+    def _publish_again(self, owed: Sequence[Owed]) -> None:
+        try:
+            self._publisher.deliver(owed)
+        except PublishFailed as error:
+            logger.warning("%d deliveries not published again (%s): the relay does it", len(owed), error)
+
+    def _deliver_group(self, owed: Sequence[Owed]) -> list[AttemptResult]:
+        finish_by = time.monotonic() + self._settings.lease_seconds
+        begun = self._database.write(lambda session: self._begin_many(session, owed, finish_by))
+        loaded: dict[int, Mapping[str, Any] | BaseException] = {}
+        by_type: dict[str, list[_Attempt]] = {}
+        for attempt in begun:
+            by_type.setdefault(attempt.chain_type.chain_type, []).append(attempt)
+        for group in by_type.values():
+            loaded.update(load_contexts(group[0].chain_type, [attempt.begun.chain for attempt in group]))
+        results: list[AttemptResult] = []
+        called: list[tuple[_Attempt, Transition]] = []
+        since = time.monotonic()
+        for attempt in begun:
+            ended = self._attempt(attempt, loaded.get(attempt.begun.chain.id, {}))
+            if isinstance(ended, AttemptResult):
+                self._log(ended)
+                results.append(ended)
+                continue
+            called.append((attempt, ended))
+            if time.monotonic() - since > _GROUP_SECONDS:  # a kill leaves few unknown effects
+                results += self._delivered_many(called)
+                called, since = [], time.monotonic()
+        return results + self._delivered_many(called)
+
+    def _begin_many(self, session: Session, owed: Sequence[Owed], finish_by: float) -> list[_Attempt]:
+        begun = batches.begin_many(session, owed, lease_seconds=self._settings.lease_seconds)
+        defined = (self._defined(session, one, finish_by) for one in begun)
+        return [one for one in defined if one is not None]
+
+    def _delivered_many(self, called: Sequence[tuple[_Attempt, Transition]]) -> list[AttemptResult]:
+        """Record callbacks that returned, in one transaction; one by one, with all their retries, if that fails."""
+        if len(called) < 2:  # noqa: PLR2004 - a batch has several
+            return [self._delivered(attempt, transition, "") for attempt, transition in called]
+        finished = [
+            batches.Finished(
+                attempt.delivery,
+                rest_until := next_update(transition),
+                due_after_move(attempt.chain_type, attempt.delivery.final_state, rest_until, attempt.now),
+            )
+            for attempt, transition in called
+        ]
+        now = called[0][0].now
+        try:
+            done = self._database.write(lambda session: batches.finish_many(session, finished, now=now))
+        except (ServiceUnavailable, DBAPIError) as error:
+            logger.warning("the end of %d deliveries is not written (%s), trying again", len(called), error)
+            return [self._delivered(attempt, transition, "", seen_error=True) for attempt, transition in called]
+        results = []
+        for (attempt, _), one in zip(called, finished, strict=True):
+            ours = attempt.delivery.id in done
+            result = self._result(attempt, AttemptOutcome.DELIVERED if ours else AttemptOutcome.STALE)
+            self._log(result)
+            results.append(result)
+            if ours and attempt.chain_type.continue_ and one.due_at is not None:
+                self._continue(attempt)
+        return results
+
+    # --- one attempt -------------------------------------------------------------------------------------------------
 
     def _begin(self, session: Session, delivery_id: str, attempt: int, finish_by: float) -> _Attempt | AttemptOutcome:
         begun = deliveries.begin(session, delivery_id, attempt, lease_seconds=self._settings.lease_seconds)
         if isinstance(begun, AttemptOutcome):
             return begun
+        defined = self._defined(session, begun, finish_by)
+        return defined if defined is not None else AttemptOutcome.UNKNOWN_DEFINITION
+
+    def _defined(self, session: Session, begun: Begun, finish_by: float) -> _Attempt | None:
+        """The attempt with its definition; None when this configuration has none: then its beginning is taken back."""
         delivery, record = begun.delivery, begun.chain
         now = self._database.domain_now(begun.machine_now)
         try:
@@ -151,11 +254,17 @@ class Attempts:
                     detail=reason,
                     now=now,
                 )
-            return AttemptOutcome.UNKNOWN_DEFINITION
+            return None
         return _Attempt(begun, chain_type, transition_class, callback, now, finish_by)
 
-    def _attempt(self, attempt: _Attempt) -> AttemptResult:
-        """Settle what an earlier attempt left, look once more, call; user code and finishes never share a `try`."""
+    def _attempt(
+        self, attempt: _Attempt, loaded: Mapping[str, Any] | BaseException | None = None
+    ) -> AttemptResult | Transition:
+        """Settle what an earlier attempt left, look once more, call; user code and finishes never share a `try`.
+
+        The transition whose callback has returned, which is still to be recorded, or the result of another end.
+        `loaded` is what the batch's `load_context` gave; None loads it here.
+        """
         delivery = attempt.delivery
         unknown = delivery.unknown
         if unknown:
@@ -164,7 +273,7 @@ class Attempts:
                 return settled
             unknown = settled
         try:
-            context = self._context(attempt)
+            context = self._context(attempt, loaded)
             transition = self._bare(attempt, context)
             age = attempt.begun.machine_now - delivery.planned_at
             if not unknown and age >= timedelta(seconds=self._settings.last_look_seconds):
@@ -180,13 +289,13 @@ class Attempts:
             return self._failed(attempt, error)
         if plan is not None:
             return self._cancelled(attempt, plan)
-        return self._delivered(attempt, transition, "")
+        return transition
 
     def _verify(self, attempt: _Attempt) -> AttemptResult | bool:
         """The attempt's result where an earlier one's unknown effect decides it, else whether it is still unknown."""
         delivery = attempt.delivery
         try:
-            transition = self._bare(attempt, self._context(attempt))
+            transition = self._bare(attempt, self._context(attempt, None))
             took_place = verified(transition)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: loaders, verify()
             return self._failed(attempt, error)
@@ -200,9 +309,10 @@ class Attempts:
             return self._out_of_attempts(attempt, transition, delivery.last_error or "")
         return took_place is None
 
-    def _context(self, attempt: _Attempt) -> dict[str, Any]:
+    def _context(self, attempt: _Attempt, loaded: Mapping[str, Any] | BaseException | None) -> dict[str, Any]:
         record = attempt.begun.chain
-        loaded = load_contexts(attempt.chain_type, [record]).get(record.id, {})
+        if loaded is None:
+            loaded = load_contexts(attempt.chain_type, [record]).get(record.id, {})
         if isinstance(loaded, BaseException):
             raise loaded
         return merged_context(loaded, record.context, attempt.delivery.context)
@@ -222,7 +332,9 @@ class Attempts:
 
     # --- ends of an attempt ------------------------------------------------------------------------------------------
 
-    def _delivered(self, attempt: _Attempt, transition: Transition, detail: str) -> AttemptResult:
+    def _delivered(
+        self, attempt: _Attempt, transition: Transition, detail: str, *, seen_error: bool = False
+    ) -> AttemptResult:
         delivery = attempt.delivery
         next_update_at = next_update(transition)
         due_at = due_after_move(attempt.chain_type, delivery.final_state, next_update_at, attempt.now)
@@ -237,7 +349,7 @@ class Attempts:
                 now=attempt.now,
             )
 
-        if not self._finish(attempt, work, (DeliveryStatus.DELIVERED,)):
+        if not self._finish(attempt, work, (DeliveryStatus.DELIVERED,), seen_error=seen_error):
             return self._result(attempt, AttemptOutcome.STALE, "the delivery was taken over while the callback ran")
         if attempt.chain_type.continue_ and due_at is not None:
             self._continue(attempt)
@@ -335,12 +447,21 @@ class Attempts:
                 "chain %s: follow-up not published (%s): the sweep does it", attempt.delivery.chain_id, error
             )
 
-    def _finish(self, attempt: _Attempt, work: Callable[[Session], bool], written: Sequence[DeliveryStatus]) -> bool:
+    def _finish(
+        self,
+        attempt: _Attempt,
+        work: Callable[[Session], bool],
+        written: Sequence[DeliveryStatus],
+        *,
+        seen_error: bool = False,
+    ) -> bool:
         """Whether the end of an attempt is committed; tried again until the lease ends while the database is away.
 
         A commit may succeed while its caller sees an error: after one, a row that reads as `written` is ours.
         """
-        return finish(self._database, attempt.delivery, work, written, finish_by=attempt.finish_by)
+        return finish(
+            self._database, attempt.delivery, work, written, finish_by=attempt.finish_by, seen_error=seen_error
+        )
 
     # --- in this process ---------------------------------------------------------------------------------------------
 
@@ -425,12 +546,13 @@ def finish(
     written: Sequence[DeliveryStatus],
     *,
     finish_by: float,
+    seen_error: bool = False,
 ) -> bool:
     """Whether `work` is committed, tried again while the database is away until `finish_by` (monotonic seconds).
 
-    Raises the database's error when the time is over: the relay then settles the attempt as unknown.
+    `seen_error` says that an earlier try may have been committed already. Raises the database's error when the time is
+    over: the relay then settles the attempt as unknown.
     """
-    seen_error = False
     pause = 0.05
     while True:
         try:

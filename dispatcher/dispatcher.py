@@ -1,8 +1,10 @@
 """`Dispatcher`: what applications, workers, the command line and the web page call."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
+from itertools import islice
 from typing import Any, Self
 
 from sqlalchemy.orm import Session
@@ -161,6 +163,22 @@ class Dispatcher:
             )
 
         return Chain(self._services, self.database.write(work))
+
+    def bulk_get_or_create(
+        self, chain_type: str, rsc_mappings: Iterable[Iterable[tuple[str, str]]], *, batch: int = 1000
+    ) -> Iterator[tuple[int, bool]]:
+        """`(chain id, created now)` for each of many resource sets, in their order; streams, `batch` in a transaction.
+
+        Idempotent: run again after a failure, it finds what exists. An invalid set raises `InvalidResource` when its
+        batch is reached; earlier batches are kept. In a dry run, which creates nothing, raises `ConfigurationError`.
+        """
+        config = self.config.get(chain_type)
+        if self.settings.dry_run:
+            raise ConfigurationError("a dry run creates no chains", "DISPATCHER_DRY_RUN")
+        self._ready()
+        waiting = iter(rsc_mappings)
+        while group := [clean_resources(pairs) for pairs in islice(waiting, batch)]:
+            yield from self.database.write(partial(self._requests.create_many, config=config, resources=group))
 
     def chain(self, chain_id: int) -> "Chain":
         """The chain with this id; `ChainMissing` if there is none."""

@@ -1,9 +1,10 @@
 """What is wrong with a deployment: rows, locks, queues and leases compared, each disagreement with what mends it."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from shlex import quote
 from typing import Final
 
 from sqlalchemy.orm import Session
@@ -14,7 +15,7 @@ from dispatcher.database import Database
 from dispatcher.errors import DispatcherError
 from dispatcher.locks import ChainLocks
 from dispatcher.operations import Operations
-from dispatcher.publisher import QUEUES, RELAY, SWEEP, Publisher, PublishFailed
+from dispatcher.publisher import DELIVER, EXECUTE, QUEUES, RELAY, SWEEP, SWEEPS_QUEUE, Publisher, PublishFailed
 from dispatcher.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -22,19 +23,20 @@ logger = logging.getLogger(__name__)
 _CLOCK_SECONDS: Final = 5.0
 _MISSED_TICKS: Final = 3
 _SHOWN: Final = 20
+_ANSWER_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One disagreement: where, what, what mends it, and whether `repair` may be called for it."""
+    """One disagreement: where, what, what mends it, and what to call where that is safe. Equal ones say the same."""
 
     area: str
     problem: str
     remedy: str
-    repair: Callable[[], None] | None = None
+    repair: Callable[[], None] | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return f"{self.area}: {self.problem}; {self.remedy}"
+        return " ".join(f"{self.area}: {self.problem}; {self.remedy}".split())  # one line, whatever a person wrote
 
 
 class Doctor:
@@ -61,6 +63,7 @@ class Doctor:
         """Every disagreement found, the set-up first; empty when all is well. Reads only."""
         findings = list(self._database_findings())
         if not findings:
+            findings += self._database_clock_findings()
             findings += self._row_findings()
             findings += self._pass_findings()
         findings += self._redis_findings()
@@ -73,14 +76,16 @@ class Doctor:
         try:
             self._database.check()
             found, head = migrations.current(self._database), migrations.head()
-            if found != head:
-                yield Finding("database", f"at revision {found}, not at {head}", "run `dispatcher db upgrade`")
-                return
-            with self._database.read() as session:
-                there = self._database.machine_now(session)
         except DispatcherError as error:
             yield Finding("database", str(error), "start it, or correct DISPATCHER_DATABASE_URL")
             return
+        if found != head:
+            remedy = "run `dispatcher db upgrade`, or this command of the newer version if it is ahead"
+            yield Finding("database", f"at revision {found}, not at {head}", remedy)
+
+    def _database_clock_findings(self) -> Iterator[Finding]:
+        with self._database.read() as session:
+            there = self._database.machine_now(session)
         yield from self._clock_finding("database", there)
 
     def _clock_finding(self, area: str, there: datetime) -> Iterator[Finding]:
@@ -122,6 +127,8 @@ class Doctor:
         for queue in dict.fromkeys([*QUEUES, *own]):
             if queue not in consumed:
                 yield Finding("worker", f"none answers for queue {queue}", "start one that consumes it")
+        if consumed:
+            yield from self._limit_findings()
         for queue in dict.fromkeys([*QUEUES, *own]):
             try:
                 waiting = self._publisher.backlog(queue)
@@ -129,6 +136,20 @@ class Doctor:
                 continue
             if waiting > self._settings.max_backlog:
                 yield Finding("broker", f"{waiting} messages wait in {queue}", "add workers for it")
+
+    def _limit_findings(self) -> Iterator[Finding]:
+        """Workers whose time limits do not end a task before its lock or lease ends: two could be at it at once."""
+        ends_by = {EXECUTE: self._settings.lock_seconds, DELIVER: self._settings.lease_seconds}
+        inspect = self._publisher.app.control.inspect(timeout=_ANSWER_SECONDS)
+        for worker, lines in sorted((inspect.registered("time_limit") or {}).items()):
+            for line in sorted(lines):  # such as "dispatcher.execute_chain [time_limit=24.0]"
+                name, _, limit = line.rstrip("]").partition(" [time_limit=")
+                if name in ends_by and not 0 < float(limit or 0) < ends_by[name]:
+                    yield Finding(
+                        "worker",
+                        f"{worker} ends {name} after {limit or 'unlimited'} s, not within {ends_by[name]:g} s",
+                        "give all processes the same settings, and leave the time limits of these tasks alone",
+                    )
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -138,7 +159,7 @@ class Doctor:
             orphans = deliveries.orphans(session, limit=_SHOWN)
             stopped = deliveries.count_stopped(session)
             late = deliveries.late(session, seconds=self._late_seconds(), limit=_SHOWN)
-            paused = [row for row in bookkeeping.read_types(session) if row.paused]
+            paused = [row for row in bookkeeping.read_types(session) if row.paused and row.name in self._config.by_type]
         for chain_id in astray:
             yield Finding(
                 "chain",
@@ -160,18 +181,23 @@ class Doctor:
                 f"`dispatcher deliveries list --status {status}`, then retry, cancel or skip",
             )
         for delivery_id in late:
-            yield Finding("delivery", f"{delivery_id} is overdue for the relay", "is a worker on dispatcher.sweeps?")
+            remedy = f"start beat and a worker on {SWEEPS_QUEUE}, or run `dispatcher relay`"
+            yield Finding("delivery", f"{delivery_id} is overdue for the relay", remedy)
         for row in paused:
             yield Finding(
                 "chain type",
                 f"{row.name} is paused: {row.paused_reason}",
-                f"`dispatcher chain-types resume {row.name}`",
+                f"`dispatcher chain-types resume {quote(row.name)}`",
             )
         for (chain_type, state), count in self._operations.unknown_states().items():
+            if chain_type in self._config.by_type:
+                remedy = f"`dispatcher chains map --type {quote(chain_type)} --from {quote(state)} --to STATE`"
+            else:
+                remedy = "put the chain type back into the configuration"
             yield Finding(
                 "chain type",
                 f"{count} chains of {chain_type} are in state {state!r}, which this configuration does not know",
-                f"`dispatcher chains map --type {chain_type} --from {state} --to STATE`",
+                remedy,
             )
 
     def _pass_findings(self) -> Iterator[Finding]:
@@ -179,7 +205,13 @@ class Doctor:
             now = self._database.machine_now(session)
             domain_now = self._database.now(session)
             ticks = bookkeeping.read_ticks(session)
-            oldest = chains.oldest_due(session, now=domain_now)
+            paused = bookkeeping.paused_types(session)
+            due = [
+                position.due_at
+                for name in self._config.by_type
+                if name not in paused
+                for position in chains.due_page(session, chain_type=name, now=domain_now, after=None, limit=1)
+            ]
         for name, seconds in ((SWEEP, self._settings.sweep_seconds), (RELAY, self._settings.relay_seconds)):
             last_at = ticks.get(name)
             if last_at is None:
@@ -187,8 +219,8 @@ class Doctor:
             elif now - last_at > timedelta(seconds=_MISSED_TICKS * seconds):
                 age = (now - last_at).total_seconds()
                 yield Finding("beat", f"{name} last ran {age:.0f} s ago, not every {seconds:g} s", "start beat")
-        if oldest is not None and domain_now - oldest > timedelta(seconds=self._late_seconds()):
-            age = (domain_now - oldest).total_seconds()
+        age = (domain_now - min(due, default=domain_now)).total_seconds()
+        if age > self._late_seconds():
             yield Finding("sweep", f"the oldest due chain has waited {age:.0f} s", "add workers, or look at their logs")
 
     def _late_seconds(self) -> float:
@@ -204,12 +236,20 @@ class Doctor:
         self._database.write(transaction)
 
 
-def repaired(findings: Sequence[Finding]) -> list[Finding]:
-    """Repair what is safe to repair; those findings that were."""
-    done = []
-    for finding in findings:
-        if finding.repair is not None:
-            finding.repair()
+def repair(examine: Callable[[], list[Finding]]) -> tuple[list[Finding], list[Finding]]:
+    """Repair what is safe to repair, until nothing of it is left: the findings that are gone, and those that stay."""
+    gone: list[Finding] = []
+    left = examine()
+    while any(finding.repair is not None for finding in left):
+        before = left
+        for finding in before:
+            if finding.repair is not None:
+                finding.repair()
+        left = examine()
+        mended = [finding for finding in before if finding.repair is not None and finding not in left]
+        if not mended:
+            break
+        for finding in mended:
             logger.warning("repaired: %s", finding, extra={"action": "repaired"})
-            done.append(finding)
-    return done
+        gone += mended
+    return gone, left

@@ -5,6 +5,7 @@ what was read (`decisions`); the decisions are written in one transaction, in id
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
-from dispatcher import bookkeeping, chains, deliveries
+from dispatcher import batches, bookkeeping, chains, deliveries
 from dispatcher.bookkeeping import Budget
 from dispatcher.chains import ChainRecord, Move, Request, Rest
 from dispatcher.config import ChainType, DispatcherConfig
@@ -31,7 +32,7 @@ from dispatcher.decisions import (
     standing_of,
     unsaved_record,
 )
-from dispatcher.deliveries import Owed
+from dispatcher.deliveries import Owed, PlannedDelivery
 from dispatcher.evaluation import GuardFailed
 from dispatcher.locks import ChainLocks, Held
 from dispatcher.publisher import CHAINS_QUEUE, Publisher, PublishFailed
@@ -45,6 +46,7 @@ plan_logger = logging.getLogger("dispatcher.plan")
 
 _CRASHES_BEFORE_BACKOFF: Final = 3
 _PAUSED_SECONDS: Final = 2.0
+_OUT_OF_TIME: Final = "half of the lock's time was used up: published again"
 _TYPE_PAUSED: Final = "its chain type is paused"
 
 
@@ -72,11 +74,17 @@ class Executor:
         """Execute these chains as a worker does; one result for each, in their order."""
         distinct = list(dict.fromkeys(chain_ids))
         held = self._locks.acquire(distinct)
+        again: list[Sequence[int]] = []
         try:
-            results = self._execute_held(held)
+            if len(distinct) > 1 and held.crashes:  # one of these may kill the process: each is evaluated alone
+                again += [[chain_id] for chain_id in held.crashes]
+                held = self._locks.set_aside(held, list(held.crashes))
+            results = self._execute_held(held, stop_at=time.monotonic() + self._settings.lock_seconds / 2)
         finally:
             self._locks.release(held)
+        late = [result.chain_id for result in results if result.detail == _OUT_OF_TIME and result.chain_id is not None]
         self._publish(results)
+        self._publish_again([*again, late] if late else again)
         by_id = {result.chain_id: result for result in results}
         return [by_id.get(chain_id, ChainResult(chain_id, Outcome.LOCKED)) for chain_id in distinct]
 
@@ -179,6 +187,7 @@ class Executor:
         call: LocalCall | None = None,
         context: Mapping[str, Any] | None = None,
         requested_by: str | None = None,
+        stop_at: float = math.inf,
     ) -> list[ChainResult]:
         with self._database.read() as session:
             records, machine_now = chains.read_with_clock(session, held.held)
@@ -198,8 +207,11 @@ class Executor:
                 results.append(ChainResult(chain_id, standing, record.state if record else ""))
         if call is None:
             todo = self._back_off_crashers(todo, held, now)
-        evaluated = self._evaluate(todo, context, now)
+        evaluated = self._evaluate(todo, context, now, stop_at)
         decisions = []
+        late = todo[len(evaluated) :]
+        results += [ChainResult(record.id, Outcome.LOCKED, record.state, detail=_OUT_OF_TIME) for record in late]
+        todo = todo[: len(evaluated)]
         for record, outcome in zip(todo, evaluated, strict=True):
             asked = record.request or Request()
             if call is not None:
@@ -215,8 +227,9 @@ class Executor:
         return results + written
 
     def _evaluate(
-        self, records: Sequence[ChainRecord], context: Mapping[str, Any] | None, now: datetime
+        self, records: Sequence[ChainRecord], context: Mapping[str, Any] | None, now: datetime, stop_at: float
     ) -> list[Evaluated]:
+        """The evaluations of these chains, in order; fewer when `stop_at` (monotonic seconds) has passed."""
         loaded: dict[int, Mapping[str, Any] | BaseException] = {}
         by_type: dict[str, list[ChainRecord]] = {}
         for record in records:
@@ -225,8 +238,10 @@ class Executor:
             chain = self._config.by_type.get(name)
             if chain is not None:
                 loaded.update(load_contexts(chain, group))
-        results = []
+        results: list[Evaluated] = []
         for record in records:
+            if results and time.monotonic() >= stop_at:
+                break
             asked = context if context is not None else record.request.context if record.request else None
             chain = self._config.by_type.get(record.chain_type)
             results.append(evaluate_record(record, chain, loaded.get(record.id, {}), asked, now))
@@ -284,33 +299,83 @@ class Executor:
         def work(session: Session) -> None:
             written.clear()
             budgets = self._lock_budgets(session, writes)
-            spent: Counter[str] = Counter()
-            wanted: Counter[str] = Counter()
-            for decision in writes:
-                assert decision.write is not None
-                record = decision.write.record
-                limited = decision.plans and record.chain_type in budgets
-                budget = budgets.get(record.chain_type)
-                wanted[record.chain_type] += limited
-                if limited and (budget is None or spent[record.chain_type] >= budget.left):
-                    written[record.id] = ChainResult(record.id, Outcome.DISABLED, record.state, detail=_TYPE_PAUSED)
-                    continue
-                result = self._write_one(session, decision, now, lease=lease)
-                spent[record.chain_type] += limited and result.outcome != Outcome.STALE
-                written[record.id] = result
-            for name, budget in budgets.items():
-                if budget is not None and not bookkeeping.spend_budget(
-                    session, name, budget, spent=spent[name], wanted=wanted[name]
-                ):
-                    logger.error(
-                        "chain type %s is paused: its plans of this hour are used up",
-                        name,
-                        extra={"action": "type_paused", "chain_type": name},
-                    )
+            if len(writes) == 1 and not budgets:
+                (decision,) = writes
+                written[decision.result.chain_id] = self._write_one(session, decision, now, lease=lease)
+            else:
+                written.update(self._write_many(session, writes, budgets, now, lease=lease))
 
         if writes:
             self._database.write(work)
         return [written.get(decision.result.chain_id, decision.result) for decision in decisions]
+
+    def _write_many(
+        self,
+        session: Session,
+        decisions: Sequence[Decision],
+        budgets: Mapping[str, Budget | None],
+        now: datetime,
+        *,
+        lease: bool,
+    ) -> dict[int | None, ChainResult]:
+        """The results of many decisions, written in a handful of statements; stale and unaffordable ones are not."""
+        results: dict[int | None, ChainResult] = {}
+        records = [decision.write.record for decision in decisions if decision.write is not None]
+        asleep = batches.lock_unchanged(session, records)
+        spent: Counter[str] = Counter()
+        wanted: Counter[str] = Counter()
+        todo: list[Decision] = []
+        for decision in decisions:
+            assert decision.write is not None
+            record = decision.write.record
+            name = record.chain_type
+            if record.id not in asleep or (isinstance(decision.write, Rest) and not asleep[record.id]):
+                results[record.id] = ChainResult(record.id, Outcome.STALE, record.state)
+                continue
+            if decision.plans and name in budgets:
+                budget = budgets[name]
+                wanted[name] += 1
+                if budget is None or spent[name] >= budget.left:
+                    results[record.id] = ChainResult(record.id, Outcome.DISABLED, record.state, detail=_TYPE_PAUSED)
+                    continue
+                spent[name] += 1
+            todo.append(decision)
+        if lease:  # an in-process execution is one chain with a budget: it is begun at once
+            for decision in todo:
+                results[decision.result.chain_id] = self._write_one(session, decision, now, lease=True)
+        else:
+            results.update(self._write_groups(session, todo, asleep, now))
+        for name, budget in budgets.items():
+            if budget is not None and not bookkeeping.spend_budget(
+                session, name, budget, spent=spent[name], wanted=wanted[name]
+            ):
+                logger.error(
+                    "chain type %s is paused: its plans of this hour are used up",
+                    name,
+                    extra={"action": "type_paused", "chain_type": name},
+                )
+        return results
+
+    def _write_groups(
+        self, session: Session, decisions: Sequence[Decision], asleep: Mapping[int, bool], now: datetime
+    ) -> dict[int | None, ChainResult]:
+        writes = [decision.write for decision in decisions]
+        moves = [write for write in writes if isinstance(write, Move)]
+        rests = [write for write in writes if isinstance(write, Rest)]
+        planned = [write for write in writes if isinstance(write, PlannedDelivery)]
+        if moves:
+            batches.move_many(session, moves, asleep, now=now)
+        if rests:
+            batches.rest_many(session, rests, now=now)
+        ids: dict[int, str] = {}
+        if planned:
+            seconds = self._settings.queued_seconds
+            ids = batches.plan_many(session, planned, asleep, now=now, publish_seconds=seconds)
+        return {
+            decision.write.record.id: replace(decision.result, delivery_id=ids.get(decision.write.record.id))
+            for decision in decisions
+            if decision.write is not None
+        }
 
     def _lock_budgets(self, session: Session, writes: Sequence[Decision]) -> dict[str, Budget | None]:
         """The budgets of the types with a limit that something is to be planned for, locked in the order of names."""
@@ -342,6 +407,13 @@ class Executor:
             applied = delivery_id is not None
             result = replace(result, delivery_id=delivery_id)
         return result if applied else ChainResult(result.chain_id, Outcome.STALE, write.record.state)
+
+    def _publish_again(self, groups: Sequence[Sequence[int]]) -> None:
+        try:
+            for chain_ids in groups:
+                self._publisher.execute(chain_ids, queue=CHAINS_QUEUE)
+        except PublishFailed as error:
+            logger.warning("chains not published again (%s): the sweep does it", error)
 
     def _publish(self, results: Sequence[ChainResult]) -> None:
         owed = [Owed(result.delivery_id, 1) for result in results if result.delivery_id is not None]

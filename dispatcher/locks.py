@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import redis
@@ -130,6 +131,20 @@ class ChainLocks:
             return
         keys = [key for chain_id in held.held for key in self._keys(chain_id, "lock", "crash")]
         self._ask(lambda: self._release(keys=keys, args=[held.token]))
+
+    def set_aside(self, held: Held, chain_ids: Sequence[int]) -> Held:
+        """Give some locks back without an execution: their crash counters stay as they were. What is still held."""
+        client = self._client
+        if client is not None and held.token is not None:
+            self._ask(
+                lambda: self._release(
+                    keys=[self._key("lock", one) for one in chain_ids for _ in (0, 1)], args=[held.token]
+                )
+            )
+            for chain_id in chain_ids:
+                self._ask(partial(client.decr, self._key("crash", chain_id)))
+        left = tuple(chain_id for chain_id in held.held if chain_id not in set(chain_ids))
+        return Held(held.token, left, held.locked)
 
     def locked(self, chain_ids: Sequence[int]) -> set[int]:
         """Which of these chains are locked now; reads only."""

@@ -1,6 +1,12 @@
-"""What operators do to chains and deliveries: guarded writes on a person's behalf, each with its event."""
+"""What operators do to chains and deliveries: guarded writes on a person's behalf, each with its event.
 
-from collections.abc import Callable, Mapping
+Where a chain and its delivery are both locked, the delivery is first, as in every end of an attempt: a person and a
+worker then wait for each other instead of ending in a deadlock.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -13,13 +19,16 @@ from dispatcher.config import DispatcherConfig
 from dispatcher.database import Database
 from dispatcher.decisions import due_after_move
 from dispatcher.deliveries import DeliveryRecord
-from dispatcher.errors import ConfigurationError, DeliveryPending, NoOpenDelivery
+from dispatcher.errors import ChainMissing, ConfigurationError, DeliveryPending, NoOpenDelivery
 from dispatcher.requests import checked_requester
 from dispatcher.resources import Resource
-from dispatcher.states import DeliveryStatus, EventAction
+from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction
+
+logger = logging.getLogger(__name__)
 
 _BATCH: Final = 500
 _STOPPED: Final = (DeliveryStatus.DEAD, DeliveryStatus.HELD)
+_ANEW: Final = "retried: what an application called in its own process is planned anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +81,16 @@ class Operations:
         *,
         reason: str | None,
         requested_by: str | None,
-    ) -> None:
+        from_state: str | None = None,
+    ) -> bool:
+        """Whether the chain was put there; not so when it is to be in `from_state` and is not."""
         now = self._database.now(session)
-        record = chains.read_one(session, chain_id, lock=True)
-        if record.pending_delivery_id is not None:
+        record, delivery = _lock(session, chain_id)
+        if from_state is not None and record.state != from_state:
+            return False
+        _require_idle(record, delivery)
+        if delivery is not None:
             text = f"{action} to {state}" + (f": {reason}" if reason else "")
-            delivery = self._open(session, record)
-            if delivery.status == DeliveryStatus.RUNNING:
-                raise DeliveryPending(chain_id, "an attempt is running")
             deliveries.close_and_stay(session, delivery, now=now, reason=text, requested_by=requested_by)
             record = chains.read_one(session, chain_id, lock=True)
         config = self._config.by_type.get(record.chain_type)
@@ -93,13 +104,21 @@ class Operations:
             reason=reason,
             now=now,
         )
+        return True
 
     # --- the delivery a chain owes -----------------------------------------------------------------------------------
 
     def retry_delivery(self, chain_id: int, *, requested_by: str | None) -> str:
-        """Open a dead, held or waiting delivery's next attempt now; its id. Attempts are added, never taken back."""
+        """Open a dead, held or waiting delivery's next attempt now; its id. Attempts are added, never taken back.
+
+        No other process can call what an application called in its own: such a delivery is cancelled, and its chain is
+        due.
+        """
 
         def work(session: Session, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
+            if deliveries.is_local(delivery):
+                deliveries.close_and_stay(session, delivery, now=now, reason=_ANEW, requested_by=requested_by)
+                return
             known = self._config.by_type.get(record.chain_type)
             transition = known.by_name.get(delivery.transition) if known is not None else None
             more = transition.retry.max_attempts if transition is not None else 1
@@ -145,23 +164,14 @@ class Operations:
 
     def _on_delivery(self, chain_id: int, act: Callable[[Session, ChainRecord, DeliveryRecord, datetime], None]) -> str:
         def work(session: Session) -> str:
-            record = chains.read_one(session, chain_id, lock=True)
-            if record.pending_delivery_id is None:
+            record, delivery = _lock(session, chain_id)
+            _require_idle(record, delivery)
+            if delivery is None:
                 raise NoOpenDelivery(chain_id)
-            delivery = self._open(session, record)
-            if delivery.status == DeliveryStatus.RUNNING:
-                raise DeliveryPending(chain_id, "an attempt is running")
             act(session, record, delivery, self._database.now(session))
             return delivery.id
 
         return self._database.write(work)
-
-    def _open(self, session: Session, record: ChainRecord) -> DeliveryRecord:
-        assert record.pending_delivery_id is not None
-        delivery = deliveries.read(session, record.pending_delivery_id, lock=True)
-        if delivery is None:
-            raise DeliveryPending(record.id, "its delivery's row is missing: see `dispatcher doctor`")
-        return delivery
 
     # --- a resource --------------------------------------------------------------------------------------------------
 
@@ -185,14 +195,28 @@ class Operations:
 
         def work(session: Session) -> int:
             ids = chains.list_by_resource(session, resource, after_id=0, limit=None)
-            records = chains.read_many(session, ids, lock=True)
-            running = deliveries.running_chains(session, sorted(records))
-            if running:
-                raise DeliveryPending(running[0], "an attempt is running")
-            chains.erase(session, sorted(records))
-            return len(records)
+            batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
+            found = [chain_id for batch in batches for chain_id in self._lock_for_erasing(session, batch)]
+            for start in range(0, len(found), _BATCH):
+                chains.erase(session, found[start : start + _BATCH])
+            return len(found)
 
-        return self._database.write(work)
+        count = self._database.write(work)
+        logger.info("%d chains of a resource erased", count, extra={"action": "resource_erased", "chains": count})
+        return count
+
+    def _lock_for_erasing(self, session: Session, chain_ids: Sequence[int]) -> list[int]:
+        """Those of these chains that exist, locked with what they owe, so that no attempt begins any more."""
+        found: dict[int, ChainRecord] = {}
+        for lock in (False, True):  # once more with the chains locked: something may have been planned meanwhile
+            found = chains.read_many(session, chain_ids, lock=lock)
+            for record in found.values():
+                if record.pending_delivery_id is not None:
+                    with suppress(ChainMissing):  # erased by another meanwhile
+                        _, delivery = _lock(session, record.id)
+                        if delivery is not None and delivery.status == DeliveryStatus.RUNNING:
+                            raise DeliveryPending(record.id, "an attempt is running")
+        return sorted(found)
 
     # --- a chain type ------------------------------------------------------------------------------------------------
 
@@ -208,11 +232,14 @@ class Operations:
     ) -> MapCounts:
         """Put every chain of a type from one state into another, in batches; a dry run only counts.
 
-        The new state must be one of the configuration; chains with a running attempt are left and counted.
+        The new state must be another one, of the configuration; chains with a running attempt are left and counted.
         """
         requested_by = checked_requester(requested_by)
+        where = f"chain type {chain_type!r}, state {to_state!r}"
         if to_state not in self._config.get(chain_type).states:
-            raise ConfigurationError("unknown state", f"chain type {chain_type!r}, state {to_state!r}")
+            raise ConfigurationError("unknown state", where)
+        if to_state == from_state:
+            raise ConfigurationError("is the state that is to be left", where)
         mapped = waiting = after_id = 0
         while True:
             with self._database.read() as session:
@@ -221,23 +248,30 @@ class Operations:
                 return MapCounts(mapped, waiting)
             after_id = ids[-1]
             for chain_id in ids:
-                if dry_run or self._map_one(chain_id, from_state, to_state, requested_by):
-                    mapped += 1
-                else:
-                    waiting += 1
+                done = True if dry_run else self._map_one(chain_id, from_state, to_state, requested_by)
+                mapped += done is True
+                waiting += done is False
 
-    def _map_one(self, chain_id: int, from_state: str, to_state: str, requested_by: str | None) -> bool:
+    def _map_one(self, chain_id: int, from_state: str, to_state: str, requested_by: str | None) -> bool | None:
+        """Whether the chain was put into the new state; None when it has left the old one meanwhile."""
+
         def work(session: Session) -> bool:
-            if chains.read_one(session, chain_id, lock=True).state != from_state:
-                return False
-            reason = f"from {from_state}"
-            self._put(session, chain_id, to_state, EventAction.MAPPED, reason=reason, requested_by=requested_by)
-            return True
+            return self._put(
+                session,
+                chain_id,
+                to_state,
+                EventAction.MAPPED,
+                reason=f"from {from_state}",
+                requested_by=requested_by,
+                from_state=from_state,
+            )
 
         try:
-            return self._database.write(work)
+            return self._database.write(work) or None
         except DeliveryPending:
             return False
+        except ChainMissing:
+            return None
 
     def unknown_states(self) -> Mapping[tuple[str, str], int]:
         """`{(chain type, state): chains}` of the states that no configuration here has any more."""
@@ -248,3 +282,21 @@ class Operations:
             for (chain_type, state), count in found.items()
             if (known := self._config.by_type.get(chain_type)) is None or state not in known.states
         }
+
+
+def _lock(session: Session, chain_id: int) -> tuple[ChainRecord, DeliveryRecord | None]:
+    """A chain and the row of the delivery it owes, if both are there, locked. Raises `ChainMissing`."""
+    while True:
+        owed = chains.read_one(session, chain_id).pending_delivery_id
+        delivery = deliveries.read(session, owed, lock=True) if owed is not None else None
+        record = chains.read_one(session, chain_id, lock=True)
+        if record.pending_delivery_id == owed:
+            return record, delivery
+
+
+def _require_idle(record: ChainRecord, delivery: DeliveryRecord | None) -> None:
+    """Raise `DeliveryPending` while an attempt runs, or where the delivery that the chain waits for is not open."""
+    if delivery is not None and delivery.status == DeliveryStatus.RUNNING:
+        raise DeliveryPending(record.id, "an attempt is running")
+    if record.pending_delivery_id is not None and (delivery is None or delivery.status not in OPEN_STATUSES):
+        raise DeliveryPending(record.id, "which is closed or missing: see `dispatcher doctor`")

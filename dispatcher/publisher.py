@@ -1,12 +1,13 @@
 """Messages to the workers: the only module of this package that knows Celery."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
 from celery import Celery
-from kombu import Exchange, Producer, Queue
+from kombu import Connection, Exchange, Producer, Queue, pools
 from kombu.exceptions import KombuError
 
 from dispatcher.deliveries import Owed
@@ -46,7 +47,7 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
 
     `queues` are the chain types' own ones, beside the four of this package.
     """
-    seconds = settings.connect_seconds
+    seconds = settings.broker_seconds
     schedule: dict[str, Any] = {
         SWEEP: {"task": SWEEP, "schedule": settings.sweep_seconds, "options": {"queue": SWEEPS_QUEUE}},
         RELAY: {"task": RELAY, "schedule": settings.relay_seconds, "options": {"queue": SWEEPS_QUEUE}},
@@ -121,10 +122,18 @@ class Publisher:
         self._app = app
         self._owns_app = app is None
         self._errors: tuple[type[BaseException], ...] | None = None
+        self._pid = os.getpid()
 
     @property
     def app(self) -> Celery:
-        """The Celery app that messages are published with."""
+        """The Celery app that messages are published with; a forked child leaves its parent's connections alone."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            _leave_inherited_pools()
+            if self._owns_app:
+                self._app = None
+            elif self._app is not None:  # as Celery itself does in billiard's children, and in no others
+                self._app._pool = self._app.amqp._producer_pool = None
         if self._app is None:
             self._app = Celery("chain-dispatcher", set_as_current=False)
             self._app.conf.update(celery_settings(self._settings, broker_url=self._broker_url))
@@ -183,7 +192,7 @@ class Publisher:
 
     def backlog(self, queue: str) -> int:
         """How many messages wait in a queue. Raises `PublishFailed`."""
-        with self._failures(), self.app.connection_for_write() as connection, connection.channel() as channel:
+        with self._failures(), self._connected() as connection, connection.channel() as channel:
             try:
                 return int(channel.queue_declare(queue=queue, passive=True).message_count)
             except connection.channel_errors:  # the queue does not exist until something was sent
@@ -198,8 +207,7 @@ class Publisher:
     def check(self) -> None:
         """Raise `ServiceUnavailable` unless the broker answers within the connect timeout."""
         try:
-            with self._failures(), self.app.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=0, timeout=self._settings.connect_seconds)
+            with self._failures(), self._connected() as connection:
                 connection.default_channel  # noqa: B018 - opening a channel asks the server something
         except PublishFailed as error:
             raise self.unavailable(error) from error
@@ -229,12 +237,40 @@ class Publisher:
             return str(result.id)
 
     @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        """A connection of its own, after one try."""
+        with self.app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=0)
+            yield connection
+
+    @contextmanager
     def _failures(self) -> Iterator[None]:
         if not self.configured:  # Celery would go to a RabbitMQ on localhost
             raise PublishFailed("no broker is configured")
         if self._errors is None:
-            self._errors = (KombuError, OSError, *self.app.connection_for_write().connection_errors)
+            transport = self.app.connection_for_write()
+            # The recoverable ones name what the others leave out: a message that RabbitMQ refuses.
+            refused = (*transport.recoverable_connection_errors, *transport.channel_errors)
+            self._errors = (KombuError, OSError, *transport.connection_errors, *refused)
         try:
             yield
         except self._errors as error:
             raise PublishFailed(type(error).__name__) from error
+
+
+_inherited: list[Any] = []
+_pools_pid = os.getpid()
+
+
+def _leave_inherited_pools() -> None:
+    """Forget the pools of the process that this one was forked from, once.
+
+    They belong to the process, not to an app, and kombu empties them in billiard's children only. What they hold is
+    kept: closing it, which its destruction does, would end the parent's connections.
+    """
+    global _pools_pid  # noqa: PLW0603 - as the pools themselves
+    if _pools_pid != os.getpid():
+        _pools_pid = os.getpid()
+        for group in (pools.connections, pools.producers):
+            _inherited.append(dict(group))
+            group.clear()

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from dispatcher import chains
+from dispatcher import batches, chains
 from dispatcher.chains import Request
 from dispatcher.config import Callback, ChainType
 from dispatcher.database import Database
@@ -40,6 +40,14 @@ class Requests:
             due_at=now if config.candidates(NEW) else None,
             now=now,
         )
+
+    def create_many(
+        self, session: Session, *, config: ChainType, resources: Sequence[Sequence[Resource]]
+    ) -> list[tuple[int, bool]]:
+        """`(chain id, created here)` of the chain with exactly each of these resource sets, in their order."""
+        now = self._database.now(session)
+        due_at = now if config.candidates(NEW) else None
+        return batches.create_many(session, config.chain_type, resources, due_at=due_at, now=now)
 
     def write(self, session: Session, config: ChainType, resources: Sequence[Resource], request: Request) -> int:
         """The id of the chain with these resources (created if absent), with the request in its row."""

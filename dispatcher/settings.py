@@ -94,6 +94,11 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def broker_seconds(self) -> float:
+        """Timeout of one try at the broker. A message may take three: on the open connection, and twice on new ones."""
+        return self.connect_seconds / 2
+
+    @property
     def lease_seconds(self) -> float:
         """How long a begun attempt is left alone: the callback's hard limit plus 15 s."""
         return self.callback_seconds + 15

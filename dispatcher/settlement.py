@@ -1,16 +1,18 @@
 """What becomes of attempts that ended with their process: their effect is unknown."""
 
+import logging
 from collections.abc import Callable
 from datetime import datetime
 
 from sqlalchemy.orm import Session
 
-from dispatcher import deliveries
+from dispatcher import chains, deliveries
 from dispatcher.config import ChainType
 from dispatcher.decisions import due_after_move
 from dispatcher.deliveries import DeliveryRecord, Owed
-from dispatcher.retry import RetryPolicy
 from dispatcher.states import DeliveryStatus
+
+logger = logging.getLogger(__name__)
 
 
 def settle_crashed(
@@ -24,21 +26,38 @@ def settle_crashed(
 ) -> Owed | None:
     """Settle an attempt whose lease has ended; the message to publish at once, if any.
 
-    In-process ones are cancelled (or held); with `verify()` the next attempt asks it first; else `on_unknown` and the
-    attempts left decide.
+    In-process ones are cancelled (or held); with `verify()` the next attempt asks it first, after the last one too,
+    but once; else `on_unknown` and the attempts left decide. A transition that this process does not know is left to
+    the worker that begins the next attempt and knows it.
     """
     if not deliveries.lease_expired(session, delivery):
         return None
     error = f"attempt {delivery.attempt} ended with its process: its effect is unknown"
-    if chain_type.on_unknown == "hold" and not _can_verify(chain_type, delivery):
+    record = chains.read_one(session, delivery.chain_id)
+    if record.pending_delivery_id != delivery.id:  # the relay goes on, and `dispatcher doctor` names it
+        logger.error(
+            "delivery %s: its chain %s does not wait for it",
+            delivery.id,
+            delivery.chain_id,
+            extra={"action": "orphan_delivery", "chain_id": delivery.chain_id, "delivery_id": delivery.id},
+        )
+        deliveries.mark_unknown(session, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
+        return None
+    known = chain_type.by_name.get(delivery.transition)
+    local = deliveries.is_local(delivery)
+    can_verify = not local and delivery.attempt <= delivery.max_attempts and callable(getattr(known, "verify", None))
+    if known is None and not local:
+        deliveries.mark_unknown(session, delivery, seconds=0, grace_seconds=0, error=error)
+        return None
+    if chain_type.on_unknown == "hold" and not can_verify:
         deliveries.stop(session, delivery, status=DeliveryStatus.HELD, unknown=True, error=error, now=now)
         return None
-    if deliveries.is_local(delivery):
+    if known is None or local:
         deliveries.close_and_stay(session, delivery, now=now, reason=error)
         return None
-    if _can_verify(chain_type, delivery):
+    if can_verify:
         deliveries.mark_unknown(session, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
-        return Owed(delivery.id, delivery.attempt + 1)
+        return None if record.disabled else Owed(delivery.id, delivery.attempt + 1)
     if delivery.attempt >= delivery.max_attempts:
         if chain_type.on_dead == "hold":
             deliveries.stop(session, delivery, status=DeliveryStatus.DEAD, unknown=True, error=error, now=now)
@@ -53,13 +72,6 @@ def settle_crashed(
                 detail=f"out of attempts: {error}",
             )
         return None
-    known = chain_type.by_name.get(delivery.transition)
-    policy = known.retry if known is not None else RetryPolicy()
-    seconds = policy.delay(delivery.attempt, random).total_seconds()
+    seconds = known.retry.delay(delivery.attempt, random).total_seconds()
     deliveries.mark_unknown(session, delivery, seconds=seconds, grace_seconds=0, error=error)
     return None
-
-
-def _can_verify(chain_type: ChainType, delivery: DeliveryRecord) -> bool:
-    known = chain_type.by_name.get(delivery.transition)
-    return known is not None and callable(getattr(known, "verify", None)) and not deliveries.is_local(delivery)

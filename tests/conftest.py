@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import pytest
+from sqlalchemy import inspect
+from sqlalchemy.exc import NoSuchTableError
 
 from dispatcher.database import Database
-from dispatcher.migrations import upgrade
-from tests.servers import MissingBinaryError, PostgresServer, RedisServer, Server
+from dispatcher.migrations import current, head, upgrade
+from dispatcher.models import Base
+from tests.servers import MariaDbServer, MissingBinaryError, PostgresServer, RabbitMqServer, RedisServer, Server
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 
@@ -63,6 +66,20 @@ def postgres_server() -> Iterator[PostgresServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[MariaDbServer]:
+    """The run's own MariaDB. A test that stops it starts one of its own instead."""
+    with running(MariaDbServer) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_server() -> Iterator[RabbitMqServer]:
+    """The run's own RabbitMQ. A test that stops it starts one of its own instead."""
+    with running(RabbitMqServer) as server:
+        yield server
+
+
 @pytest.fixture
 def redis_url(redis_server: RedisServer) -> str:
     """The URL of a Redis without any keys."""
@@ -94,16 +111,39 @@ def postgres_url(postgres_server: PostgresServer, postgres_template: str) -> Ite
     postgres_server.drop_database(url)
 
 
+@pytest.fixture(scope="session")
+def mariadb_spares() -> list[str]:
+    """The URLs of migrated, empty databases that earlier tests have left."""
+    return []
+
+
+@pytest.fixture
+def mariadb_url(mariadb_server: MariaDbServer, mariadb_spares: list[str]) -> Iterator[str]:
+    """The URL of a migrated MariaDB database that the test has to itself."""
+    if mariadb_spares:
+        url = mariadb_spares.pop()
+    else:
+        url = mariadb_server.create_database()
+        _migrate(url)
+    yield url
+    if _is_as_migrated(url):
+        mariadb_server.empty_database(url, tables=Base.metadata.tables)
+        mariadb_spares.append(url)
+    else:
+        mariadb_server.drop_database(url)
+
+
 @pytest.fixture
 def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
     """The URL of a migrated SQLite file of the test's own."""
     return f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'rows.sqlite')}"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """The URL of a migrated database of the test's own, on each kind of database in turn."""
-    url: str = request.getfixturevalue({"sqlite": "sqlite_url", "postgresql": "postgres_url"}[request.param])
+    fixtures = {"sqlite": "sqlite_url", "postgresql": "postgres_url", "mariadb": "mariadb_url"}
+    url: str = request.getfixturevalue(fixtures[request.param])
     return url
 
 
@@ -119,3 +159,16 @@ def _migrate(url: str) -> None:
     database = Database(url)
     upgrade(database)
     database.dispose()
+
+
+def _is_as_migrated(url: str) -> bool:
+    database = Database(url)
+    try:
+        return current(database) == head() and all(
+            {column["name"] for column in inspect(database.engine).get_columns(name)} == set(table.columns.keys())
+            for name, table in Base.metadata.tables.items()
+        )
+    except NoSuchTableError:
+        return False
+    finally:
+        database.dispose()

@@ -13,18 +13,20 @@ import tempfile
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+import amqp
 import psycopg
 import redis
 from psycopg import sql
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from sqlalchemy import Executable, NullPool, create_engine, text
+from sqlalchemy import Executable, MetaData, NullPool, create_engine, text
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.schema import CreateSchema, DropSchema
+from sqlalchemy.schema import DDL, CreateSchema, DropSchema
 
 START_SECONDS = 30
 STOP_SECONDS = 20
@@ -83,6 +85,9 @@ class Server(ABC):
 
     death_signal = signal.SIGKILL
     """What the server gets when the test run dies."""
+
+    environment: Mapping[str, str] = {}
+    """What the server finds in its environment, beside PATH and LC_ALL."""
 
     def __init__(self) -> None:
         self.user, self.group = self._find_user()
@@ -178,7 +183,7 @@ class Server(ABC):
                 stderr=log,
                 cwd=self.directory,
                 # The launcher's own locale and the developer's PGDATA, REDISCLI_AUTH and the like stay outside.
-                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", **self.environment},
                 start_new_session=True,  # Ctrl-C ends the tests first, then their fixtures end this
             )
 
@@ -338,6 +343,8 @@ class MariaDbServer(DatabaseServer):
             "port": self.port,
             "bind-address": "127.0.0.1",
             "innodb-flush-log-at-trx-commit": 0,
+            "innodb-file-per-table": 0,
+            "debug-no-sync": 1,  # a test that kills it leaves the page cache alone
             "innodb-buffer-pool-size": "64M",
             "default-time-zone": "+05:30",  # rows in local time instead of UTC would show
         }
@@ -363,6 +370,24 @@ class MariaDbServer(DatabaseServer):
     def drop_database(self, url: str) -> None:
         self._execute(DropSchema(url.rpartition("/")[2], if_exists=True))
 
+    def empty_database(self, url: str, *, tables: Iterable[str]) -> None:
+        """Delete the rows of these tables, begin their ids anew, and end the sessions that a test left open.
+
+        Ten times faster than new tables, of which MariaDB has no templates.
+        """
+        database = url.rpartition("/")[2]
+        sessions = text("SELECT id FROM information_schema.processlist WHERE db = :database AND id <> CONNECTION_ID()")
+        engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 5})
+        with engine.begin() as connection:
+            for (session_id,) in connection.execute(sessions, {"database": database}).all():
+                with suppress(OperationalError):  # it ended by itself
+                    connection.execute(text("KILL :id"), {"id": session_id})
+            metadata = MetaData()
+            metadata.reflect(connection, only=list(tables))
+            for table in reversed(metadata.sorted_tables):
+                if connection.execute(table.delete()).rowcount and table.autoincrement_column is not None:
+                    connection.execute(DDL("ALTER TABLE %(table)s AUTO_INCREMENT = 1").against(table))
+
     def _execute(self, statement: Executable) -> Any:
         engine = create_engine(self.url(""), poolclass=NullPool, connect_args={"connect_timeout": 5})
         with engine.begin() as connection:
@@ -370,9 +395,113 @@ class MariaDbServer(DatabaseServer):
             return result.scalar_one() if result.returns_rows else None
 
 
-def find_program(name: str, *directories: str) -> str:
-    """The absolute path of the program `name`, from PATH or else the newest in `directories` (globs)."""
-    found = shutil.which(name)
+class EpmdServer(Server):
+    """Erlang's name server, for one RabbitMQ: with it, none is started that would outlive the run."""
+
+    name = "epmd"
+    users = ("rabbitmq", "nobody")
+
+    def prepare(self) -> None:
+        self.program = find_program("epmd", "/usr/lib/erlang/erts-*/bin", "/usr/lib/erlang/bin")
+
+    def command(self) -> list[str]:
+        return [self.program, "-address", "127.0.0.1", "-port", str(self.port)]
+
+    def is_ready(self) -> bool:
+        # One that finds its port taken ends at once; a name server has nothing else to be known by.
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+class RabbitMqServer(Server):
+    """A RabbitMQ node with a name, cookie, name server and data of its own, which no other node knows of."""
+
+    name = "rabbitmq"
+    users = ("rabbitmq", "nobody")
+
+    def prepare(self) -> None:
+        # Not the one on PATH, which on Debian switches to another user and another directory.
+        self.program = find_program(
+            "rabbitmq-server", "/usr/lib/rabbitmq/bin", "/usr/local/sbin", "/opt/rabbitmq/sbin", path=False
+        )
+        find_program("erl")
+        self.node = f"test-{uuid.uuid4().hex[:12]}@localhost"
+        self.config = self.directory / "rabbitmq.conf"
+        for name, content in {
+            "rabbitmq.conf": f"listeners.tcp.local = 127.0.0.1:{self.port}\nlog.console.level = warning\n",
+            "enabled_plugins": "[].\n",
+            "rabbitmq-env.conf": "",
+            "advanced.config": "[].\n",
+        }.items():
+            (self.directory / name).write_text(content)
+        self.epmd = EpmdServer()
+        self.environment = {
+            "HOME": str(self.directory),  # the cookie
+            "ERL_EPMD_PORT": str(self.epmd.port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RUNNING_UNDER_SYSTEMD": "true",  # the script becomes the node instead of waiting for it
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_CONF_ENV_FILE": str(self.directory / "rabbitmq-env.conf"),
+            "RABBITMQ_CONFIG_FILE": str(self.config),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(self.directory / "advanced.config"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.directory / "enabled_plugins"),
+            "RABBITMQ_MNESIA_BASE": str(self.directory / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self.directory / "log"),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_PID_FILE": str(self.directory / "pid"),
+        }
+
+    @property
+    def url(self) -> str:
+        """The Celery URL of the default virtual host."""
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    def command(self) -> list[str]:
+        return [self.program]
+
+    def start(self) -> None:
+        if self.epmd.process is None:
+            self.epmd.start()
+        super().start()
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "epmd"):
+            self.epmd.close()
+
+    def is_ready(self) -> bool:
+        try:
+            with self._connect() as connection:
+                # The node's name on this host; no cluster is named otherwise here.
+                return str(connection.server_properties["cluster_name"]).startswith(self.node.partition("@")[0])
+        except (OSError, amqp.AMQPError):
+            return False
+
+    def declare_full_queue(self, name: str) -> None:
+        """Make a durable queue that refuses every message."""
+        arguments = {"x-max-length": 0, "x-overflow": "reject-publish"}
+        with self._connect() as connection, connection.channel() as channel:
+            channel.exchange_declare(name, "direct", durable=True, auto_delete=False)
+            channel.queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
+            channel.queue_bind(name, name, name)
+
+    def delete_queues(self, names: Iterable[str]) -> None:
+        """Delete these queues with their messages; harmless where there are none."""
+        with self._connect() as connection, connection.channel() as channel:
+            for name in names:
+                channel.queue_delete(name)
+
+    def _connect(self) -> amqp.Connection:
+        connection = amqp.Connection(f"127.0.0.1:{self.port}", connect_timeout=5, read_timeout=10, write_timeout=10)
+        connection.connect()
+        return connection
+
+
+def find_program(name: str, *directories: str, path: bool = True) -> str:
+    """The absolute path of the program `name`, from PATH (if `path`) or else the newest in `directories` (globs)."""
+    found = shutil.which(name) if path else None
     for directory in directories:
         candidates = sorted(Path("/").glob(f"{directory[1:]}/{name}"), key=_version, reverse=True)
         found = found or next((str(path) for path in candidates if os.access(path, os.X_OK)), None)

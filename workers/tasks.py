@@ -74,7 +74,7 @@ def _add_settings(app: Celery, dispatcher: Dispatcher) -> None:
     names = {queue.name for queue in queues}
     app.conf.task_queues = [*queues, *(queue for queue in declared_queues(own) if queue.name not in names)]
     # A broker that says nothing must not block an application's enqueue for ever: where the app sets no timeouts.
-    defaults = transport_options(app.conf.broker_url, dispatcher.settings.connect_seconds)
+    defaults = transport_options(app.conf.broker_url, dispatcher.settings.broker_seconds)
     app.conf.broker_transport_options = {**defaults, **(app.conf.broker_transport_options or {})}
     app.conf.beat_schedule = {**(app.conf.beat_schedule or {}), **added["beat_schedule"]}
 

@@ -9,12 +9,12 @@ from dispatcher.chain import Chain
 from dispatcher.cli.output import dry_run_option, json_option, moment, pairs, print_json, print_table
 from dispatcher.deliveries import DeliveryRecord
 from dispatcher.dispatcher import Dispatcher
-from dispatcher.doctor import repaired
+from dispatcher.doctor import repair as repair_findings
 from dispatcher.errors import DispatcherError
 from dispatcher.states import DeliveryStatus
 
 _STATUSES = [str(status) for status in DeliveryStatus]
-_RETRIABLE = (DeliveryStatus.PENDING, DeliveryStatus.DEAD, DeliveryStatus.HELD)
+_DECIDABLE = [str(status) for status in (DeliveryStatus.PENDING, DeliveryStatus.DEAD, DeliveryStatus.HELD)]
 _SHOWN = 10_000
 
 by_option = click.option("--by", "requested_by", default="cli", show_default=True, help="Who asks, for the history.")
@@ -97,21 +97,26 @@ def deliveries() -> None:
     """Look at deliveries, and decide those that are dead or held."""
 
 
-def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option(
-            "--limit", type=click.IntRange(1, _SHOWN), default=100, show_default=True, help="At most so many."
-        ),
-        click.option("--type", "chain_type", help="Only of this chain type."),
-        click.option("--status", "statuses", type=click.Choice(_STATUSES), multiple=True, help="Only in this status."),
-    ):
-        command = option(command)
-    return command
+def _filters(statuses: Sequence[str], limit: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in (
+            click.option(
+                "--limit", type=click.IntRange(1, _SHOWN), default=limit, show_default=True, help="At most so many."
+            ),
+            click.option("--type", "chain_type", help="Only of this chain type."),
+            click.option(
+                "--status", "statuses", type=click.Choice(statuses), multiple=True, help="Only in this status."
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return add
 
 
 @deliveries.command("list")
 @click.option("--chain", "chain_id", type=int, help="Only of this chain.")
-@_filters
+@_filters(_STATUSES, 100)
 @json_option
 def list_deliveries(
     chain_id: int | None, statuses: Sequence[str], chain_type: str | None, limit: int, as_json: bool
@@ -144,8 +149,7 @@ def _decision(verb: str, past: str, act: Callable[[Chain, str, str], Any], text:
     """A command that retries, cancels or skips deliveries: one by its chain, or all that the filters choose."""
 
     @click.option("--chain", "chain_id", type=int, help="The delivery of this chain.")
-    @_filters
-    @click.option("--reason", default=f"{past} by hand", show_default=True, help="Why, for the history.")
+    @_filters(_DECIDABLE, _SHOWN)
     @by_option
     @yes_option
     def decide(  # noqa: PLR0917 - click passes them by name
@@ -153,31 +157,43 @@ def _decision(verb: str, past: str, act: Callable[[Chain, str, str], Any], text:
         statuses: Sequence[str],
         chain_type: str | None,
         limit: int,
-        reason: str,
         requested_by: str,
         yes: bool,
+        reason: str = "",
     ) -> None:
-        if chain_id is None and not statuses:
+        if (chain_id is None) == (not statuses):
             raise click.UsageError("name a delivery by --chain, or choose several by --status")
+        if chain_id is not None and chain_type is not None:
+            raise click.UsageError("--type chooses among several deliveries, --chain names one")
         dispatcher = Dispatcher.from_settings()
-        wanted = [status for status in statuses if status in _RETRIABLE] or [str(status) for status in _RETRIABLE]
-        found = _find(dispatcher, chain_id, wanted, chain_type, limit)
+        if chain_id is not None:
+            act(dispatcher.chain(chain_id), requested_by, reason)
+            click.echo(f"1 {past}")
+            return
+        found = _find(dispatcher, None, statuses, chain_type, limit)
         if not found:
             click.echo("no such delivery")
             return
-        if chain_id is None:
-            _confirm(f"{verb} {len(found)} deliveries?", yes=yes)
+        _confirm(f"{verb} {_counted(found, limit)} deliveries?", yes=yes)
         done = 0
         for delivery in found:
             try:
+                chosen = _find(dispatcher, delivery.chain_id, statuses, None, _SHOWN)
+                if delivery.id not in {one.id for one in chosen}:
+                    click.echo(f"dispatcher: delivery {delivery.id} has changed meanwhile", err=True)
+                    continue
                 act(dispatcher.chain(delivery.chain_id), requested_by, reason)
                 done += 1
-            except DispatcherError as error:  # it changed meanwhile: say so, and go on with the others
+            except DispatcherError as error:  # it changed just now: say so, and go on with the others
                 click.echo(f"dispatcher: {error}", err=True)
         click.echo(f"{done} {past}")
         if done < len(found):
             raise SystemExit(1)
 
+    if verb != "retry":
+        decide = click.option("--reason", default=f"{past} by hand", show_default=True, help="Why, for the history.")(
+            decide
+        )
     decide.__doc__ = text
     return deliveries.command(verb)(decide)
 
@@ -254,8 +270,8 @@ def enable_resource(resource: tuple[str, str], requested_by: str) -> None:
 def erase_resource(resource: tuple[str, str], yes: bool) -> None:
     """Delete every chain of a resource, with all that belongs to it."""
     dispatcher = Dispatcher.from_settings()
-    count = len(dispatcher.find_chains(resource=resource, limit=_SHOWN))
-    _confirm(f"delete {count}{'+' if count == _SHOWN else ''} chains for good?", yes=yes)
+    found = dispatcher.find_chains(resource=resource, limit=_SHOWN)
+    _confirm(f"delete {_counted(found, _SHOWN)} chains for good?", yes=yes)
     click.echo(f"{dispatcher.erase_resource(resource)} chains deleted")
 
 
@@ -274,7 +290,7 @@ def list_types(as_json: bool) -> None:
     dispatcher = Dispatcher.from_settings()
     known = {row.name: row for row in dispatcher.find_types()}
     paused = {
-        name: row.paused_reason if (row := known.get(name)) is not None and row.paused else None
+        name: row.paused_reason or "" if (row := known.get(name)) is not None and row.paused else None
         for name in dispatcher.config.by_type
     }
     if as_json:
@@ -309,20 +325,22 @@ def resume(name: str) -> None:
 @json_option
 def doctor(repair: bool, as_json: bool) -> None:
     """Compare rows, queues, locks and leases; name each disagreement and what mends it. Exits 0 when all is well."""
-    findings = Dispatcher.from_settings().examine()
-    mended = repaired(findings) if repair else []
-    left = [finding for finding in findings if finding not in mended]
+    dispatcher = Dispatcher.from_settings()
+    mended, left = repair_findings(dispatcher.examine) if repair else ([], dispatcher.examine())
     if as_json:
+        told = [(finding, True) for finding in mended] + [(finding, False) for finding in left]
         print_json(
             [
-                {"area": one.area, "problem": one.problem, "remedy": one.remedy, "repaired": one in mended}
-                for one in findings
+                {"area": one.area, "problem": one.problem, "remedy": one.remedy, "repaired": repaired}
+                for one, repaired in told
             ]
         )
     else:
-        for finding in findings:
-            click.echo(f"{'repaired: ' if finding in mended else ''}{finding}")
-        if not findings:
+        for finding in mended:
+            click.echo(f"repaired: {finding}")
+        for finding in left:
+            click.echo(str(finding))
+        if not left:
             click.echo("all is well")
     if left:
         raise SystemExit(1)
@@ -334,6 +352,10 @@ def doctor(repair: bool, as_json: bool) -> None:
 def _confirm(question: str, *, yes: bool) -> None:
     if not yes:
         click.confirm(question, abort=True)
+
+
+def _counted(found: Sequence[object], limit: int) -> str:
+    return f"{len(found)}{' (there may be more)' if len(found) == limit else ''}"
 
 
 def _say(chain: Chain, what: str) -> None:

@@ -46,18 +46,24 @@ def broker_url(redis_url: str) -> str:
     return redis_url.removesuffix("/0") + "/1"
 
 
-@pytest.fixture
-def make_dispatcher(database_url: str, redis_url: str, broker_url: str) -> Iterator[Callable[..., Dispatcher]]:
-    """Dispatchers on the test's own servers: `make_dispatcher(config, clock=..., <URL or setting>=...)`."""
-    made = []
+class DispatcherFactory:
+    """Makes dispatchers on the test's own servers: `make(config, clock=..., <URL or setting>=...)`."""
 
-    def make(config: Any, *, clock: Callable[[], Any] | None = None, **options: Any) -> Dispatcher:
-        urls = {"database_url": database_url, "redis_url": redis_url, "broker_url": broker_url}
-        given = {name: options.pop(name, url) for name, url in urls.items()}
+    def __init__(self, **urls: str) -> None:
+        self.urls = urls
+        self.made: list[Dispatcher] = []
+
+    def __call__(self, config: Any, *, clock: Callable[[], Any] | None = None, **options: Any) -> Dispatcher:
+        given = {name: options.pop(name, url) for name, url in self.urls.items()}
         settings = Settings(**{"connect_seconds": 2, **options})
-        made.append(Dispatcher(config, settings=settings, clock=clock, **given))
-        return made[-1]
+        self.made.append(Dispatcher(config, settings=settings, clock=clock, **given))
+        return self.made[-1]
 
-    yield make
-    for dispatcher in made:
+
+@pytest.fixture
+def make_dispatcher(database_url: str, redis_url: str, broker_url: str) -> Iterator[DispatcherFactory]:
+    """A maker of dispatchers on the test's own servers; they are closed at the end."""
+    factory = DispatcherFactory(database_url=database_url, redis_url=redis_url, broker_url=broker_url)
+    yield factory
+    for dispatcher in factory.made:
         dispatcher.close()
