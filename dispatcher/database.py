@@ -104,7 +104,7 @@ class Database:
         return self._engine
 
     def dispose(self, *, close: bool = True) -> None:
-        """Drop this process's connections; unclosed with `close=False`, and where they are those of a parent process."""
+        """Drop this process's connections; with `close=False`, or if a parent made them, without closing them."""
         if self._engine is not None:
             self._engine.dispose(close=close and self._pid == os.getpid())
         self._engine = None

@@ -148,7 +148,7 @@ class Publisher:
     @property
     def configured(self) -> bool:
         """Whether there is a broker to publish to."""
-        return self._app is not None or self._broker_url is not None
+        return not self._owns_app or self._broker_url is not None
 
     def execute(
         self,

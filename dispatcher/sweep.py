@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 _PAGE: Final = 1000
 _RELAY_PAGE: Final = 500
 _PRUNE_PAGE: Final = 500
-_FORGET_FINGERPRINT: Final = timedelta(hours=1)
-_REFRESH_FINGERPRINT: Final = timedelta(minutes=10)
+_SWEEPS_OF_A_DEPLOY: Final = 10
 
 
 @dataclass(slots=True)
@@ -172,9 +171,11 @@ class Sweeper:
     def _wake_changed_states(self) -> None:
         """Make the chains resting in states whose candidates changed due again, in batches.
 
-        A fingerprint that was in use within the last hour is no change: during a deploy old and new workers take
-        turns.
+        A fingerprint that was in use within the last sweeps is no change: during a deploy old and new workers take
+        turns. Once the old one is out of use they are made due again: until then an old worker may have looked at
+        them, and laid them to rest by its own candidates.
         """
+        forget = timedelta(seconds=self._settings.sweep_seconds * _SWEEPS_OF_A_DEPLOY)
         names = [chain_type.chain_type for chain_type in self._config.chains]
         with self._database.read() as session:
             known = {
@@ -184,13 +185,15 @@ class Sweeper:
             machine_now = self._database.machine_now(session)
         for chain_type in self._config.chains:
             states = known.get(chain_type.chain_type)
-            fresh = _seen_now(chain_type, states or {}, machine_now)
+            fresh = _seen_now(chain_type, states or {}, machine_now, forget)
             changed = (
-                [] if states is None else [state for state in fresh if _changed(chain_type, state, states, machine_now)]
+                []
+                if states is None
+                else [state for state in fresh if _changed(chain_type, state, states, machine_now, forget)]
             )
             for state in changed:
                 self._wake_state(chain_type.chain_type, state)
-            if states is None or changed or _needs_refresh(chain_type, states, machine_now):
+            if states is None or changed or _needs_refresh(chain_type, states, machine_now, forget):
                 name = chain_type.chain_type
                 self._database.write(
                     lambda session, name=name, fresh=fresh: bookkeeping.write_fingerprints(session, name, fresh)  # type: ignore[misc]
@@ -311,30 +314,35 @@ def _position(raw: Any) -> DuePosition | None:
 
 
 def _seen_now(
-    chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime
+    chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime, forget: timedelta
 ) -> dict[str, dict[str, str]]:
     """The fingerprints to remember: those seen lately, and this configuration's own, as of now."""
     return {
         state: {
-            **{mark: seen for mark, seen in states.get(state, {}).items() if now - _time(seen) < _FORGET_FINGERPRINT},
+            **{mark: seen for mark, seen in states.get(state, {}).items() if now - _time(seen) < forget},
             chain_type.fingerprint(state): now.astimezone(UTC).isoformat(),
         }
         for state in sorted(chain_type.states)
     }
 
 
-def _changed(chain_type: ChainType, state: str, states: Mapping[str, Mapping[str, str]], now: datetime) -> bool:
+def _changed(
+    chain_type: ChainType, state: str, states: Mapping[str, Mapping[str, str]], now: datetime, forget: timedelta
+) -> bool:
     seen = states.get(state, {})
-    own = seen.get(chain_type.fingerprint(state))
-    if own is not None and (len(seen) == 1 or now - _time(own) < _FORGET_FINGERPRINT):
+    if chain_type.fingerprint(state) in seen and (
+        len(seen) == 1 or all(now - _time(last) < forget for last in seen.values())
+    ):
         return False
     return bool(seen) or bool(chain_type.candidates(state))
 
 
-def _needs_refresh(chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime) -> bool:
+def _needs_refresh(
+    chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime, forget: timedelta
+) -> bool:
     for state in chain_type.states:
         own = states.get(state, {}).get(chain_type.fingerprint(state))
-        if own is None or now - _time(own) > _REFRESH_FINGERPRINT:
+        if own is None or now - _time(own) > forget / 4:
             return True
     return False
 
