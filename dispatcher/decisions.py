@@ -9,7 +9,7 @@ from typing import Any
 from dispatcher.chains import ChainRecord, Move, Request, Rest
 from dispatcher.config import NO_CALLBACK_FOUND, Callback, CallbackChoice, ChainType, choose_callback
 from dispatcher.deliveries import PlannedDelivery
-from dispatcher.errors import UnknownDefinition
+from dispatcher.errors import UnknownDefinition, ends_process
 from dispatcher.evaluation import GuardFailed, Plan, evaluate
 from dispatcher.resources import Resource
 from dispatcher.retry import growing_interval
@@ -149,6 +149,8 @@ def load_contexts(chain: ChainType, records: Sequence[ChainRecord]) -> dict[int,
         loaded = loader([record.snapshot() for record in records])
         return {record.id: dict(loaded.get(record.id) or {}) for record in records}
     except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: it must not take the batch with it
+        if ends_process(error):
+            raise
         if len(records) == 1:
             return {records[0].id: error}
     results: dict[int, Mapping[str, Any] | BaseException] = {}

@@ -23,7 +23,7 @@ from dispatcher.config import Callback, ChainType, DispatcherConfig, resolve_cal
 from dispatcher.database import Database
 from dispatcher.decisions import ChainResult, due_after_move, load_contexts, merged_context, next_update
 from dispatcher.deliveries import Begun, DeliveryRecord, LostChain, Owed
-from dispatcher.errors import PermanentFailure, ServiceUnavailable
+from dispatcher.errors import PermanentFailure, ServiceUnavailable, ends_process
 from dispatcher.evaluation import GuardFailed, Plan, evaluate
 from dispatcher.publisher import CHAINS_QUEUE, MAX_COUNTDOWN, Publisher, PublishFailed
 from dispatcher.retry import growing_interval
@@ -286,6 +286,8 @@ class Attempts:
                 attempt.callback(winner, **(delivery.kwargs or {}))
                 plan, transition = None, winner
         except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: guards, loaders, callbacks
+            if ends_process(error):
+                raise
             return self._failed(attempt, error)
         if plan is not None:
             return self._cancelled(attempt, plan)
@@ -298,6 +300,8 @@ class Attempts:
             transition = self._bare(attempt, self._context(attempt, None))
             took_place = verified(transition)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: loaders, verify()
+            if ends_process(error):
+                raise
             return self._failed(attempt, error)
         if took_place:
             return self._delivered(attempt, transition, "verify() found the effect of an earlier attempt")

@@ -9,6 +9,15 @@ class DispatcherError(Exception):
     """The root of every error that this library raises on purpose."""
 
 
+def ends_process(error: BaseException) -> bool:
+    """Whether this is the exit that a worker's process is told to make (a hard time limit), not user code's own.
+
+    Celery's pool raises `SystemExit` with a negative code from its SIGTERM handler, wherever the process is at that
+    moment. (billiard/common.py, `_shutdown_cleanup`.)
+    """
+    return isinstance(error, SystemExit) and isinstance(error.code, int) and error.code < 0
+
+
 class ConfigurationError(DispatcherError, ValueError):
     """The configuration is wrong; `path` says where (chain type, state, transition)."""
 

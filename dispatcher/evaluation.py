@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from dispatcher.errors import DispatcherError
+from dispatcher.errors import DispatcherError, ends_process
 from dispatcher.transition import ChainSnapshot, Transition, TypeDefault
 
 
@@ -101,6 +101,8 @@ def evaluate(
                 recheck_seconds=recheck_seconds if isinstance(recheck, TypeDefault) else recheck,
             )
         except (Exception, SystemExit) as error:  # user code: whatever it raises concerns this chain alone
+            if ends_process(error):
+                raise
             raise GuardFailed(name, f"{type(error).__name__}: {error}") from error
         verdicts.append(verdict)
         if valid:

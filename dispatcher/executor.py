@@ -80,8 +80,10 @@ class Executor:
                 again += [[chain_id] for chain_id in held.crashes]
                 held = self._locks.set_aside(held, list(held.crashes))
             results = self._execute_held(held, stop_at=time.monotonic() + self._settings.lock_seconds / 2)
-        finally:
+        except Exception:
             self._locks.release(held)
+            raise
+        self._locks.release(held)  # not where the process is ending: its crash is counted, its locks expire
         late = [result.chain_id for result in results if result.detail == _OUT_OF_TIME and result.chain_id is not None]
         self._publish(results)
         self._publish_again([*again, late] if late else again)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import signal
 
 import pytest
 
@@ -23,6 +24,7 @@ from dispatcher.errors import (
     NotSerializable,
     PermanentFailure,
     ServiceUnavailable,
+    ends_process,
 )
 from dispatcher.evaluation import GuardFailed
 
@@ -130,3 +132,11 @@ def test_an_unreachable_service_is_named_with_its_address():
 
 def test_a_permanent_failure_carries_the_callers_text():
     assert str(PermanentFailure("address is gone")) == "address is gone"
+
+
+def test_only_the_exit_that_a_pool_tells_its_process_to_make_ends_it() -> None:
+    assert ends_process(SystemExit(-(256 - signal.SIGTERM)))
+    assert not ends_process(SystemExit(1))
+    assert not ends_process(SystemExit())
+    assert not ends_process(SystemExit("-1"))
+    assert not ends_process(ValueError(-1))

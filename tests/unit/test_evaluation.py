@@ -248,6 +248,10 @@ class TestFailures:
         with pytest.raises(GuardFailed, match="SystemExit: 3"):
             plan(guard("A", lambda self: sys.exit(3)))
 
+    def test_a_time_limit_that_ends_the_process_is_no_failure_of_the_guard(self):
+        with pytest.raises(SystemExit):
+            plan(guard("A", lambda self: sys.exit(-241)))
+
     def test_an_interrupt_from_the_keyboard_is_no_failure_of_the_guard(self):
         def is_valid(self):
             raise KeyboardInterrupt

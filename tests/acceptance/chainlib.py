@@ -1,0 +1,137 @@
+"""The configuration of the processes under test, and the sink that their guards and callbacks write to.
+
+What guards and callbacks do to a chain is said in its stored context:
+
+- `guard_fifo`, `callback_fifo`: a path; while it exists, wait until a writer opens and closes this FIFO;
+- `guard_exit`, `callback_exit`: a path; while it exists, end the process at once;
+- `fail_times`: the callback raises that often; `fail_for_good`: it raises `PermanentFailure`.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from dispatcher import DONE, NEW, PermanentFailure, RetryPolicy, Transition
+
+SINK_VARIABLE: Final = "CHAIN_DISPATCHER_TEST_SINK"
+MAX_ATTEMPTS: Final = 3
+
+
+class Sink:
+    """An append-only file of JSON lines, one for each guard asked (`asked`), callback called and callback done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, what: str, transition: Transition, **facts: Any) -> None:
+        """Append one line. One write: lines of several processes do not mix."""
+        line = {
+            "what": what,
+            "chain_id": transition.chain.id,
+            "transition": type(transition).__name__,
+            "key": transition.idempotency_key,
+            "pid": os.getpid(),
+            "at": time.time(),
+            **facts,
+        }
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, json.dumps(line).encode() + b"\n")
+        finally:
+            os.close(file)
+
+    def lines(self, what: str | None = None, *, chain_id: int | None = None) -> list[dict[str, Any]]:
+        """What was written, in order, of one kind and chain."""
+        if not self.path.exists():
+            return []
+        found = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [
+            line
+            for line in found
+            if (what is None or line["what"] == what) and (chain_id is None or line["chain_id"] == chain_id)
+        ]
+
+
+class Obedient(Transition):
+    """Valid, unless the context says otherwise."""
+
+    retry = RetryPolicy(max_attempts=MAX_ATTEMPTS, base_seconds=0.2, factor=1, jitter=0)
+
+    def is_valid(self) -> bool:
+        if {"guard_fifo", "guard_exit"} & self.context.keys():
+            _sink().write("asked", self)
+        _wait_or_exit(self.context, "guard")
+        return True
+
+
+class First(Obedient):
+    final_state = "first_sent"
+
+
+class Second(Obedient):
+    final_state = "second_sent"
+
+
+class Finish(Obedient):
+    final_state = DONE
+
+
+class Asked(Transition):
+    final_state = "answered"
+    recheck_seconds = None
+
+    def is_valid(self) -> bool:
+        if "question" not in self.context:
+            self.errors.append("nobody asked")
+        return not self.errors
+
+
+def deliver(transition: Transition, **kwargs: Any) -> None:
+    """The callback of all chains here."""
+    sink, context = _sink(), transition.context
+    chain_id = transition.chain.id
+    sink.write("called", transition, kwargs=kwargs, context={**context, "resources": None})
+    _wait_or_exit(context, "callback")
+    if context.get("fail_for_good"):
+        raise PermanentFailure("no such address")
+    if len(sink.lines("called", chain_id=chain_id)) <= context.get("fail_times", 0):
+        raise ConnectionError("mail server is down")
+    sink.write("done", transition)
+
+
+def _sink() -> Sink:
+    return Sink(Path(os.environ[SINK_VARIABLE]))
+
+
+def _wait_or_exit(context: Mapping[str, Any], who: str) -> None:
+    fifo, mark = context.get(f"{who}_fifo"), context.get(f"{who}_exit")
+    if fifo is not None and Path(fifo).exists():
+        Path(fifo).read_bytes()
+    if mark is not None and Path(mark).exists():
+        os._exit(1)
+
+
+CONFIG = {
+    "chains": [
+        {
+            "chain_type": "sequence",
+            "callback": deliver,
+            "transitions": {NEW: [First], "first_sent": [Second], "second_sent": [Finish], DONE: []},
+        },
+        {"chain_type": "single", "callback": deliver, "transitions": {NEW: [First], "first_sent": []}},
+        {
+            "chain_type": "careful",
+            "callback": deliver,
+            "on_unknown": "hold",
+            "transitions": {NEW: [First], "first_sent": []},
+        },
+        {
+            "chain_type": "question",
+            "callbacks": {"answer": deliver},
+            "transitions": {NEW: [Asked], "answered": []},
+        },
+    ]
+}
