@@ -10,7 +10,7 @@ CORE := dispatcher/errors.py,dispatcher/states.py,dispatcher/graph.py,dispatcher
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos lint format clean
+.PHONY: help demo test chaos bench lint format clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: $(VENV)/dev.stamp ## Run the tests with branch coverage; pytest's argument
 
 chaos: $(VENV)/dev.stamp ## Run the whole chaos suite, an hour; CHAOS_CHAINS, CHAOS_SEED, CHAOS_RESULTS; pytest's arguments in ARGS
 	CHAOS_MATRIX=1 $(BIN)/python -m pytest tests/chaos -m chaos -p no:randomly $(ARGS)
+
+bench: $(VENV)/bench.stamp ## Measure against raw Celery and DBOS; its arguments in ARGS="--quick"
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(VENV)/dev.stamp ## Check style, types and layers
 	$(BIN)/ruff check
@@ -57,3 +60,8 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pyvenv.cfg
 	@echo "installing the development tools into $(VENV)"
 	@$(PIP) install --editable '.[dev]'
 	@touch $(VENV)/demo.stamp $@
+
+$(VENV)/bench.stamp: pyproject.toml | $(VENV)/pyvenv.cfg
+	@echo "installing what the benchmark needs into $(VENV)"
+	@$(PIP) install --editable '.[bench]'
+	@touch $@

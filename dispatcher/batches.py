@@ -74,7 +74,7 @@ def move_many(session: Session, moves: Sequence[Move], asleep: Mapping[int, bool
     add_events(
         session,
         [
-            _event(
+            chains.event_values(
                 one.record.id,
                 one.record.version + 1,
                 EventAction.STATE_TRANSITION,
@@ -107,7 +107,7 @@ def rest_many(session: Session, rests: Sequence[Rest], *, now: datetime) -> None
     add_events(
         session,
         [
-            _event(
+            chains.event_values(
                 one.record.id,
                 one.record.version,
                 one.event,
@@ -164,7 +164,7 @@ def plan_many(
     add_events(
         session,
         [
-            _event(
+            chains.event_values(
                 one.record.id,
                 one.record.version + 1,
                 EventAction.PLANNED,
@@ -276,7 +276,7 @@ def finish_many(session: Session, finished: Sequence[Finished], *, now: datetime
     add_events(
         session,
         [
-            _event(
+            chains.event_values(
                 one.delivery.chain_id,
                 versions[one.delivery.id] + 1,
                 EventAction.STATE_TRANSITION,
@@ -341,7 +341,7 @@ def create_many(
     add_events(
         session,
         [
-            _event(chain_id, 0, EventAction.CREATED, now=now, value=NEW, to_state=NEW)
+            chains.event_values(chain_id, 0, EventAction.CREATED, now=now, value=NEW, to_state=NEW)
             for chain_id in sorted(made.values())
         ],
     )
@@ -372,32 +372,6 @@ def _highest_id(session: Session) -> int:
 def add_events(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append these lines to their chains' histories."""
     _insert_many(session, EVENT, rows)
-
-
-def _event(
-    chain_id: int,
-    chain_version: int,
-    action: EventAction,
-    *,
-    now: datetime,
-    value: str | None = None,
-    from_state: str | None = None,
-    to_state: str | None = None,
-    requested_by: str | None = None,
-    detail: str | None = None,
-) -> dict[str, Any]:
-    return {
-        "chain_id": chain_id,
-        "chain_version": chain_version,
-        "move_version": chain_version if action == EventAction.STATE_TRANSITION else None,
-        "action": action,
-        "value": value,
-        "from_state": from_state,
-        "to_state": to_state,
-        "requested_by": requested_by,
-        "detail": detail[: chains.MAX_DETAIL] if detail else None,
-        "created_at": now,
-    }
 
 
 def _insert_many(session: Session, table: Table, rows: Sequence[Mapping[str, Any]], **common: Any) -> None:

@@ -594,8 +594,7 @@ def make_due(session: Session, *, chain_type: str, state: str, after_id: int, li
 # --- history -------------------------------------------------------------------------------------------
 
 
-def add_event(
-    session: Session,
+def event_values(
     chain_id: int,
     chain_version: int,
     action: EventAction,
@@ -606,22 +605,25 @@ def add_event(
     to_state: str | None = None,
     requested_by: str | None = None,
     detail: str | None = None,
-) -> None:
-    """Append one line to a chain's history."""
-    session.execute(
-        insert(EVENT).values(
-            chain_id=chain_id,
-            chain_version=chain_version,
-            move_version=chain_version if action == EventAction.STATE_TRANSITION else None,
-            action=action,
-            value=value,
-            from_state=from_state,
-            to_state=to_state,
-            requested_by=requested_by,
-            detail=detail[:MAX_DETAIL] if detail else None,
-            created_at=now,
-        )
-    )
+) -> dict[str, Any]:
+    """The columns of one line of a chain's history."""
+    return {
+        "chain_id": chain_id,
+        "chain_version": chain_version,
+        "move_version": chain_version if action == EventAction.STATE_TRANSITION else None,
+        "action": action,
+        "value": value,
+        "from_state": from_state,
+        "to_state": to_state,
+        "requested_by": requested_by,
+        "detail": detail[:MAX_DETAIL] if detail else None,
+        "created_at": now,
+    }
+
+
+def add_event(session: Session, chain_id: int, chain_version: int, action: EventAction, **facts: Any) -> None:
+    """Append one line to a chain's history; `facts` as in `event_values`."""
+    session.execute(insert(EVENT).values(event_values(chain_id, chain_version, action, **facts)))
 
 
 def add_event_at_version(

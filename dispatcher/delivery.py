@@ -285,7 +285,7 @@ class Attempts:
                 winner.idempotency_key = delivery.idempotency_key
                 attempt.callback(winner, **(delivery.kwargs or {}))
                 plan, transition = None, winner
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: guards, loaders, callbacks
+        except (Exception, SystemExit) as error:
             if ends_process(error):
                 raise
             return self._failed(attempt, error)
@@ -299,7 +299,7 @@ class Attempts:
         try:
             transition = self._bare(attempt, self._context(attempt, None))
             took_place = verified(transition)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: loaders, verify()
+        except (Exception, SystemExit) as error:
             if ends_process(error):
                 raise
             return self._failed(attempt, error)
