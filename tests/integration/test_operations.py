@@ -1,0 +1,698 @@
+"""What operators do to deliveries, chains, resources and chain types, while attempts begin and end."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+from dispatcher import (
+    NEW,
+    Chain,
+    ChainDisabled,
+    ConfigurationError,
+    DeliveryPending,
+    Dispatcher,
+    NoOpenDelivery,
+    RetryPolicy,
+)
+from dispatcher.models import DeliveryRow, EventRow, ResourceRow
+from dispatcher.operations import MapCounts
+from tests.integration.transitions import (
+    CHAIN_TYPE,
+    LONG_AGO,
+    WAIT_SECONDS,
+    Gate,
+    Raises,
+    Sink,
+    actions,
+    assert_consistent,
+    at_once,
+    attempt,
+    cart,
+    change_chain,
+    change_delivery,
+    count_rows,
+    crashed,
+    delivery_of,
+    dump_rows,
+    new_chain,
+    planned,
+    row_of,
+    take_messages,
+    transition,
+    wait_over,
+)
+from tests.servers import PostgresServer, wait_until
+
+pytestmark = pytest.mark.integration
+
+Make = Callable[..., Dispatcher]
+Blocked = Callable[[Callable[[], Any]], "Future[Any]"]
+
+CALLBACKS = "dispatcher.callbacks"
+CUSTOMER = ("customer", "57844")
+ROUNDS = 4
+Remind = transition("Remind", "reminded", retry=RetryPolicy(max_attempts=2))
+Never = transition("Never", "never", valid=False)
+TRANSITIONS = {NEW: [Remind], "reminded": [Never]}
+
+on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+"""Where another session can be seen to wait for a row."""
+
+OPERATIONS: dict[str, Callable[[Chain], Any]] = {
+    "retry": lambda chain: chain.retry_delivery("ada"),
+    "cancel": lambda chain: chain.cancel_delivery("ada"),
+    "skip": lambda chain: chain.skip_delivery("ada"),
+    "reset": lambda chain: chain.reset("ada"),
+    "move_to": lambda chain: chain.move_to("reminded", "by letter", "ada"),
+}
+ENDING = [name for name in OPERATIONS if name != "retry"]
+
+
+def customer_chain(dispatcher: Dispatcher, number: int) -> Chain:
+    """The customer's chain for booking `number`."""
+    return dispatcher.get_or_create_resource_chain(CHAIN_TYPE, [CUSTOMER, ("online_booking", f"b{number}")])
+
+
+def dead(dispatcher: Dispatcher, chain: Chain) -> Any:
+    """The chain's delivery, out of attempts."""
+    delivery = planned(dispatcher, chain)
+    for number in (1, 2):
+        attempt(dispatcher, delivery, number)
+        if number == 1:
+            wait_over(dispatcher, delivery)
+    delivery = delivery_of(dispatcher, chain)
+    assert delivery.status == "dead"
+    return delivery
+
+
+@contextmanager
+def paused_in(target: Any, name: str, work: Callable[[], Any], *, when: str = "") -> Iterator["Future[Any]"]:
+    """`work` in a thread, halted in the SQLAlchemy event `name` while the block runs.
+
+    With `when` at the statement that has it, which is the third argument of the events of an engine.
+    """
+    gate, owner = Gate(), []
+
+    def halt(*arguments: Any) -> None:
+        if threading.get_ident() in owner and (not when or when in arguments[2]):
+            gate.wait()
+
+    def run() -> Any:
+        owner.append(threading.get_ident())
+        return work()
+
+    event.listen(target, name, halt)
+    try:
+        with gate.during(run) as future:
+            yield future
+    finally:
+        event.remove(target, name, halt)
+
+
+def uncommitted(work: Callable[[], Any]) -> Any:
+    """`work` in a thread, its transaction written and not committed while the block runs."""
+    return paused_in(Session, "before_commit", work)
+
+
+def then_open(gate: Gate, work: Callable[[], Any]) -> Any:
+    """What `work` gives; whoever waits at the gate goes on after it, however it ended."""
+    try:
+        return work()
+    finally:
+        gate.opened.set()
+
+
+@pytest.fixture
+def blocked(
+    postgres_server: PostgresServer, database_url: str
+) -> Iterator[Callable[[Callable[[], Any]], "Future[Any]"]]:
+    """`blocked(work)` begins it in a thread and returns when it is seen to wait for another's row."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
+    name = database_url.rpartition("/")[2]
+
+    def begin(work: Callable[[], Any]) -> "Future[Any]":
+        future = pool.submit(work)
+        with postgres_server.connect() as connection:
+            wait_until(
+                lambda: future.done() or connection.execute(query, [name]).fetchone() != (0,),
+                seconds=WAIT_SECONDS,
+                what="it waits for a row",
+            )
+        assert not future.done(), f"did not wait: {future.exception() or future.result()!r}"
+        return future
+
+    with ThreadPoolExecutor() as pool:
+        yield begin
+
+
+# --- retry -----------------------------------------------------------------------------------------------------------
+
+
+def test_retrying_a_dead_delivery_adds_attempts_and_never_takes_one_back(
+    make_dispatcher: Make, broker_url: str
+) -> None:
+    sink = Sink(Raises(OSError("mail server is down"), times=3))
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
+    chain = new_chain(dispatcher)
+    delivery = dead(dispatcher, chain)
+    version = row_of(dispatcher, chain.id).version
+    take_messages(broker_url, CALLBACKS)
+
+    assert chain.retry_delivery("ada") is chain
+
+    again = delivery_of(dispatcher, chain)
+    assert (again.status, again.attempt, again.max_attempts) == ("pending", 2, 4)
+    assert row_of(dispatcher, chain.id).version == version + 1
+    last = chain.events[-1]
+    assert (last.action, last.requested_by, last.value) == ("retried", "ada", "Remind")
+    assert "mail server is down" in last.detail
+    assert dispatcher.relay()["relayed"] == 1
+    (message,) = take_messages(broker_url, CALLBACKS)
+    assert message.kwargs["deliveries"] == [[delivery.id, 3]]
+    assert attempt(dispatcher, delivery, 3).outcome == "retrying"
+    wait_over(dispatcher, delivery)
+    assert attempt(dispatcher, delivery, 4).outcome == "delivered"
+    assert {call.key for call in sink.calls} == {delivery.idempotency_key}
+    assert_consistent(dispatcher)
+
+
+def test_retrying_one_that_waits_ends_the_wait_and_leaves_its_attempts(make_dispatcher: Make) -> None:
+    sink = Sink(Raises(OSError(), times=1))
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
+    chain = new_chain(dispatcher)
+    delivery = planned(dispatcher, chain)
+    assert attempt(dispatcher, delivery).outcome == "retrying"
+    assert attempt(dispatcher, delivery, 2).outcome == "stale", "it waits"
+
+    chain.retry_delivery()
+    chain.retry_delivery()
+
+    again = delivery_of(dispatcher, chain)
+    assert (again.status, again.attempt, again.max_attempts) == ("pending", 1, 2)
+    assert attempt(dispatcher, delivery, 2).outcome == "delivered"
+
+
+def test_a_held_delivery_of_a_call_in_process_is_planned_anew_when_retried(
+    make_dispatcher: Make, broker_url: str
+) -> None:
+    """No worker has the function that an application called: a message for it would find nothing to call, for ever."""
+    gate, sink = Gate(), Sink()
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callbacks={"send": sink}, on_unknown="hold"))
+    chain = new_chain(dispatcher)
+    with gate.during(lambda: chain.execute(callback=Sink(gate.wait))):
+        local = delivery_of(dispatcher, chain)
+        change_delivery(dispatcher, local.id, lease_until=LONG_AGO, publish_after=LONG_AGO)
+        dispatcher.relay()
+        assert delivery_of(dispatcher, chain).status == "held"
+        dispatcher.chain(local.chain_id).retry_delivery("ada")
+
+    assert delivery_of(dispatcher, chain).status == "cancelled"
+    row = row_of(dispatcher, chain.id)
+    assert row.pending_delivery_id is None and row.due_at is not None
+    assert dispatcher.relay()["relayed"] == 0 and take_messages(broker_url, CALLBACKS) == []
+    chain.enqueue(callback="send")
+    anew = planned(dispatcher, chain)
+    assert anew.idempotency_key == local.idempotency_key
+    assert attempt(dispatcher, anew).outcome == "delivered" and len(sink) == 1
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_is_refused_and_writes_nothing_while_an_attempt_runs(make_dispatcher: Make, name: str) -> None:
+    gate = Gate()
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(gate.wait)))
+    chain = new_chain(dispatcher)
+    delivery = planned(dispatcher, chain)
+
+    with gate.during(lambda: attempt(dispatcher, delivery)) as future:
+        before = dump_rows(dispatcher)
+        with pytest.raises(DeliveryPending, match="an attempt is running"):
+            OPERATIONS[name](chain)
+        assert dump_rows(dispatcher) == before
+
+    assert future.result().outcome == "delivered"
+    assert_consistent(dispatcher)
+
+
+@pytest.mark.parametrize("name", ["retry", "cancel", "skip"])
+def test_a_chain_that_owes_nothing_has_nothing_to_decide(make_dispatcher: Make, name: str) -> None:
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
+    chain = new_chain(dispatcher)
+    before = dump_rows(dispatcher)
+
+    with pytest.raises(NoOpenDelivery):
+        OPERATIONS[name](chain)
+
+    assert dump_rows(dispatcher) == before
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_closed_delivery_is_never_opened_again(make_dispatcher: Make, name: str) -> None:
+    """A chain that waits for a delivered one is a case for the doctor, not a second effect."""
+    sink = Sink()
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
+    chain = new_chain(dispatcher)
+    delivery = planned(dispatcher, chain)
+    attempt(dispatcher, delivery)
+    change_chain(dispatcher, chain.id, pending_delivery_id=delivery.id)
+
+    with pytest.raises(DeliveryPending, match="doctor"):
+        OPERATIONS[name](chain)
+
+    assert delivery_of(dispatcher, chain).status == "delivered"
+
+
+# --- cancel, skip, reset, move ---------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_delivery_leaves_the_chain_due_where_it_is(make_dispatcher: Make) -> None:
+    sink = Sink(Raises(OSError(), times=2))
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
+    chain = new_chain(dispatcher)
+    delivery = dead(dispatcher, chain)
+
+    chain.cancel_delivery("ada", "the address is wrong")
+
+    assert chain.state == NEW and chain.due_at is not None
+    closed = delivery_of(dispatcher, chain)
+    assert (closed.status, closed.kwargs, closed.context) == ("cancelled", None, None)
+    last = chain.events[-1]
+    assert (last.action, last.requested_by, last.detail) == ("cancelled", "ada", "the address is wrong")
+    assert planned(dispatcher, chain).idempotency_key == delivery.idempotency_key
+    assert_consistent(dispatcher)
+
+
+def test_a_skipped_delivery_moves_the_chain_as_if_it_had_been_delivered(make_dispatcher: Make) -> None:
+    sink = Sink(Raises(OSError()))
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
+    chain = new_chain(dispatcher)
+    dead(dispatcher, chain)
+    called = len(sink)
+
+    chain.skip_delivery("ada", "sent by letter")
+
+    assert chain.state == "reminded" and chain.due_at is not None
+    assert delivery_of(dispatcher, chain).status == "skipped"
+    skipped, moved = chain.events[-2:]
+    assert (skipped.action, skipped.requested_by, skipped.detail) == ("skipped", "ada", "sent by letter")
+    assert (moved.action, moved.requested_by, moved.to_state) == ("state_transition", "ada", "reminded")
+    assert len(sink) == called
+    assert_consistent(dispatcher)
+
+
+@pytest.mark.parametrize("name", ["reset", "move_to"])
+def test_putting_a_chain_into_a_state_cancels_what_it_owes(make_dispatcher: Make, name: str) -> None:
+    sink = Sink()
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
+    chain = new_chain(dispatcher)
+    delivery = planned(dispatcher, chain)
+
+    OPERATIONS[name](chain)
+
+    assert delivery_of(dispatcher, chain).status == "cancelled"
+    assert attempt(dispatcher, delivery).outcome == "stale" and len(sink) == 0
+    assert chain.state == (NEW if name == "reset" else "reminded") and chain.due_at is not None
+    assert actions(chain)[-2:] == ["cancelled", "reset" if name == "reset" else "moved"]
+    assert_consistent(dispatcher)
+
+
+# --- against an attempt that begins at the same time -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_an_operation_and_a_begin_at_once_have_exactly_one_winner(make_dispatcher: Make, name: str) -> None:
+    for number in range(ROUNDS):
+        decided = Gate()
+        sink = Sink(decided.wait)  # a begun attempt does not end before the operation has
+        worker = make_dispatcher(cart(TRANSITIONS, callback=sink))
+        person = make_dispatcher(cart(TRANSITIONS, callback=sink))
+        chain = new_chain(person, number)
+        delivery = planned(worker, chain)
+
+        made, operated = at_once(
+            partial(attempt, worker, delivery), partial(then_open, decided, partial(OPERATIONS[name], chain))
+        )
+
+        if isinstance(operated, DeliveryPending):
+            assert made.outcome == "delivered" and len(sink) == 1
+        else:
+            assert operated == chain and made.outcome == "stale" and len(sink) == 0
+        assert_consistent(person)
+
+
+@on_postgresql
+@pytest.mark.parametrize("name", ENDING)
+def test_an_attempt_that_waited_for_an_operation_does_not_begin(
+    make_dispatcher: Make, blocked: Blocked, name: str
+) -> None:
+    sink = Sink()
+    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=sink)) for _ in range(2))
+    chain = new_chain(person)
+    delivery = planned(worker, chain)
+
+    with uncommitted(lambda: OPERATIONS[name](chain)) as operated:
+        made = blocked(lambda: attempt(worker, delivery))
+
+    operated.result()
+    assert made.result().outcome == "stale" and len(sink) == 0
+    assert_consistent(person)
+
+
+@on_postgresql
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_that_waited_for_a_begin_is_refused(make_dispatcher: Make, blocked: Blocked, name: str) -> None:
+    gate = Gate()
+    sink = Sink(gate.wait)
+    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=sink)) for _ in range(2))
+    chain = new_chain(person)
+    delivery = planned(worker, chain)
+
+    with uncommitted(lambda: attempt(worker, delivery)) as made:
+        operated = blocked(lambda: then_open(gate, lambda: OPERATIONS[name](chain)))
+
+    assert isinstance(operated.exception(), DeliveryPending)
+    assert made.result().outcome == "delivered"
+    assert_consistent(person)
+
+
+@on_postgresql
+@pytest.mark.parametrize("name", ["cancel", "reset"])
+def test_an_operation_waits_for_an_attempt_that_ends_without_a_deadlock(
+    make_dispatcher: Make, blocked: Blocked, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of an attempt locks the delivery, then the chain; an operation in another order would meet it halfway."""
+    caplog.set_level(logging.DEBUG, "dispatcher.database")
+    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=Sink())) for _ in range(2))
+    chain = new_chain(person)
+    delivery = planned(worker, chain)
+    halted = paused_in(
+        worker.database.engine,
+        "after_cursor_execute",
+        lambda: attempt(worker, delivery),
+        when="finished_at=",
+    )
+
+    with halted as made:
+        operated = blocked(lambda: OPERATIONS[name](chain))
+
+    assert made.result().outcome == "delivered"
+    if name == "cancel":
+        assert isinstance(operated.exception(), NoOpenDelivery)
+    else:
+        assert operated.result().state == NEW
+    assert "rerun" not in caplog.text
+    assert_consistent(person)
+
+
+# --- a resource: unsubscribe -----------------------------------------------------------------------------------------
+
+
+def test_disabling_a_resource_stops_all_its_chains_in_one_statement(make_dispatcher: Make) -> None:
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
+    theirs = [customer_chain(dispatcher, number) for number in range(3)]
+    others = new_chain(dispatcher, 99)
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    event.listen(dispatcher.database.engine, "before_cursor_execute", note)
+    assert dispatcher.disable_resource(CUSTOMER, "unsubscribe") == 3
+    event.remove(dispatcher.database.engine, "before_cursor_execute", note)
+
+    assert len([one for one in statements if one.startswith("UPDATE chain_dispatcher_chain ")]) == 1
+    assert dispatcher.disable_resource(CUSTOMER) == 0
+    for chain in theirs:
+        assert chain.refresh().disabled and chain.due_at is None
+        last = chain.events[-1]
+        assert (last.action, last.requested_by) == ("disabled", "unsubscribe")
+        with pytest.raises(ChainDisabled):
+            chain.execute(callback=Sink())
+    assert {result.outcome for result in dispatcher.execute_chains([chain.id for chain in theirs])} == {"disabled"}
+    assert not others.refresh().disabled
+    assert dispatcher.sweep()["due"] == 1
+
+    assert dispatcher.enable_resource(CUSTOMER, "support") == 3
+    assert dispatcher.enable_resource(CUSTOMER) == 0
+    for chain in theirs:
+        assert not chain.refresh().disabled and chain.due_at is not None
+        assert actions(chain)[-2:] == ["disabled", "enabled"]
+    assert_consistent(dispatcher)
+
+
+def test_a_begun_attempt_of_a_disabled_resource_finishes_and_moves(make_dispatcher: Make) -> None:
+    gate = Gate()
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(gate.wait)))
+    chain = customer_chain(dispatcher, 1)
+    delivery = planned(dispatcher, chain)
+
+    with gate.during(lambda: attempt(dispatcher, delivery)) as future:
+        assert dispatcher.disable_resource(CUSTOMER) == 1
+
+    assert future.result().outcome == "delivered"
+    assert chain.refresh().state == "reminded" and chain.due_at is None
+    assert dispatcher.enable_resource(CUSTOMER) == 1
+    assert chain.refresh().due_at is not None
+    assert_consistent(dispatcher)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_an_owed_delivery_of_a_disabled_resource_waits_and_is_given_back(
+    make_dispatcher: Make, broker_url: str, crash: bool
+) -> None:
+    sink = Sink()
+    remind = transition("Remind", "reminded", verify=lambda _: False)
+    dispatcher = make_dispatcher(cart({NEW: [remind], "reminded": [Never]}, callback=sink))
+    chain = customer_chain(dispatcher, 1)
+    delivery = planned(dispatcher, chain)
+    number = 1
+    if crash:  # its worker dies after the unsubscribe
+        crashed(dispatcher, delivery)
+        number = 2
+    dispatcher.disable_resource(CUSTOMER)
+    take_messages(broker_url, CALLBACKS)
+
+    assert dispatcher.relay() == {"relayed": 0, "settled": int(crash)}
+    assert delivery_of(dispatcher, chain).publish_after is None
+    assert attempt(dispatcher, delivery, number).outcome == "disabled" and len(sink) == 0
+    assert take_messages(broker_url, CALLBACKS) == []
+
+    dispatcher.enable_resource(CUSTOMER)
+    assert dispatcher.relay()["relayed"] == 1
+    (message,) = take_messages(broker_url, CALLBACKS)
+    assert attempt(dispatcher, *message.kwargs["deliveries"][0]).outcome == "delivered" and len(sink) == 1
+    assert_consistent(dispatcher)
+
+
+def test_a_failed_attempt_of_a_disabled_chain_is_given_back_too(make_dispatcher: Make, broker_url: str) -> None:
+    gate = Gate()
+
+    def fails(_: object) -> None:
+        gate.wait()
+        raise OSError("mail server is down")
+
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(fails)))
+    chain = new_chain(dispatcher)
+    delivery = planned(dispatcher, chain)
+    with gate.during(lambda: attempt(dispatcher, delivery)):
+        dispatcher.chain(delivery.chain_id).disable("ada")
+
+    assert delivery_of(dispatcher, chain).publish_after is None
+    chain.enable("ada")
+    again = delivery_of(dispatcher, chain)
+    assert again.status == "pending" and again.publish_after is not None
+
+
+# --- a resource: a request to be forgotten ---------------------------------------------------------------------------
+
+
+def test_erasing_a_resource_deletes_all_that_belongs_to_its_chains(make_dispatcher: Make) -> None:
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(Raises(OSError()))))
+    theirs = [customer_chain(dispatcher, number) for number in range(3)]
+    delivery = planned(dispatcher, theirs[0])
+    dead(dispatcher, theirs[1])
+    other = new_chain(dispatcher, 99)
+    kept = planned(dispatcher, other)
+
+    assert dispatcher.erase_resource(CUSTOMER) == 3
+
+    assert [chain.id for chain in dispatcher.find_chains()] == [other.id]
+    assert [one.id for one in dispatcher.find_deliveries()] == [kept.id]
+    assert count_rows(dispatcher, ResourceRow) == 1
+    assert count_rows(dispatcher, EventRow) == len(other.events)
+    assert dispatcher.find_chains(resource=CUSTOMER) == []
+    results = dispatcher.execute_chains([chain.id for chain in theirs])
+    assert {result.outcome for result in results} == {"missing"}
+    assert attempt(dispatcher, delivery).outcome == "missing"
+    assert dispatcher.relay()["settled"] == 0
+    assert dispatcher.erase_resource(CUSTOMER) == 0
+    assert customer_chain(dispatcher, 1).id not in [chain.id for chain in theirs], "an id is not used twice"
+
+
+def test_erasing_is_refused_and_deletes_nothing_while_an_attempt_runs(make_dispatcher: Make) -> None:
+    gate = Gate()
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(gate.wait)))
+    theirs = [customer_chain(dispatcher, number) for number in range(3)]
+    delivery = planned(dispatcher, theirs[-1])
+
+    with gate.during(lambda: attempt(dispatcher, delivery)):
+        before = dump_rows(dispatcher)
+        with pytest.raises(DeliveryPending) as refused:
+            dispatcher.erase_resource(CUSTOMER)
+        assert refused.value.chain_id == theirs[-1].id
+        assert dump_rows(dispatcher) == before
+
+    assert dispatcher.erase_resource(CUSTOMER) == 3
+
+
+def test_a_chain_whose_delivery_is_gone_can_still_be_erased(make_dispatcher: Make) -> None:
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
+    change_chain(dispatcher, customer_chain(dispatcher, 1).id, pending_delivery_id="0" * 32)
+
+    assert dispatcher.erase_resource(CUSTOMER) == 1
+
+
+def test_a_resource_erased_twice_at_once_is_erased_once(make_dispatcher: Make) -> None:
+    dispatchers = [make_dispatcher(cart(TRANSITIONS, callback=Sink())) for _ in range(4)]
+    for number in range(6):
+        planned(dispatchers[0], customer_chain(dispatchers[0], number))
+
+    erased = at_once(*(lambda one=one: one.erase_resource(CUSTOMER) for one in dispatchers))  # type: ignore[misc]
+
+    assert sorted(erased) == [0, 0, 0, 6]
+
+
+@on_postgresql
+def test_erasing_waits_for_a_begin_and_is_refused(make_dispatcher: Make, blocked: Blocked) -> None:
+    gate = Gate()
+    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=Sink(gate.wait))) for _ in range(2))
+    chain = customer_chain(person, 1)
+    delivery = planned(worker, chain)
+
+    with uncommitted(lambda: attempt(worker, delivery)) as made:
+        erased = blocked(lambda: then_open(gate, lambda: person.erase_resource(CUSTOMER)))
+
+    assert isinstance(erased.exception(), DeliveryPending)
+    assert made.result().outcome == "delivered"
+
+
+@on_postgresql
+def test_an_attempt_that_waited_for_the_erasing_is_missing(make_dispatcher: Make, blocked: Blocked) -> None:
+    sink = Sink()
+    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=sink)) for _ in range(2))
+    delivery = planned(worker, customer_chain(person, 1))
+
+    with uncommitted(lambda: person.erase_resource(CUSTOMER)) as erased:
+        made = blocked(lambda: attempt(worker, delivery))
+
+    assert erased.result() == 1
+    assert made.result().outcome == "missing" and len(sink) == 0
+    assert count_rows(person, DeliveryRow) == 0
+
+
+# --- states that were renamed ----------------------------------------------------------------------------------------
+
+
+def test_mapping_states_counts_first_and_then_puts_chains_into_the_new_one(make_dispatcher: Make) -> None:
+    old = make_dispatcher(cart({NEW: [transition("Old", "nudged")], "nudged": [Remind]}, callback=Sink()))
+    chains = [new_chain(old, number).move_to("nudged", "to begin with") for number in range(3)]
+    owing = planned(old, chains[0])
+    elsewhere = new_chain(old, 99)
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
+    before = dump_rows(dispatcher)
+
+    assert dispatcher.map_states(CHAIN_TYPE, "nudged", "reminded", dry_run=True) == MapCounts(3, 0)
+    assert dump_rows(dispatcher) == before
+
+    assert dispatcher.map_states(CHAIN_TYPE, "nudged", "reminded", requested_by="ada") == MapCounts(3, 0)
+
+    for chain in chains:
+        assert chain.refresh().state == "reminded" and chain.due_at is not None
+        last = chain.events[-1]
+        assert (last.action, last.from_state, last.to_state) == ("mapped", "nudged", "reminded")
+        assert (last.requested_by, last.detail) == ("ada", "from nudged")
+    assert [one.status for one in dispatcher.find_deliveries() if one.id == owing.id] == ["cancelled"]
+    assert elsewhere.refresh().state == NEW
+    assert dispatcher.map_states(CHAIN_TYPE, "nudged", "reminded") == MapCounts(0, 0)
+
+
+def test_mapping_states_leaves_chains_with_a_running_attempt_and_counts_them(make_dispatcher: Make) -> None:
+    gate = Gate()
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(gate.wait)))
+    busy, idle = new_chain(dispatcher, 1), new_chain(dispatcher, 2)
+    delivery = planned(dispatcher, busy)
+
+    with gate.during(lambda: attempt(dispatcher, delivery)) as future:
+        assert dispatcher.map_states(CHAIN_TYPE, NEW, "never") == MapCounts(1, 1)
+
+    assert future.result().outcome == "delivered"
+    assert (busy.refresh().state, idle.refresh().state) == ("reminded", "never")
+
+
+@pytest.mark.parametrize(("to_state", "problem"), [("nowhere", "unknown state"), (NEW, "is the state that is to be")])
+def test_mapping_to_a_state_that_makes_no_sense_is_refused(make_dispatcher: Make, to_state: str, problem: str) -> None:
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
+    new_chain(dispatcher)
+    before = dump_rows(dispatcher)
+
+    with pytest.raises(ConfigurationError, match=problem):
+        dispatcher.map_states(CHAIN_TYPE, NEW, to_state)
+
+    assert dump_rows(dispatcher) == before
+
+
+# --- a chain type ----------------------------------------------------------------------------------------------------
+
+
+def test_a_paused_type_is_not_planned_by_anybody_until_it_is_resumed(make_dispatcher: Make, broker_url: str) -> None:
+    sink = Sink()
+    config = cart(TRANSITIONS, callback=sink)
+    config["chains"] += [{"chain_type": "other", "callback": sink, "transitions": TRANSITIONS}]
+    first = make_dispatcher(config)
+    chain, owing, other = new_chain(first, 1), new_chain(first, 2), new_chain(first, 3, "other")
+    delivery = planned(first, owing)
+
+    assert first.pause(CHAIN_TYPE, "mail provider is down") is True
+    assert first.pause(CHAIN_TYPE, "once more") is False
+
+    dispatcher = make_dispatcher(config)  # knows at once what others notice within two seconds
+    (result,) = dispatcher.execute_chains([chain.id])
+    assert (result.outcome, result.detail) == ("disabled", "its chain type is paused")
+    with pytest.raises(ChainDisabled, match="its chain type is paused"):
+        dispatcher.chain(result.chain_id or 0).execute()
+    chain.enqueue(initial_context={"asked": 1}, requested_by="shop")
+    assert dispatcher.execute_chains([chain.id])[0].outcome == "disabled"
+    assert row_of(dispatcher, chain.id).request["context"] == {"asked": 1}, "the request waits"
+    take_messages(broker_url, "dispatcher.chains")
+    assert dispatcher.sweep()["due"] == 1
+    (message,) = take_messages(broker_url, "dispatcher.chains")
+    assert message.kwargs["chain_ids"] == [other.id]
+    assert attempt(dispatcher, delivery).outcome == "delivered", "what is owed already goes on"
+    assert dispatcher.chain(other.id or 0).execute()["outcome"] == "moved"
+    (row,) = [row for row in dispatcher.find_types() if row.name == CHAIN_TYPE]
+    assert (row.paused, row.paused_reason) == (True, "mail provider is down")
+
+    assert dispatcher.resume(CHAIN_TYPE) is True
+    assert dispatcher.resume(CHAIN_TYPE) is False
+    after = make_dispatcher(config)
+    assert attempt(after, planned(after, chain)).outcome == "delivered"
+    assert sink.calls[-1].context["asked"] == 1
+    assert_consistent(after)
+
+
+def test_an_unknown_chain_type_is_neither_paused_nor_resumed(make_dispatcher: Make) -> None:
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
+    for act in (lambda: dispatcher.pause("carts", "a typo"), lambda: dispatcher.resume("carts")):
+        with pytest.raises(ConfigurationError, match="'carts'"):
+            act()
+    assert dispatcher.find_types() == []
