@@ -11,7 +11,7 @@ from typing import Any, Final
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
-from dispatcher.chains import insert_or_ignore, one_row
+from dispatcher.chains import MAX_DETAIL, insert_or_ignore, one_row
 from dispatcher.models import ChainRow, TickRow, TypeRow
 
 _BUDGET_WINDOW: Final = timedelta(hours=1)
@@ -60,7 +60,7 @@ def set_paused(session: Session, name: str, *, paused: bool, reason: str | None)
     done = session.execute(
         update(TypeRow)
         .where(TypeRow.name == name, TypeRow.paused != paused)
-        .values(paused=paused, paused_reason=reason if paused else None, window_at=None, window_plans=0)
+        .values(paused=paused, paused_reason=reason[:MAX_DETAIL] if paused and reason else None, window_at=None, window_plans=0)
     )
     return one_row(done)
 

@@ -73,8 +73,10 @@ class Database:
     def __init__(self, url: str, *, connect_seconds: float = 5, clock: Callable[[], datetime] | None = None) -> None:
         try:
             self.url: URL = _normal_url(url)
-        except (ArgumentError, ValueError) as error:
-            raise ConfigurationError("the database URL cannot be parsed") from error
+        except (ArgumentError, ValueError):
+            # Not `from error`, which may show what it could not parse.
+            problem = "the database URL cannot be parsed: quote special characters, as in %40 for an @"
+            raise ConfigurationError(problem) from None
         self.connect_seconds = connect_seconds
         self.clock = clock
         self._engine: Engine | None = None
@@ -216,6 +218,8 @@ def is_conflict(error: DBAPIError) -> bool:
 
 def _normal_url(url: str) -> URL:
     parsed = make_url(url)
+    if "@" in (parsed.host or ""):  # a piece of the password, which would be in errors and logs
+        raise ValueError("unquoted @")
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername in ("mysql", "mariadb"):

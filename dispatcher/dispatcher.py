@@ -29,7 +29,7 @@ from dispatcher.on_commit import run_after_commit
 from dispatcher.operations import MapCounts, Operations
 from dispatcher.publisher import CeleryApp, Publisher, PublishFailed
 from dispatcher.requests import Requests, checked_request
-from dispatcher.resources import Resource, checked_json, clean_resources
+from dispatcher.resources import Resource, checked_json, clean_resources, is_text
 from dispatcher.settings import Settings, broker_url_from_redis, embedded_directory
 from dispatcher.states import AttemptOutcome, DeliveryStatus
 from dispatcher.sweep import Sweeper
@@ -197,6 +197,8 @@ class Dispatcher:
     ) -> "list[Chain]":
         """Chains by type and state, or by one resource, in the order of their ids, at most `limit` after `after_id`."""
         self._ready()
+        if not is_text(f"{chain_type}{state}"):  # nothing can have been named so
+            return []
         with self.database.read() as session:
             if resource is not None:
                 (pair,) = clean_resources([resource])
@@ -221,6 +223,9 @@ class Dispatcher:
     ) -> list[DeliveryRecord]:
         """Deliveries by chain, chain type and status, newest first, at most `limit`."""
         self._ready()
+        statuses = [DeliveryStatus(status) for status in statuses]
+        if not is_text(f"{chain_type}"):  # nothing can have been named so
+            return []
         with self.database.read() as session:
             return deliveries.listing(session, chain_id=chain_id, chain_type=chain_type, statuses=statuses, limit=limit)
 

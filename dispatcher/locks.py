@@ -19,7 +19,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from dispatcher.errors import ConfigurationError, ServiceUnavailable
-from dispatcher.settings import without_password
+from dispatcher.settings import require_plain, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class ChainLocks:
         self._client: redis.Redis | None = None
         self._away_until = 0.0
         if url is not None:
+            require_plain(url, "Redis")
             keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
             seconds = connect_seconds / 2  # there are two tries
             try:
@@ -101,8 +102,8 @@ class ChainLocks:
                     decode_responses=True,
                     **keepalive,
                 )
-            except ValueError as error:
-                raise ConfigurationError("the Redis URL cannot be parsed") from error
+            except ValueError:
+                raise ConfigurationError("the Redis URL cannot be parsed") from None
             self._acquire = self._client.register_script(_ACQUIRE)
             self._release = self._client.register_script(_RELEASE)
 

@@ -61,11 +61,39 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-def _name(length: int = MAX_NAME) -> TypeEngine[str]:
-    """A string compared byte by byte on every database."""
-    return String(length).with_variant(
-        mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
-    )
+class Name(TypeDecorator[str]):
+    """A string of at most so many characters, compared byte by byte on every database, trailing spaces included."""
+
+    impl = String
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name not in ("mysql", "mariadb"):
+            return dialect.type_descriptor(String(self.impl_instance.length))
+        # The two servers have no such collation in common, and a `mysql://` URL may lead to either.
+        collation = "utf8mb4_nopad_bin" if dialect.is_mariadb else "utf8mb4_0900_bin"  # type: ignore[attr-defined]
+        return dialect.type_descriptor(
+            mysql.VARCHAR(self.impl_instance.length, charset="utf8mb4", collation=collation)
+        )
+
+
+class Prose(TypeDecorator[str]):
+    """Text of any origin, such as an error's: what some database cannot keep (NUL, lone surrogates) is replaced."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.TEXT(charset="utf8mb4"))
+        return dialect.type_descriptor(Text())
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.replace("\x00", "\ufffd").encode(errors="replace").decode()
+
+
+def _name(length: int = MAX_NAME) -> Name:
+    return Name(length)
 
 
 _BIG_ID = BigInteger().with_variant(Integer(), "sqlite")
@@ -150,8 +178,8 @@ class EventRow(Base):
     value: Mapped[str | None] = mapped_column(_name())
     from_state: Mapped[str | None] = mapped_column(_name())
     to_state: Mapped[str | None] = mapped_column(_name())
-    requested_by: Mapped[str | None] = mapped_column(String(MAX_REQUESTED_BY))
-    detail: Mapped[str | None] = mapped_column(Text)
+    requested_by: Mapped[str | None] = mapped_column(_name(MAX_REQUESTED_BY))
+    detail: Mapped[str | None] = mapped_column(Prose())
     created_at: Mapped[datetime] = mapped_column(UtcDateTime())
 
     __table_args__ = (
@@ -190,8 +218,8 @@ class DeliveryRow(Base):
     lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime())
     planned_at: Mapped[datetime] = mapped_column(UtcDateTime())
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
-    requested_by: Mapped[str | None] = mapped_column(String(MAX_REQUESTED_BY))
-    last_error: Mapped[str | None] = mapped_column(Text)
+    requested_by: Mapped[str | None] = mapped_column(_name(MAX_REQUESTED_BY))
+    last_error: Mapped[str | None] = mapped_column(Prose())
     kwargs: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
     context: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
 
@@ -227,7 +255,7 @@ class TypeRow(Base):
 
     name: Mapped[str] = mapped_column(_name(), primary_key=True)
     paused: Mapped[bool] = mapped_column(default=False, server_default=false())
-    paused_reason: Mapped[str | None] = mapped_column(Text)
+    paused_reason: Mapped[str | None] = mapped_column(Prose())
     fingerprints: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
     window_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
     window_plans: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))

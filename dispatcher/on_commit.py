@@ -1,10 +1,16 @@
 """Actions that wait for the commit of a session that belongs to the caller."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
 from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction
+
+from dispatcher.errors import DispatcherError
+
+logger = logging.getLogger(__name__)
 
 _WAITING: Final = "chain_dispatcher_waiting"
 _Waiting = list[tuple[SessionTransaction | None, Callable[[], Any]]]
@@ -13,7 +19,8 @@ _Waiting = list[tuple[SessionTransaction | None, Callable[[], Any]]]
 def run_after_commit(session: Session, action: Callable[[], Any]) -> None:
     """Run `action` once when the session's outermost transaction commits; forget it if its transaction rolls back.
 
-    An action that was asked for inside a savepoint is forgotten when that savepoint rolls back.
+    An action that was asked for inside a savepoint is forgotten when that savepoint rolls back. One that fails is
+    logged as an error, and does not keep the others from running.
     """
     if _WAITING not in session.info:
         session.info[_WAITING] = []
@@ -30,7 +37,11 @@ def _run(session: Session) -> None:
     waiting: _Waiting = session.info[_WAITING]
     session.info[_WAITING] = []
     for _, action in waiting:
-        action()
+        try:
+            action()
+        except (DispatcherError, SQLAlchemyError):
+            # The caller's commit has succeeded: an error out of it would say that it has not.
+            logger.exception("an enqueue after a commit failed", extra={"action": "enqueue_on_commit_failed"})
 
 
 def _forget(session: Session, rolled_back: SessionTransaction) -> None:

@@ -12,7 +12,7 @@ from kombu.exceptions import KombuError
 
 from dispatcher.deliveries import Owed
 from dispatcher.errors import ServiceUnavailable
-from dispatcher.settings import Settings, without_password
+from dispatcher.settings import Settings, require_plain, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Publisher:
 
     def __init__(self, settings: Settings, *, broker_url: str | None, app: Celery | None = None) -> None:
         self._settings = settings
-        self._broker_url = broker_url
+        self._broker_url = require_plain(broker_url, "broker") if broker_url is not None else None
         self._app = app
         self._owns_app = app is None
         self._errors: tuple[type[BaseException], ...] | None = None

@@ -8,6 +8,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dispatcher.errors import ConfigurationError
+
 EMBEDDED_DIRECTORY = ".dispatcher"
 """Where `dispatcher dev` keeps its database, socket, pid and log files, below the current directory."""
 
@@ -138,6 +140,17 @@ def without_password(url: str) -> str:
     if plain is None:
         return f"{url.partition('://')[0] if '://' in url else ''}://..."
     return f"{plain['scheme']}://{plain['place']}"
+
+
+def require_plain(url: str, what: str) -> str:
+    """`url`, if every parser cuts it at the same places; `ConfigurationError` otherwise, which does not show it.
+
+    An unquoted "@", "/", "?", "#" or ";" in a password ends up in the host, port or database of some parser, and so
+    in its errors and logs. Several brokers are separated by ";".
+    """
+    if not all(_PLAIN_URL.fullmatch(part) for part in url.split(";")):
+        raise ConfigurationError(f"the {what} URL cannot be parsed: quote special characters, as in %40 for an @")
+    return url
 
 
 def embedded_directory() -> Path:

@@ -16,14 +16,12 @@ from dispatcher.deliveries import Owed
 from dispatcher.delivery import AttemptResult
 from dispatcher.publisher import (
     CALLBACKS_QUEUE,
-    CHAINS_QUEUE,
     DELIVER,
     EXECUTE,
     PRUNE,
     RELAY,
     REQUESTS_QUEUE,
     SWEEP,
-    SWEEPS_QUEUE,
     celery_settings,
     declared_queues,
     transport_options,
@@ -73,6 +71,8 @@ def _add_settings(app: Celery, dispatcher: Dispatcher) -> None:
         queues = [Queue(name, exchange, routing_key=app.conf.task_default_routing_key or name)]
     names = {queue.name for queue in queues}
     app.conf.task_queues = [*queues, *(queue for queue in declared_queues(own) if queue.name not in names)]
+    routes = app.conf.task_routes or []
+    app.conf.task_routes = [added["task_routes"], *(routes if isinstance(routes, list | tuple) else [routes])]
     # A broker that says nothing must not block an application's enqueue for ever: where the app sets no timeouts.
     defaults = transport_options(app.conf.broker_url, dispatcher.settings.broker_seconds)
     app.conf.broker_transport_options = {**defaults, **(app.conf.broker_transport_options or {})}
@@ -82,22 +82,22 @@ def _add_settings(app: Celery, dispatcher: Dispatcher) -> None:
 def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
     settings = dispatcher.settings
 
-    def task(name: str, *, queue: str, time_limit: float, **options: Any) -> Callable[[Callable[..., Any]], Task]:
-        return app.task(name=name, queue=queue, time_limit=time_limit, **_TASK_OPTIONS, **options)  # type: ignore[no-any-return]
+    def task(name: str, *, time_limit: float, **options: Any) -> Callable[[Callable[..., Any]], Task]:
+        return app.task(name=name, time_limit=time_limit, **_TASK_OPTIONS, **options)  # type: ignore[no-any-return]
 
-    @task(SWEEP, queue=SWEEPS_QUEUE, time_limit=600)
+    @task(SWEEP, time_limit=600)
     def sweep(*_: Any, **__: Any) -> Any:
         return _named_outcome(lambda: dispatcher.sweep(tick=True))
 
-    @task(RELAY, queue=SWEEPS_QUEUE, time_limit=600)
+    @task(RELAY, time_limit=600)
     def relay(*_: Any, **__: Any) -> Any:
         return _named_outcome(lambda: dispatcher.relay(tick=True))
 
-    @task(PRUNE, queue=SWEEPS_QUEUE, time_limit=600)
+    @task(PRUNE, time_limit=600)
     def prune(*_: Any, **__: Any) -> Any:
         return _named_outcome(lambda: dispatcher.prune(tick=True))
 
-    @task(EXECUTE, queue=CHAINS_QUEUE, time_limit=settings.execute_seconds, bind=True, max_retries=_BUSY_RETRIES)
+    @task(EXECUTE, time_limit=settings.execute_seconds, bind=True, max_retries=_BUSY_RETRIES)
     def execute_chain(self: Task, chain_ids: Any = (), dry_run: Any = None, plan: Any = None) -> Any:
         ids = chain_ids_of(chain_ids)
         if dry_run:
@@ -109,7 +109,7 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
             raise self.retry(kwargs={"chain_ids": busy}, countdown=_BUSY_COUNTDOWN, queue=REQUESTS_QUEUE)
         return summary_of_chains(results)
 
-    @task(DELIVER, queue=CALLBACKS_QUEUE, time_limit=settings.callback_seconds, bind=True, max_retries=None)
+    @task(DELIVER, time_limit=settings.callback_seconds, bind=True, max_retries=None)
     def deliver_callback(self: Task, deliveries: Any = ()) -> Any:
         owed = owed_of(deliveries)
         results = dispatcher.deliver(owed)

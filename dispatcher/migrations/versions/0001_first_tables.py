@@ -17,8 +17,14 @@ depends_on = None
 
 
 def _name(length: int = 100) -> TypeEngine[str]:
-    binary = mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin")
+    # Byte by byte, trailing spaces included: the two servers have no such collation in common.
+    collation = "utf8mb4_nopad_bin" if getattr(op.get_bind().dialect, "is_mariadb", False) else "utf8mb4_0900_bin"
+    binary = mysql.VARCHAR(length, charset="utf8mb4", collation=collation)
     return sa.String(length).with_variant(binary, "mysql", "mariadb")
+
+
+def _prose() -> TypeEngine[str]:
+    return sa.Text().with_variant(mysql.TEXT(charset="utf8mb4"), "mysql", "mariadb")
 
 
 def _big_id() -> TypeEngine[int]:
@@ -92,8 +98,8 @@ def upgrade() -> None:
         sa.Column("value", _name()),
         sa.Column("from_state", _name()),
         sa.Column("to_state", _name()),
-        sa.Column("requested_by", sa.String(255)),
-        sa.Column("detail", sa.Text()),
+        sa.Column("requested_by", _name(255)),
+        sa.Column("detail", _prose()),
         sa.Column("created_at", _utc(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_chain_dispatcher_event")),
         sa.ForeignKeyConstraint(
@@ -133,8 +139,8 @@ def upgrade() -> None:
         sa.Column("lease_until", _utc()),
         sa.Column("planned_at", _utc(), nullable=False),
         sa.Column("finished_at", _utc()),
-        sa.Column("requested_by", sa.String(255)),
-        sa.Column("last_error", sa.Text()),
+        sa.Column("requested_by", _name(255)),
+        sa.Column("last_error", _prose()),
         sa.Column("kwargs", sa.JSON()),
         sa.Column("context", sa.JSON()),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_chain_dispatcher_delivery")),
@@ -174,7 +180,7 @@ def upgrade() -> None:
         "chain_dispatcher_type",
         sa.Column("name", _name(), nullable=False),
         sa.Column("paused", sa.Boolean(), server_default=sa.false(), nullable=False),
-        sa.Column("paused_reason", sa.Text()),
+        sa.Column("paused_reason", _prose()),
         sa.Column("fingerprints", sa.JSON()),
         sa.Column("window_at", _utc()),
         sa.Column("window_plans", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
