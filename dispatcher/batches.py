@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import Table, bindparam, func, insert, select, tuple_, update
+from sqlalchemy import Table, bindparam, insert, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from dispatcher import chains, deliveries
@@ -152,13 +152,13 @@ def plan_many(
         session.execute(
             update(CHAIN)
             .where(CHAIN.c.id.in_(sorted(one.record.id for one in group)))
-            .values(
-                pending_delivery_id=owed,
-                version=CHAIN.c.version + 1,
-                due_at=None,
-                failures=0,
-                updated_at=now,
-                **({"request": None} if consumed else {}),
+            .ordered_values(  # MySQL evaluates from left to right: the subquery needs the version as it was
+                (CHAIN.c.pending_delivery_id, owed),
+                (CHAIN.c.version, CHAIN.c.version + 1),
+                (CHAIN.c.due_at, None),
+                (CHAIN.c.failures, 0),
+                (CHAIN.c.updated_at, now),
+                *([(CHAIN.c.request, None)] if consumed else []),
             )
         )
     add_events(
@@ -196,7 +196,7 @@ def begin_many(session: Session, owed: Sequence[Owed], *, lease_seconds: float) 
             clock_plus(0).label("machine_now"),
         )
         .select_from(
-            DELIVERY.join(CHAIN, CHAIN.c.pending_delivery_id == DELIVERY.c.id).outerjoin(
+            DELIVERY.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).outerjoin(
                 RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id
             )
         )
@@ -204,6 +204,7 @@ def begin_many(session: Session, owed: Sequence[Owed], *, lease_seconds: float) 
             tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_([(one.delivery_id, one.attempt - 1) for one in owed]),
             DELIVERY.c.status == DeliveryStatus.PENDING,
             DELIVERY.c.next_attempt_at <= clock_plus(0),
+            CHAIN.c.pending_delivery_id == DELIVERY.c.id,
             ~CHAIN.c.disabled,
         )
         .order_by(DELIVERY.c.id)
@@ -224,8 +225,18 @@ def begin_many(session: Session, owed: Sequence[Owed], *, lease_seconds: float) 
             publish_after=clock_plus(lease_seconds),
         )
     )
+    still = (
+        select(DELIVERY.c.id)
+        .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
+        .where(DELIVERY.c.id.in_(list(of_delivery)), CHAIN.c.pending_delivery_id == DELIVERY.c.id, ~CHAIN.c.disabled)
+    )
+    enabled = set(session.execute(still).scalars())  # where the rows had to be waited for, see `take_back`
+    if refused := [delivery_id for delivery_id in of_delivery if delivery_id not in enabled]:
+        deliveries.take_back(session, refused)
     begun = []
     for group in of_delivery.values():
+        if group[0][0] not in enabled:
+            continue
         delivery = deliveries.begun_of(DeliveryRecord(*group[0][:width]))
         (record,) = chains.records_of([row[width:-1] for row in group]).values()
         begun.append(Begun(delivery, record, group[0][-1]))
@@ -311,7 +322,6 @@ def create_many(
     missing = [key for key in by_key if key not in found]
     made: dict[str, int] = {}
     if missing:
-        before = _highest_id(session) if not session.get_bind().dialect.insert_returning else 0
         rows = [{"resource_key": key} for key in sorted(missing)]
         statement = insert_or_ignore(session, CHAIN).values(
             chain_type=chain_type, state=NEW, due_at=due_at, created_at=now, updated_at=now
@@ -323,11 +333,12 @@ def create_many(
             }
         else:
             session.execute(statement, rows)
-            made = {
-                key: chain_id
-                for key, chain_id in _ids_by_key(session, chain_type, missing).items()
-                if chain_id > before
-            }
+            # Whoever else creates a chain commits it with its resources: one without any was made here.
+            ids = _ids_by_key(session, chain_type, missing)
+            theirs = set(
+                session.execute(select(RESOURCE.c.chain_id).where(RESOURCE.c.chain_id.in_(ids.values()))).scalars()
+            )
+            made = {key: chain_id for key, chain_id in ids.items() if chain_id not in theirs}
         found.update(_ids_by_key(session, chain_type, [key for key in missing if key not in made]), **made)
     _insert_many(
         session,
@@ -359,11 +370,6 @@ def _ids_by_key(session: Session, chain_type: str, keys: Iterable[str]) -> dict[
         )
     )
     return {key: chain_id for key, chain_id in rows}
-
-
-def _highest_id(session: Session) -> int:
-    highest: int = session.execute(select(func.coalesce(func.max(CHAIN.c.id), 0))).scalar_one()
-    return highest
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------

@@ -57,10 +57,11 @@ def paused_types(session: Session) -> set[str]:
 def set_paused(session: Session, name: str, *, paused: bool, reason: str | None) -> bool:
     """Pause or resume a chain type; False when it was so already."""
     session.execute(insert_or_ignore(session, TypeRow).values(name=name))
+    kept = reason[:MAX_DETAIL] if paused and reason else None
     done = session.execute(
         update(TypeRow)
         .where(TypeRow.name == name, TypeRow.paused != paused)
-        .values(paused=paused, paused_reason=reason[:MAX_DETAIL] if paused and reason else None, window_at=None, window_plans=0)
+        .values(paused=paused, paused_reason=kept, window_at=None, window_plans=0)
     )
     return one_row(done)
 

@@ -36,6 +36,7 @@ from dispatcher.states import NEW, DeliveryStatus, EventAction
 from dispatcher.transition import ChainSnapshot
 
 MAX_DETAIL: Final = 4000
+_PARAMETERS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +187,10 @@ def read_one(session: Session, chain_id: int, *, lock: bool = False) -> ChainRec
     return record
 
 
-def find_exact(session: Session, chain_type: str, resources: Sequence[Resource]) -> int | None:
-    """The id of the chain whose resources are exactly these, or None."""
-    return session.execute(
-        select(CHAIN.c.id).where(CHAIN.c.chain_type == chain_type, CHAIN.c.resource_key == resource_key(resources))
-    ).scalar_one_or_none()
+def find_exact(session: Session, chain_type: str, resources: Sequence[Resource], *, lock: bool = False) -> int | None:
+    """The id of the chain whose resources are exactly these, or None; `lock=True` reads what is committed by now."""
+    query = select(CHAIN.c.id).where(CHAIN.c.chain_type == chain_type, CHAIN.c.resource_key == resource_key(resources))
+    return session.execute(query.with_for_update() if lock else query).scalar_one_or_none()
 
 
 def find_containing(session: Session, chain_type: str, resources: Sequence[Resource]) -> int | None:
@@ -278,12 +278,6 @@ def statistics(session: Session, *, now: datetime) -> dict[str, Any]:
     }
 
 
-def oldest_due(session: Session, *, now: datetime) -> datetime | None:
-    """The `due_at` of the chain that is due longest, or None."""
-    oldest: datetime | None = session.execute(select(func.min(CHAIN.c.due_at)).where(_is_due(now))).scalar_one()
-    return oldest
-
-
 # --- creating --------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +305,7 @@ def create(
         made = session.execute(statement.returning(CHAIN.c.id)).one_or_none() is not None
     else:
         made = one_row(session.execute(statement))
-    chain_id = find_exact(session, chain_type, resources)
+    chain_id = find_exact(session, chain_type, resources, lock=not made)
     assert chain_id is not None  # the unique constraint: either ours or the one that was there
     if made:
         session.execute(
@@ -437,30 +431,29 @@ def rest(session: Session, change: Rest, *, now: datetime) -> bool:
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def write_request(session: Session, chain_id: int, request: Request, *, now: datetime) -> ChainRecord:
-    """Write an application's request to the chain's row and make it due; the record as it was before.
+def write_request(session: Session, chain_id: int, request: Request, *, now: datetime) -> None:
+    """Write an application's request to the chain's row and make it due.
 
     An open delivery or a disabled chain keeps `due_at` empty: closing or enabling makes it due. Raises
     `ChainMissing`.
     """
-    record = read_one(session, chain_id, lock=True)
-    waits = record.pending_delivery_id is not None or record.disabled
-    due_at = max(now, record.next_update_at) if record.next_update_at else now
+    # Read and decided in locking statements: the caller's own transaction may have an old snapshot.
+    row = session.execute(
+        select(CHAIN.c.version, CHAIN.c.request).where(CHAIN.c.id == chain_id).with_for_update()
+    ).one_or_none()
+    if row is None:
+        raise ChainMissing(chain_id)
+    free = and_(CHAIN.c.pending_delivery_id.is_(None), ~CHAIN.c.disabled)
     session.execute(
         update(CHAIN)
         .where(CHAIN.c.id == chain_id)
-        .values(wake=CHAIN.c.wake + 1, request=request.to_json(), due_at=None if waits else due_at)
+        .values(wake=CHAIN.c.wake + 1, request=request.to_json(), due_at=case((free, at_once(now))))
     )
-    if record.request is not None and record.request != request:
+    earlier = Request.from_json(row.request)
+    if earlier is not None and earlier != request:
         add_event(
-            session,
-            chain_id,
-            record.version,
-            EventAction.REQUEST_REPLACED,
-            requested_by=request.requested_by,
-            now=now,
+            session, chain_id, row.version, EventAction.REQUEST_REPLACED, requested_by=request.requested_by, now=now
         )
-    return record
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -500,11 +493,12 @@ def set_resource_disabled(
     if not ids:
         return []
     due_at = None if disabled else case((CHAIN.c.pending_delivery_id.is_(None), at_once(now)))
-    session.execute(
-        update(CHAIN)
-        .where(CHAIN.c.id.in_(ids), CHAIN.c.disabled != disabled)
-        .values(disabled=disabled, version=CHAIN.c.version + 1, due_at=due_at, updated_at=now)
-    )
+    for start in range(0, len(ids), _PARAMETERS):
+        session.execute(
+            update(CHAIN)
+            .where(CHAIN.c.id.in_(ids[start : start + _PARAMETERS]), CHAIN.c.disabled != disabled)
+            .values(disabled=disabled, version=CHAIN.c.version + 1, due_at=due_at, updated_at=now)
+        )
     action = EventAction.DISABLED if disabled else EventAction.ENABLED
     for chain_id in ids:
         add_event_at_version(session, chain_id, action, requested_by=requested_by, now=now)
@@ -584,7 +578,7 @@ def make_due(session: Session, *, chain_type: str, state: str, after_id: int, li
             or_(CHAIN.c.due_at.is_(None), CHAIN.c.due_at > now),
         )
         .values(
-            wake=CHAIN.c.wake + 1,
+            version=CHAIN.c.version + 1,  # a plan or rest made meanwhile by the old candidates is stale
             due_at=at_once(now),
         )
     )

@@ -189,6 +189,8 @@ class Database:
         else:
             arguments["connect_timeout"] = seconds
             arguments["read_timeout"] = arguments["write_timeout"] = 30
+            if self.url.get_driver_name() == "pymysql" and self.url.password:
+                arguments["password"] = self.url.password.encode()  # the driver would encode it as Latin-1
             options["isolation_level"] = "READ COMMITTED"
         if self.dialect != "sqlite":
             options.update(pool_timeout=self.connect_seconds, pool_recycle=1800)
@@ -218,8 +220,8 @@ def is_conflict(error: DBAPIError) -> bool:
 
 def _normal_url(url: str) -> URL:
     parsed = make_url(url)
-    if "@" in (parsed.host or ""):  # a piece of the password, which would be in errors and logs
-        raise ValueError("unquoted @")
+    if parsed.get_backend_name() != "sqlite" and url.count("@") > 1:
+        raise ValueError("unquoted @")  # what follows it would be in errors and logs, as host, database or option
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername in ("mysql", "mariadb"):

@@ -148,7 +148,7 @@ def load_contexts(chain: ChainType, records: Sequence[ChainRecord]) -> dict[int,
     try:
         loaded = loader([record.snapshot() for record in records])
         return {record.id: dict(loaded.get(record.id) or {}) for record in records}
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         if ends_process(error):
             raise
         if len(records) == 1:

@@ -253,7 +253,23 @@ def begin(session: Session, delivery_id: str, attempt: int, *, lease_seconds: fl
     ).all()
     delivery = DeliveryRecord(*rows[0][:width])
     (record,) = chains.records_of([row[width:-1] for row in rows]).values()
+    if record.disabled or record.pending_delivery_id != delivery.id:
+        take_back(session, [delivery.id])
+        return AttemptOutcome.DISABLED if record.disabled else AttemptOutcome.STALE
     return Begun(delivery, record, rows[0][-1])
+
+
+def take_back(session: Session, delivery_ids: Sequence[str]) -> None:
+    """Undo the begin of attempts, in the transaction that began them.
+
+    A begin that had to wait for its row was let through by its chain as that was before: read afterwards, the chain
+    may be disabled.
+    """
+    session.execute(
+        update(DELIVERY)
+        .where(DELIVERY.c.id.in_(delivery_ids), DELIVERY.c.status == DeliveryStatus.RUNNING)
+        .values(status=DeliveryStatus.PENDING, attempt=DELIVERY.c.attempt - 1, lease_until=None, publish_after=None)
+    )
 
 
 def _why_not_begun(session: Session, delivery_id: str) -> AttemptOutcome:
@@ -321,8 +337,12 @@ def retry(session: Session, delivery: DeliveryRecord, *, seconds: float, grace_s
 
 
 def _when_enabled(moment: clock_plus) -> Any:
-    """`moment`, or NULL while the chain is disabled: enabling it gives the relay the delivery back."""
-    disabled = select(CHAIN.c.disabled).where(CHAIN.c.id == DELIVERY.c.chain_id).scalar_subquery()
+    """`moment`, or NULL while the chain is disabled: enabling it gives the relay the delivery back.
+
+    The chain's row is locked: one that is just being enabled, and was read as disabled, would not be given back.
+    """
+    chain = select(CHAIN.c.disabled).where(CHAIN.c.id == DELIVERY.c.chain_id)
+    disabled = chain.with_for_update(read=True).scalar_subquery()
     return case((~disabled, moment))
 
 
@@ -543,24 +563,21 @@ def _event(
 # --- relay -----------------------------------------------------------------------------------------------------------
 
 
-def claim_overdue(session: Session, *, limit: int, grace_seconds: float) -> list[DeliveryRecord]:
+def claim_overdue(session: Session, *, limit: int, grace_seconds: float, pending: bool = True) -> list[DeliveryRecord]:
     """Deliveries that the relay must look at, the longest waiting first; others will not get them for `grace_seconds`.
 
-    Pending ones lost their message, running ones outlived their lease.
+    Pending ones lost their message (left out with `pending=False`), running ones outlived their lease.
     """
+    query = select(*DELIVERY_COLUMNS).where(DELIVERY.c.publish_after <= clock_plus(0))
+    if not pending:
+        query = query.where(DELIVERY.c.status == DeliveryStatus.RUNNING)
     rows = session.execute(
-        select(*DELIVERY_COLUMNS)
-        .where(DELIVERY.c.publish_after <= clock_plus(0))
-        .order_by(DELIVERY.c.publish_after, DELIVERY.c.id)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
+        query.order_by(DELIVERY.c.publish_after, DELIVERY.c.id).limit(limit).with_for_update(skip_locked=True)
     ).all()
     found = [DeliveryRecord(*row) for row in rows]
-    pending = [delivery.id for delivery in found if delivery.status == DeliveryStatus.PENDING]
-    if pending:
-        session.execute(
-            update(DELIVERY).where(DELIVERY.c.id.in_(pending)).values(publish_after=clock_plus(grace_seconds))
-        )
+    lost = [delivery.id for delivery in found if delivery.status == DeliveryStatus.PENDING]
+    if lost:
+        session.execute(update(DELIVERY).where(DELIVERY.c.id.in_(lost)).values(publish_after=clock_plus(grace_seconds)))
     return found
 
 
@@ -574,11 +591,14 @@ def look_later(session: Session, delivery: DeliveryRecord, *, seconds: float) ->
 
 def follow_disabling(session: Session, chain_ids: Sequence[int], *, disabled: bool) -> None:
     """Take the pending deliveries of disabled chains out of the relay's sight, or give them back."""
-    session.execute(
-        update(DELIVERY)
-        .where(DELIVERY.c.chain_id.in_(chain_ids), DELIVERY.c.status == DeliveryStatus.PENDING)
-        .values(publish_after=None if disabled else DELIVERY.c.next_attempt_at)
-    )
+    for start in range(0, len(chain_ids), 1000):
+        session.execute(
+            update(DELIVERY)
+            .where(
+                DELIVERY.c.chain_id.in_(chain_ids[start : start + 1000]), DELIVERY.c.status == DeliveryStatus.PENDING
+            )
+            .values(publish_after=None if disabled else DELIVERY.c.next_attempt_at)
+        )
 
 
 def reopen(
@@ -611,14 +631,6 @@ def reopen(
     )
     session.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
     _event(session, delivery, EventAction.RETRIED, now=now, requested_by=requested_by, detail=delivery.last_error)
-
-
-def running_chains(session: Session, chain_ids: Sequence[int]) -> list[int]:
-    """Those of these chains that have a running attempt, ascending."""
-    query = select(DELIVERY.c.chain_id).where(
-        DELIVERY.c.chain_id.in_(chain_ids), DELIVERY.c.status == DeliveryStatus.RUNNING
-    )
-    return list(session.execute(query.order_by(DELIVERY.c.chain_id)).scalars())
 
 
 # --- disagreements ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy.exc import DBAPIError
@@ -152,7 +153,7 @@ class Attempts:
             if time.monotonic() >= stop_at:
                 self._publish_again(todo[start:])
                 break
-            for result in self._deliver_group(todo[start : start + _GROUP]):
+            for result in self._deliver_group(todo[start : start + _GROUP], stop_at):
                 results[result.delivery_id] = result
         stale = AttemptOutcome.STALE
         return [results.get(one.delivery_id, AttemptResult(one.delivery_id, one.attempt, stale)) for one in owed]
@@ -163,7 +164,7 @@ class Attempts:
         except PublishFailed as error:
             logger.warning("%d deliveries not published again (%s): the relay does it", len(owed), error)
 
-    def _deliver_group(self, owed: Sequence[Owed]) -> list[AttemptResult]:
+    def _deliver_group(self, owed: Sequence[Owed], stop_at: float) -> list[AttemptResult]:
         finish_by = time.monotonic() + self._settings.lease_seconds
         begun = self._database.write(lambda session: self._begin_many(session, owed, finish_by))
         loaded: dict[int, Mapping[str, Any] | BaseException] = {}
@@ -175,7 +176,12 @@ class Attempts:
         results: list[AttemptResult] = []
         called: list[tuple[_Attempt, Transition]] = []
         since = time.monotonic()
-        for attempt in begun:
+        for number, attempt in enumerate(begun):
+            if number and time.monotonic() >= stop_at:  # what is not called goes back, before the time limit strikes
+                results += self._delivered_many(called)
+                left = [one.delivery for one in begun[number:]]
+                self._database.write(partial(self._give_back, left=left))
+                return results
             ended = self._attempt(attempt, loaded.get(attempt.begun.chain.id, {}))
             if isinstance(ended, AttemptResult):
                 self._log(ended)
@@ -186,6 +192,10 @@ class Attempts:
                 results += self._delivered_many(called)
                 called, since = [], time.monotonic()
         return results + self._delivered_many(called)
+
+    def _give_back(self, session: Session, left: Sequence[DeliveryRecord]) -> None:
+        for delivery in left:
+            deliveries.postpone(session, delivery, seconds=0, reason="the time of its group was used up")
 
     def _begin_many(self, session: Session, owed: Sequence[Owed], finish_by: float) -> list[_Attempt]:
         begun = batches.begin_many(session, owed, lease_seconds=self._settings.lease_seconds)
@@ -285,7 +295,7 @@ class Attempts:
                 winner.idempotency_key = delivery.idempotency_key
                 attempt.callback(winner, **(delivery.kwargs or {}))
                 plan, transition = None, winner
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             if ends_process(error):
                 raise
             return self._failed(attempt, error)
@@ -299,7 +309,7 @@ class Attempts:
         try:
             transition = self._bare(attempt, self._context(attempt, None))
             took_place = verified(transition)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             if ends_process(error):
                 raise
             return self._failed(attempt, error)
@@ -307,8 +317,10 @@ class Attempts:
             return self._delivered(attempt, transition, "verify() found the effect of an earlier attempt")
         if took_place is None and attempt.chain_type.on_unknown == "hold":
             return self._stopped(attempt, DeliveryStatus.HELD, "the effect of an earlier attempt is unknown")
-        if took_place is False:
-            self._finish(attempt, lambda session: deliveries.mark_known(session, delivery), ())
+        if took_place is False and not self._finish(
+            attempt, lambda session: deliveries.mark_known(session, delivery), (DeliveryStatus.RUNNING,)
+        ):
+            return self._result(attempt, AttemptOutcome.STALE, "the delivery was taken over meanwhile")
         if delivery.attempt > delivery.max_attempts:
             return self._out_of_attempts(attempt, transition, delivery.last_error or "")
         return took_place is None
@@ -487,14 +499,19 @@ class Attempts:
             try:
                 callback(transition, **kwargs)
             except BaseException as error:
+                if isinstance(error, SystemExit) and ends_process(error):
+                    raise  # a time limit: the effect is unknown, the lease ends, the relay settles it
                 reason = describe(error)
-                finish(
-                    self._database,
-                    delivery,
-                    lambda session: deliveries.close_and_stay(session, delivery, now=now, reason=reason),
-                    (DeliveryStatus.CANCELLED,),
-                    finish_by=time.monotonic() + self._settings.lease_seconds,
-                )
+                try:
+                    finish(
+                        self._database,
+                        delivery,
+                        lambda session: deliveries.close_and_stay(session, delivery, now=now, reason=reason),
+                        (DeliveryStatus.CANCELLED,),
+                        finish_by=time.monotonic() + self._settings.lease_seconds,
+                    )
+                except (ServiceUnavailable, DBAPIError):  # the caller is to see what the callback raised
+                    logger.exception("delivery %s: that it is cancelled is not written", delivery.id)
                 raise
             chain_type = self._config.get(transition.chain.chain_type)
             next_update_at = next_update(transition)

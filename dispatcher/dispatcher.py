@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Self
 
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from dispatcher import bookkeeping, chains, deliveries
 from dispatcher.chain import Chain, Services
@@ -273,7 +273,7 @@ class Dispatcher:
 
     def enqueue_on_commit(
         self,
-        session: Session,
+        session: Session | scoped_session[Session],
         chain_type: str,
         rsc_mappings: Iterable[tuple[str, str]],
         *,
@@ -288,6 +288,7 @@ class Dispatcher:
         Where the session is on the dispatcher's own database the request is written in the caller's transaction, so
         that nothing is lost between its commit and the message. Arguments are checked now.
         """
+        session = session() if isinstance(session, scoped_session) else session
         config = self.config.get(chain_type)
         resources = clean_resources(rsc_mappings)
         request = checked_request(

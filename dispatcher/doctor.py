@@ -10,13 +10,14 @@ from typing import Final
 from sqlalchemy.orm import Session
 
 from dispatcher import bookkeeping, chains, deliveries, migrations
-from dispatcher.config import DispatcherConfig
+from dispatcher.config import ChainType, DispatcherConfig
 from dispatcher.database import Database
 from dispatcher.errors import DispatcherError
 from dispatcher.locks import ChainLocks
 from dispatcher.operations import Operations
 from dispatcher.publisher import DELIVER, EXECUTE, QUEUES, RELAY, SWEEP, SWEEPS_QUEUE, Publisher, PublishFailed
 from dispatcher.settings import Settings
+from dispatcher.transition import TypeDefault
 
 logger = logging.getLogger(__name__)
 
@@ -208,8 +209,8 @@ class Doctor:
             paused = bookkeeping.paused_types(session)
             due = [
                 position.due_at
-                for name in self._config.by_type
-                if name not in paused
+                for name, chain_type in self._config.by_type.items()
+                if name not in paused and not _asks_every_sweep(chain_type)
                 for position in chains.due_page(session, chain_type=name, now=domain_now, after=None, limit=1)
             ]
         for name, seconds in ((SWEEP, self._settings.sweep_seconds), (RELAY, self._settings.relay_seconds)):
@@ -253,3 +254,9 @@ def repair(examine: Callable[[], list[Finding]]) -> tuple[list[Finding], list[Fi
             logger.warning("repaired: %s", finding, extra={"action": "repaired"})
         gone += mended
     return gone, left
+
+
+def _asks_every_sweep(chain_type: ChainType) -> bool:
+    """Whether some of its chains are due all the time, because nothing is written when a guard says no again."""
+    rechecks = [candidate.recheck_seconds for candidate in chain_type.by_name.values()]
+    return 0 in [chain_type.recheck_seconds if isinstance(one, TypeDefault) else one for one in rechecks]

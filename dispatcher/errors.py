@@ -10,11 +10,13 @@ class DispatcherError(Exception):
 
 
 def ends_process(error: BaseException) -> bool:
-    """Whether this is the exit that a worker's process is told to make (a hard time limit), not user code's own.
+    """Whether the process is told to end (a hard time limit, Ctrl-C), which is nothing that user code has raised.
 
     Celery's pool raises `SystemExit` with a negative code from its SIGTERM handler, wherever the process is at that
     moment. (billiard/common.py, `_shutdown_cleanup`.)
     """
+    if isinstance(error, KeyboardInterrupt | GeneratorExit):
+        return True
     return isinstance(error, SystemExit) and isinstance(error.code, int) and error.code < 0
 
 

@@ -100,7 +100,7 @@ def evaluate(
                 not_before=None if valid else transition._not_before,
                 recheck_seconds=recheck_seconds if isinstance(recheck, TypeDefault) else recheck,
             )
-        except (Exception, SystemExit) as error:  # user code: whatever it raises concerns this chain alone
+        except BaseException as error:  # user code: whatever it raises concerns this chain alone
             if ends_process(error):
                 raise
             raise GuardFailed(name, f"{type(error).__name__}: {error}") from error

@@ -62,19 +62,21 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 class Name(TypeDecorator[str]):
-    """A string of at most so many characters, compared byte by byte on every database, trailing spaces included."""
+    """A string of at most `length` characters, compared byte by byte on every database, trailing spaces included."""
 
     impl = String
     cache_ok = True
 
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.length = length
+
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name not in ("mysql", "mariadb"):
-            return dialect.type_descriptor(String(self.impl_instance.length))
+            return super().load_dialect_impl(dialect)
         # The two servers have no such collation in common, and a `mysql://` URL may lead to either.
         collation = "utf8mb4_nopad_bin" if dialect.is_mariadb else "utf8mb4_0900_bin"  # type: ignore[attr-defined]
-        return dialect.type_descriptor(
-            mysql.VARCHAR(self.impl_instance.length, charset="utf8mb4", collation=collation)
-        )
+        return dialect.type_descriptor(mysql.VARCHAR(self.length, charset="utf8mb4", collation=collation))
 
 
 class Prose(TypeDecorator[str]):
@@ -86,7 +88,7 @@ class Prose(TypeDecorator[str]):
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name in ("mysql", "mariadb"):
             return dialect.type_descriptor(mysql.TEXT(charset="utf8mb4"))
-        return dialect.type_descriptor(Text())
+        return super().load_dialect_impl(dialect)
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         return None if value is None else value.replace("\x00", "\ufffd").encode(errors="replace").decode()

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 from dispatcher.errors import DispatcherError
 
@@ -16,12 +16,14 @@ _WAITING: Final = "chain_dispatcher_waiting"
 _Waiting = list[tuple[SessionTransaction | None, Callable[[], Any]]]
 
 
-def run_after_commit(session: Session, action: Callable[[], Any]) -> None:
+def run_after_commit(session: Session | scoped_session[Session], action: Callable[[], Any]) -> None:
     """Run `action` once when the session's outermost transaction commits; forget it if its transaction rolls back.
 
     An action that was asked for inside a savepoint is forgotten when that savepoint rolls back. One that fails is
     logged as an error, and does not keep the others from running.
     """
+    if isinstance(session, scoped_session):  # its listeners would be on every session of its class
+        session = session()
     if _WAITING not in session.info:
         session.info[_WAITING] = []
         event.listen(session, "after_commit", _run)

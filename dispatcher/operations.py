@@ -21,7 +21,7 @@ from dispatcher.decisions import due_after_move
 from dispatcher.deliveries import DeliveryRecord
 from dispatcher.errors import ChainMissing, ConfigurationError, DeliveryPending, NoOpenDelivery
 from dispatcher.requests import checked_requester
-from dispatcher.resources import Resource
+from dispatcher.resources import Resource, is_text
 from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction
 
 logger = logging.getLogger(__name__)
@@ -240,6 +240,8 @@ class Operations:
             raise ConfigurationError("unknown state", where)
         if to_state == from_state:
             raise ConfigurationError("is the state that is to be left", where)
+        if not is_text(from_state):
+            raise ConfigurationError("is no state", f"chain type {chain_type!r}, state {from_state!r}")
         mapped = waiting = after_id = 0
         while True:
             with self._database.read() as session:

@@ -14,7 +14,7 @@ EMBEDDED_DIRECTORY = ".dispatcher"
 """Where `dispatcher dev` keeps its database, socket, pid and log files, below the current directory."""
 
 _PLAIN_URL: Final = re.compile(
-    r"(?P<scheme>[\w+.-]+)://(?:[^/?#]*@)?(?P<place>(?:\[[\w:.%]*\]|[^@/?#:\[\]]*)(?::\d*)?(?:/[^@?#]*)?)(?:[?#][^@]*)?"
+    r"(?P<scheme>[\w+.-]+)://(?:[^/?#\[\]]*@)?(?P<place>(?:\[[\w:.%]*\]|[^@/?#:\[\]]*)(?::\d*)?(?:/[^@?#]*)?)(?:[?#][^@]*)?"
 )
 
 
@@ -145,11 +145,11 @@ def without_password(url: str) -> str:
 def require_plain(url: str, what: str) -> str:
     """`url`, if every parser cuts it at the same places; `ConfigurationError` otherwise, which does not show it.
 
-    An unquoted "@", "/", "?", "#" or ";" in a password ends up in the host, port or database of some parser, and so
-    in its errors and logs. Several brokers are separated by ";".
+    An unquoted "/", "?", "#", "[", "]" or ";" in a password ends up in the host, port or database of some parser, and
+    so in its errors and logs. Several brokers are separated by ";".
     """
     if not all(_PLAIN_URL.fullmatch(part) for part in url.split(";")):
-        raise ConfigurationError(f"the {what} URL cannot be parsed: quote special characters, as in %40 for an @")
+        raise ConfigurationError(f"the {what} URL cannot be parsed: quote special characters, as in %2F for a /")
     return url
 
 

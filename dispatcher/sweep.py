@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy.orm import Session
@@ -27,6 +28,7 @@ from dispatcher.states import DeliveryStatus
 logger = logging.getLogger(__name__)
 
 _PAGE: Final = 1000
+_WAKE: Final = "dispatcher.wake"
 _RELAY_PAGE: Final = 500
 _PRUNE_PAGE: Final = 500
 _SWEEPS_OF_A_DEPLOY: Final = 10
@@ -38,6 +40,7 @@ class _Cursor:
 
     chain_type: ChainType
     after: DuePosition | None
+    resumed: bool = False
     exhausted: bool = False
     held_back: bool = False
 
@@ -83,19 +86,20 @@ class Sweeper:
         """
         if tick and not dry_run and not self._claim(SWEEP, self._settings.sweep_seconds):
             return {"claimed": False}
+        seconds = self._pass_seconds(self._settings.sweep_seconds)
+        stop_at = time.monotonic() + seconds
         if not dry_run:
-            self._wake_changed_states()
+            self._wake_changed_states(stop_at - seconds / 2)
         with self._database.read() as session:
             now = self._database.now(session)
             paused = bookkeeping.paused_types(session)
             positions = {} if dry_run else bookkeeping.read_position(session, SWEEP)
         cursors = [
-            _Cursor(chain_type, _position(positions.get(chain_type.chain_type)))
-            for chain_type in self._config.chains
-            if chain_type.chain_type not in paused
+            _Cursor(chain_type, _position(positions.get(name)), resumed=name in positions)
+            for name, chain_type in self._config.by_type.items()
+            if name not in paused
         ]
         counts = SweepCounts()
-        stop_at = time.monotonic() + self._pass_seconds(self._settings.sweep_seconds)
         going = cursors
         while going and time.monotonic() < stop_at:
             for cursor in going:
@@ -140,7 +144,10 @@ class Sweeper:
                 limit=min(_PAGE, room * self._settings.chains_per_task),
             )
         if not page:
-            cursor.exhausted = True
+            cursor.exhausted = (
+                not cursor.resumed
+            )  # it began where the last one stopped: what is due before that is left
+            cursor.resumed, cursor.after = False, None
             return
         if counts.oldest is None or page[0].due_at < counts.oldest:
             counts.oldest = page[0].due_at
@@ -168,12 +175,13 @@ class Sweeper:
                 self._publisher.execute(group, queue=queue, dry_run=dry_run, producer=producer)
         return -(-len(chain_ids) // size)
 
-    def _wake_changed_states(self) -> None:
+    def _wake_changed_states(self, stop_at: float) -> None:
         """Make the chains resting in states whose candidates changed due again, in batches.
 
         A fingerprint that was in use within the last sweeps is no change: during a deploy old and new workers take
         turns. Once the old one is out of use they are made due again: until then an old worker may have looked at
-        them, and laid them to rest by its own candidates.
+        them, and laid them to rest by its own candidates. What is not done by `stop_at` (monotonic seconds), the next
+        sweep goes on with.
         """
         forget = timedelta(seconds=self._settings.sweep_seconds * _SWEEPS_OF_A_DEPLOY)
         names = [chain_type.chain_type for chain_type in self._config.chains]
@@ -191,26 +199,39 @@ class Sweeper:
                 if states is None
                 else [state for state in fresh if _changed(chain_type, state, states, machine_now, forget)]
             )
-            for state in changed:
-                self._wake_state(chain_type.chain_type, state)
+            if not all(self._wake_state(chain_type, state, stop_at) for state in changed):
+                continue
             if states is None or changed or _needs_refresh(chain_type, states, machine_now, forget):
-                name = chain_type.chain_type
-                self._database.write(
-                    lambda session, name=name, fresh=fresh: bookkeeping.write_fingerprints(session, name, fresh)  # type: ignore[misc]
-                )
+                self._database.write(partial(self._remember, chain_type.chain_type, fresh))
 
-    def _wake_state(self, chain_type: str, state: str) -> None:
-        logger.info("candidates of %s/%s changed: its chains are due", chain_type, state)
-        after_id: int | None = 0
-        while after_id is not None:
+    def _remember(self, chain_type: str, fresh: Mapping[str, Mapping[str, str]], session: Session) -> None:
+        bookkeeping.write_fingerprints(session, chain_type, fresh)
+        positions = bookkeeping.read_position(session, _WAKE)
+        left = {key: position for key, position in positions.items() if not key.startswith(f"{chain_type}/")}
+        if left != positions:
+            bookkeeping.write_position(session, _WAKE, left)
 
-            def work(session: Session, after: int = after_id) -> int | None:
-                now = self._database.now(session)
-                return chains.make_due(
-                    session, chain_type=chain_type, state=state, after_id=after, limit=_PAGE, now=now
-                )
+    def _wake_state(self, chain_type: ChainType, state: str, stop_at: float) -> bool:
+        """Whether all chains resting in a state are due; it goes on where an earlier sweep stopped."""
+        name, done = chain_type.chain_type, -1
+        key = f"{name}/{state}/{chain_type.fingerprint(state)}"
 
-            after_id = self._database.write(work)
+        def work(session: Session) -> int:
+            positions = bookkeeping.read_position(session, _WAKE)
+            after_id = positions.get(key, 0)
+            if after_id == done:
+                return done
+            now = self._database.now(session)
+            found = chains.make_due(session, chain_type=name, state=state, after_id=after_id, limit=_PAGE, now=now)
+            after_id = done if found is None else found
+            bookkeeping.write_position(session, _WAKE, {**positions, key: after_id})
+            return after_id
+
+        logger.info("candidates of %s/%s changed: its chains are due", name, state)
+        while time.monotonic() < stop_at:
+            if self._database.write(work) == done:
+                return True
+        return False
 
     # --- relay -------------------------------------------------------------------------------------------------------
 
@@ -225,25 +246,31 @@ class Sweeper:
         relayed = settled = 0
         try:
             room = self._settings.max_backlog - self._publisher.backlog(CALLBACKS_QUEUE)
-            while time.monotonic() < stop_at:
-                found, owed, page_settled = self._database.write(self._relay_page)
-                settled += page_settled
-                if owed and room > 0:
+        except PublishFailed as error:  # what needs no message is settled all the same
+            logger.warning("relay: deliveries not published (%s), they stay owed", error)
+            room = None
+        while time.monotonic() < stop_at:
+            page = partial(self._relay_page, pending=room is not None)
+            found, owed, page_settled = self._database.write(page)
+            settled += page_settled
+            try:
+                if owed and room is not None and room > 0:
                     self._publisher.deliver(owed)
                     relayed += len(owed)
                     room -= len(owed)
-                if found < _RELAY_PAGE:
-                    break
-        except PublishFailed as error:
-            logger.warning("relay: deliveries not published (%s), they stay owed", error)
+            except PublishFailed as error:
+                logger.warning("relay: deliveries not published (%s), they stay owed", error)
+                room = None
+            if found < _RELAY_PAGE:
+                break
         result = {"relayed": relayed, "settled": settled}
         level = logging.INFO if relayed or settled else logging.DEBUG
         logger.log(level, "relay: %s", result, extra={"action": "relayed", **result})
         return result
 
-    def _relay_page(self, session: Session) -> tuple[int, list[Owed], int]:
+    def _relay_page(self, session: Session, *, pending: bool) -> tuple[int, list[Owed], int]:
         grace = self._settings.queued_seconds
-        found = deliveries.claim_overdue(session, limit=_RELAY_PAGE, grace_seconds=grace)
+        found = deliveries.claim_overdue(session, limit=_RELAY_PAGE, grace_seconds=grace, pending=pending)
         running = [delivery for delivery in found if delivery.status == DeliveryStatus.RUNNING]
         owed = [
             Owed(delivery.id, delivery.attempt + 1) for delivery in found if delivery.status == DeliveryStatus.PENDING

@@ -44,6 +44,7 @@ _TASK_OPTIONS: Final[dict[str, Any]] = {
     "serializer": "json",
     "rate_limit": None,
     "soft_time_limit": None,
+    "shared": False,  # or they would be added to every other app of the process, with this one's dispatcher
 }
 
 

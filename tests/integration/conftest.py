@@ -8,15 +8,7 @@ import pytest
 
 from dispatcher import Dispatcher, Settings
 from dispatcher.database import Database
-from tests.conftest import running
-from tests.servers import DatabaseServer, MariaDbServer
-
-
-@pytest.fixture(scope="session")
-def mariadb_server() -> Iterator[MariaDbServer]:
-    """The run's own MariaDB; always a skip where it is missing, because no deployment here is promised to run on it."""
-    with running(MariaDbServer, missing=pytest.skip) as server:
-        yield server
+from tests.servers import DatabaseServer
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb"])

@@ -387,5 +387,3 @@ def test_a_queue_that_refuses_messages_is_a_broker_that_is_away(
         dispatcher.sweep()
 
     assert row_of(dispatcher, chain.id).request["context"] == {"a": 1}
-
-

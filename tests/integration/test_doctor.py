@@ -250,7 +250,15 @@ def test_missed_ticks_are_named(dispatcher: Dispatcher) -> None:
     assert "dispatcher.sweep last ran 19" in found(dispatcher, "beat")[0]
 
 
-def test_a_chain_that_has_been_due_for_long_is_told(dispatcher: Dispatcher) -> None:
+def test_chains_that_every_sweep_asks_again_are_not_late(dispatcher: Dispatcher) -> None:
+    """A guard that says no again writes nothing: such a chain's `due_at` says nothing about the workers."""
+    change_chain(dispatcher, new_chain(dispatcher).id, due_at=datetime.now(UTC) - timedelta(hours=1))
+
+    assert found(dispatcher, "sweep") == []
+
+
+def test_a_chain_that_has_been_due_for_long_is_told(make_dispatcher: Make) -> None:
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(), recheck_seconds=60))
     ages = [timedelta(hours=1), timedelta(hours=2), timedelta(0)]
     for number, age in enumerate(ages):
         change_chain(dispatcher, new_chain(dispatcher, number).id, due_at=datetime.now(UTC) - age)

@@ -36,7 +36,7 @@ DEPLOYMENTS = [
 ]
 
 
-@pytest.fixture(params=DEPLOYMENTS, ids=lambda one: "-".join(one))
+@pytest.fixture(params=DEPLOYMENTS, ids="-".join)
 def dispatcher(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Dispatcher]:
     """A dispatcher on each kind of server, publishing with either kind of Celery app."""
     database, broker, kind = request.param
@@ -136,7 +136,7 @@ def unchanged(before: dict[str, int], now: dict[str, int], by: Callable[..., int
     return before == now
 
 
-# --- what a connection is known by, at the server ----------------------------------------------------------------------
+# --- what a connection is known by, at the server --------------------------------------------------------------------
 
 
 def ids_of(dispatcher: Dispatcher) -> dict[str, int]:

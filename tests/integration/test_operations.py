@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,9 @@ from dispatcher import (
     Dispatcher,
     NoOpenDelivery,
     RetryPolicy,
+    deliveries,
 )
+from dispatcher.deliveries import Owed
 from dispatcher.models import DeliveryRow, EventRow, ResourceRow
 from dispatcher.operations import MapCounts
 from tests.integration.transitions import (
@@ -567,7 +570,7 @@ def test_a_resource_erased_twice_at_once_is_erased_once(make_dispatcher: Make) -
     for number in range(6):
         planned(dispatchers[0], customer_chain(dispatchers[0], number))
 
-    erased = at_once(*(lambda one=one: one.erase_resource(CUSTOMER) for one in dispatchers))  # type: ignore[misc]
+    erased = at_once(*(lambda one=one: one.erase_resource(CUSTOMER) for one in dispatchers))
 
     assert sorted(erased) == [0, 0, 0, 6]
 
@@ -696,3 +699,56 @@ def test_an_unknown_chain_type_is_neither_paused_nor_resumed(make_dispatcher: Ma
         with pytest.raises(ConfigurationError, match="'carts'"):
             act()
     assert dispatcher.find_types() == []
+
+
+# --- disabling, against what is just being written -------------------------------------------------------------------
+
+
+@on_postgresql
+@pytest.mark.parametrize("together", [1, 2])
+def test_an_attempt_that_waited_for_the_disabling_does_not_begin(
+    make_dispatcher: Make, blocked: Blocked, together: int
+) -> None:
+    """A statement that waited for a row sees that row's new version, but the other tables as they were before."""
+    sink = Sink()
+    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=sink)) for _ in range(2))
+    owed = [Owed(planned(worker, customer_chain(person, number)).id, 1) for number in range(together)]
+
+    with uncommitted(lambda: person.disable_resource(CUSTOMER)) as disabled:
+        made = blocked(lambda: worker.deliver(owed))
+
+    assert disabled.result() == together
+    assert {result.outcome for result in made.result()} <= {"disabled", "stale"} and len(sink) == 0
+    assert {(one.status, one.attempt) for one in person.find_deliveries()} == {("pending", 0)}
+    person.enable_resource(CUSTOMER)
+    assert {one.outcome for one in worker.deliver(owed)} == {"delivered"} and len(sink) == together
+    assert_consistent(person)
+
+
+@on_postgresql
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_delivery_that_fails_while_its_chain_is_enabled_or_disabled_is_the_relay_s_to_see_or_not(
+    make_dispatcher: Make, blocked: Blocked, enabled: bool
+) -> None:
+    """Otherwise one that has just been enabled would never be relayed again."""
+    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=Sink(Raises(OSError())))) for _ in range(2))
+    chain = customer_chain(person, 1)
+    delivery = planned(worker, chain)
+    change = person.disable_resource
+    if enabled:
+        change_chain(person, chain.id, disabled=True)
+        change = person.enable_resource
+    crashed(worker, delivery)
+    change_delivery(worker, delivery.id, lease_until=datetime.now(UTC) + timedelta(minutes=1), publish_after=None)
+    running = delivery_of(worker, chain)
+
+    def fail() -> bool:
+        return worker.database.write(
+            lambda session: deliveries.retry(session, running, seconds=0, grace_seconds=0, error="down")
+        )
+
+    with uncommitted(lambda: change(CUSTOMER)) as changed:
+        failed = blocked(fail)
+
+    assert changed.result() == 1 and failed.result()
+    assert (delivery_of(worker, chain).publish_after is not None) == enabled
