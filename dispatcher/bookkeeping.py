@@ -87,8 +87,11 @@ def lock_budget(
 
     `limit_of` gives the limit for an estimated number of chains; the estimate is refreshed once an hour.
     """
-    session.execute(insert_or_ignore(session, TypeRow).values(name=name))
-    row = session.execute(select(TypeRow).where(TypeRow.name == name).with_for_update()).scalar_one()
+    query = select(TypeRow).where(TypeRow.name == name).with_for_update()
+    row = session.execute(query).scalar_one_or_none()
+    if row is None:  # not inserted each time: MySQL's INSERT IGNORE shares a lock on the row, and two deadlock after it
+        session.execute(insert_or_ignore(session, TypeRow).values(name=name))
+        row = session.execute(query).scalar_one()
     if row.paused:
         return None
     estimate = row.chains_estimate

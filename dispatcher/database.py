@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_RERUNS = 8
+_RERUNS = 12
 _SQLITE_BUSY_MS = 30_000
 _IDLE_SECONDS = 1.0
 _DEADLOCK_STATES = {"40001", "40P01"}
@@ -132,7 +132,7 @@ class Database:
                 if rerun == _RERUNS or not is_conflict(error):
                     raise
                 logger.debug("transaction rerun after %s", type(error.orig).__name__)
-            time.sleep(random.uniform(0, 0.005 * 2**rerun))  # noqa: S311 - spreading, not secrecy
+            time.sleep(random.uniform(0, 0.005 * 2 ** min(rerun, 8)))  # noqa: S311 - spreading, not secrecy
         raise AssertionError("unreachable")
 
     def now(self, session: Session) -> datetime:

@@ -15,7 +15,7 @@ from dispatcher.errors import DispatcherError
 from examples.win_back.run import run
 from examples.win_back.walk import DayNotQuiet
 
-DEFAULT_CUSTOMERS: Final = 700
+DEFAULT_CUSTOMERS: Final = 500
 _LOG_LINES: Final = 20
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
