@@ -1,0 +1,274 @@
+"""The deployment under fault: its own servers, its workers and beats, and a client beside them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from dispatcher import Dispatcher, Settings
+from dispatcher.database import Database
+from dispatcher.migrations import upgrade
+from tests.chaos import skew, workload
+from tests.chaos.failpoints import FAILPOINTS_VARIABLE, FLAG, NODE_VARIABLE, SEED_VARIABLE, VERSION_VARIABLE
+from tests.chaos.proxy import Proxy
+from tests.chaos.sink import DIRECTORY_VARIABLE, SinkReader
+from tests.servers import _LAUNCHER, PostgresServer, RedisServer, wait_until
+
+ROOT: Final = Path(__file__).parents[2]
+MARK: Final = "CHAOS_MARK"
+START_SECONDS: Final = 60
+_KEPT: Final = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH")
+
+SETTINGS: Final = {
+    "sweep_seconds": 1,
+    "relay_seconds": 1,
+    "lock_seconds": 3,
+    "callback_seconds": 2,
+    "queued_seconds": 5,
+    "connect_seconds": 2,
+    "max_backlog": 150,
+}
+"""Short, so that a run is: the promises are made of these numbers."""
+
+
+class CrashSafePostgres(PostgresServer):
+    """A PostgreSQL whose commits survive an immediate stop. No power is cut here, so nothing is synced to disk."""
+
+    def command(self) -> list[str]:
+        return [*super().command(), "--synchronous_commit=on", "--wal_writer_delay=10ms"]
+
+
+class Node:
+    """A worker or a beat, with its children a process group of its own, dead when the driver is.
+
+    Started by the driver's main thread only: the kernel ends it with the thread that started it.
+    """
+
+    def __init__(self, name: str, arguments: list[str], env: Mapping[str, str], directory: Path) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.env = {**env, NODE_VARIABLE: name}
+        self.directory = directory
+        self.log_path = directory / f"{name}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.starts = 0
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        """Start it; nothing waits for it."""
+        identity = [os.getpid(), os.getuid(), os.getgid(), int(signal.SIGKILL)]
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *map(str, identity)]
+        self.starts += 1
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*launcher, sys.executable, "-m", "celery", "-A", "workers", *self.arguments],
+                cwd=self.directory,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """Send a signal to it and its children."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End it and its children without warning."""
+        if self.process is None:
+            return
+        self.signal_all(signal.SIGKILL)
+        self.process.wait(30)
+
+    def children(self) -> list[int]:
+        """The pids of its pool's children."""
+        if not self.alive:
+            return []
+        assert self.process is not None
+        with suppress(psutil.Error):
+            return [child.pid for child in psutil.Process(self.process.pid).children()]
+        return []
+
+
+class Deployment:
+    """Servers, nodes and client of one run."""
+
+    def __init__(self, *, seed: int, failpoints: Mapping[str, float], proxied: bool, beats: int) -> None:
+        self.seed = seed
+        self.failpoints = failpoints
+        self.broker, self.locks = RedisServer(), RedisServer()
+        self.postgres = CrashSafePostgres()
+        self.directory = Path(tempfile.mkdtemp(prefix="chaos-"))
+        self.flag = self.directory / FLAG
+        self.proxies: dict[str, Proxy] = {}
+        self.proxied = proxied
+        self.beat_count = beats
+        self.workers: list[Node] = []
+        self.beats: list[Node] = []
+        self.library: Path | None = None
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [*self.workers, *self.beats]
+
+    @property
+    def sink_path(self) -> Path:
+        return self.directory / "sink.jsonl"
+
+    @contextmanager
+    def running(self) -> Iterator["Deployment"]:
+        """Everything up; at the end nothing of it is left."""
+        try:
+            for server in (self.postgres, self.broker, self.locks):
+                server.start()
+            self.database_url = self.postgres.create_database()
+            database = Database(self.database_url)
+            upgrade(database)
+            database.dispose()
+            if self.proxied:
+                self.proxies = {
+                    "postgres": Proxy(self.postgres.port),
+                    "broker": Proxy(self.broker.port),
+                    "locks": Proxy(self.locks.port),
+                }
+            self._make_nodes()
+            self.client = self.make_client()
+            yield self
+        finally:
+            self.close()
+
+    def make_client(self) -> Dispatcher:
+        """The application's dispatcher: past the proxies, and with no failpoints in it."""
+        types = workload.draw(self.seed)
+        config = workload.configuration(self.seed, types, send=lambda *_: None, verify=lambda _: None)
+        options = {"database_url": self.database_url, "redis_url": self.locks.url, "broker_url": self.broker.url}
+        return Dispatcher(config, settings=Settings(**options, **SETTINGS))  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """End every process of this run, whichever was reached."""
+        for node in self.nodes:
+            node.signal_all(signal.SIGCONT)
+            node.kill()
+        if hasattr(self, "client"):
+            self.client.close()
+        for proxy in self.proxies.values():
+            proxy.close()
+        for server in (self.postgres, self.broker, self.locks):
+            server.close()
+
+    def discard(self) -> None:
+        """Remove the run's directory: logs and sink."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def leftovers(self) -> list[int]:
+        """The pids of processes of this run that still live."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                mark = process.environ().get(MARK)
+                if mark == str(self.directory) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+        return found
+
+    def _make_nodes(self) -> None:
+        quick = ["--concurrency=2", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+        for number in range(2):
+            name = f"worker{number}"
+            arguments = ["worker", "-n", f"{name}@chaos", *quick, "--loglevel=WARNING"]
+            self.workers.append(Node(name, arguments, self.env(with_failpoints=True), self.directory))
+        for number in range(self.beat_count):
+            name = f"beat{number}"
+            arguments = ["beat", "--schedule", str(self.directory / name), "--loglevel=WARNING"]
+            self.beats.append(Node(name, arguments, self.env(), self.directory))
+
+    def env(self, *, with_failpoints: bool = False) -> dict[str, str]:
+        """The environment of a node: nothing of the developer's but where programs are."""
+
+        def port(server: str, direct: int) -> int:
+            return self.proxies[server].port if server in self.proxies else direct
+
+        name = self.database_url.rpartition("/")[2]
+        settings = {
+            "config": "tests.chaos.config:CONFIG",
+            "database_url": f"postgresql+psycopg://postgres@127.0.0.1:{port('postgres', self.postgres.port)}/{name}",
+            "redis_url": f"redis://127.0.0.1:{port('locks', self.locks.port)}/0",
+            "broker_url": f"redis://127.0.0.1:{port('broker', self.broker.port)}/0",
+            **SETTINGS,
+            # One by one, or in batches: by the seed.
+            "chains_per_task": 1 + 4 * (self.seed % 2),
+            "deliveries_per_task": 1 + 3 * (self.seed % 2),
+        }
+        return {
+            **{name: os.environ[name] for name in _KEPT if name in os.environ},
+            "PYTHONPATH": str(ROOT),
+            MARK: str(self.directory),
+            DIRECTORY_VARIABLE: str(self.directory),
+            SEED_VARIABLE: str(self.seed),
+            **{f"DISPATCHER_{key.upper()}": str(value) for key, value in settings.items()},
+            **(
+                {FAILPOINTS_VARIABLE: ",".join(f"{point}={share}" for point, share in self.failpoints.items())}
+                if with_failpoints
+                else {}
+            ),
+        }
+
+    # --- what faults and the driver do to it -------------------------------------------------------------------------
+
+    def start_nodes(self) -> None:
+        """Start all nodes and return when the workers consume."""
+        for node in self.nodes:
+            node.start()
+        self.wait_until_ready()
+
+    def revive(self) -> int:
+        """Start again what has ended, as a supervisor does; how many."""
+        dead = [node for node in self.nodes if not node.alive]
+        for node in dead:
+            node.kill()  # its children
+            node.start()
+        return len(dead)
+
+    def wait_until_ready(self) -> None:
+        """Return when every worker has said that it consumes, since its last start."""
+
+        reader = SinkReader(self.sink_path)
+        said: dict[str, int] = {}
+
+        def ready() -> bool:
+            self.revive()
+            said.update((line["node"], line["pid"]) for line in reader.new_lines() if line["phase"] == "ready")
+            return all(node.process is not None and said.get(node.name) == node.process.pid for node in self.workers)
+
+        wait_until(ready, seconds=START_SECONDS, what=f"the workers are ready\n{self.log_tails()}")
+
+    def set_version(self, worker: int, version: str) -> None:
+        """Deploy a version of the code to a worker that is not running."""
+        self.workers[worker].env[VERSION_VARIABLE] = version
+
+    def set_clock(self, worker: int, seconds: int) -> None:
+        """Shift the wall clock of a worker that is not running."""
+        if self.library is None:
+            self.library = skew.build_library(self.directory)
+        self.workers[worker].env.update(skew.environment(self.library, seconds))
+
+    def log_tails(self, size: int = 1500) -> str:
+        """The end of every node's log."""
+        tails = []
+        for node in self.nodes:
+            text = node.log_path.read_text(errors="replace") if node.log_path.exists() else ""
+            tails.append(f"--- {node.name} ({node.starts} starts)\n{text[-size:]}")
+        return "\n".join(tails)
