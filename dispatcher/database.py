@@ -184,7 +184,8 @@ class Database:
         elif self.dialect == "postgresql":
             arguments["connect_timeout"] = max(2, seconds)
             arguments["application_name"] = "chain-dispatcher"
-            arguments.update(keepalives_idle=30, keepalives_interval=10, keepalives_count=3)
+            # A server that vanished without a word is given up: keepalives while waiting, the timeout while sending.
+            arguments.update(keepalives_idle=30, keepalives_interval=10, keepalives_count=3, tcp_user_timeout=60_000)
             options["isolation_level"] = "READ COMMITTED"
         else:
             arguments["connect_timeout"] = seconds

@@ -250,11 +250,11 @@ class Sweeper:
             logger.warning("relay: deliveries not published (%s), they stay owed", error)
             room = None
         while time.monotonic() < stop_at:
-            page = partial(self._relay_page, pending=room is not None)
+            page = partial(self._relay_page, pending=room is not None and room > 0)
             found, owed, page_settled = self._database.write(page)
             settled += page_settled
             try:
-                if owed and room is not None and room > 0:
+                if owed and room is not None:
                     self._publisher.deliver(owed)
                     relayed += len(owed)
                     room -= len(owed)
