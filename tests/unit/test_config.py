@@ -532,3 +532,18 @@ class TestFingerprints:
         }
         assert len(found) == 1
         assert len(found.pop()) == 16
+
+
+class TestPlansPerHour:
+    @pytest.mark.parametrize("limit", [0, -1, True, 1.5, "", "5", "0%", "101%", "-1%", "5 %", "5%%", [5]])
+    def test_what_is_neither_a_number_nor_a_share_is_refused(self, limit):
+        with pytest.raises(ConfigurationError, match=r"chain type 'cart': `max_plans_per_hour`"):
+            ChainType(chain_type="cart", transitions={}, max_plans_per_hour=limit)
+
+    @pytest.mark.parametrize(
+        ("limit", "chains", "number"),
+        [(None, 1000, None), (7, 1000, 7), ("5%", 1000, 50), ("0.1%", 10, 1), ("100%", 3, 3)],
+    )
+    def test_a_share_is_that_of_the_chains_and_at_least_one(self, limit, chains, number):
+        chain_type = ChainType(chain_type="cart", transitions={}, max_plans_per_hour=limit)
+        assert chain_type.plans_per_hour(chains) == number
