@@ -6,7 +6,7 @@ handful of statements, whatever its size.
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -14,9 +14,9 @@ from sqlalchemy import Table, bindparam, insert, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from dispatcher import chains, deliveries
-from dispatcher.chains import CHAIN_COLUMNS, ChainRecord, Move, Rest, insert_or_ignore
+from dispatcher.chains import ChainRecord, Move, Rest, insert_or_ignore
 from dispatcher.database import clock_plus
-from dispatcher.deliveries import DELIVERY_COLUMNS, Begun, DeliveryRecord, Owed, PlannedDelivery
+from dispatcher.deliveries import Begun, DeliveryRecord, Owed, PlannedDelivery
 from dispatcher.models import CHAIN, DELIVERY, EVENT, RESOURCE
 from dispatcher.resources import Resource, resource_key
 from dispatcher.states import NEW, DeliveryStatus, EventAction
@@ -186,20 +186,8 @@ def plan_many(
 
 def begin_many(session: Session, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
     """Begin those of these attempts that may begin, in id order; the others are left as they are."""
-    width = len(DELIVERY_COLUMNS)
     rows = session.execute(
-        select(
-            *DELIVERY_COLUMNS,
-            *CHAIN_COLUMNS,
-            RESOURCE.c.resource_type,
-            RESOURCE.c.resource_id,
-            clock_plus(0).label("machine_now"),
-        )
-        .select_from(
-            DELIVERY.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).outerjoin(
-                RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id
-            )
-        )
+        deliveries.with_chain()
         .where(
             tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_([(one.delivery_id, one.attempt - 1) for one in owed]),
             DELIVERY.c.status == DeliveryStatus.PENDING,
@@ -237,9 +225,8 @@ def begin_many(session: Session, owed: Sequence[Owed], *, lease_seconds: float) 
     for group in of_delivery.values():
         if group[0][0] not in enabled:
             continue
-        delivery = deliveries.begun_of(DeliveryRecord(*group[0][:width]))
-        (record,) = chains.records_of([row[width:-1] for row in group]).values()
-        begun.append(Begun(delivery, record, group[0][-1]))
+        read = deliveries.begun_from(group)
+        begun.append(replace(read, delivery=deliveries.begun_of(read.delivery)))
     return begun
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import and_, case, delete, func, insert, or_, select, update
+from sqlalchemy import Select, and_, case, delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from dispatcher import chains
@@ -235,28 +235,28 @@ def begin(session: Session, delivery_id: str, attempt: int, *, lease_seconds: fl
     )
     if not one_row(done):
         return _why_not_begun(session, delivery_id)
-    width = len(DELIVERY_COLUMNS)
-    rows = session.execute(
-        select(
-            *DELIVERY_COLUMNS,
-            *chains.CHAIN_COLUMNS,
-            RESOURCE.c.resource_type,
-            RESOURCE.c.resource_id,
-            clock_plus(0).label("machine_now"),
-        )
-        .select_from(
-            DELIVERY.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).outerjoin(
-                RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id
-            )
-        )
-        .where(DELIVERY.c.id == delivery_id)
-    ).all()
-    delivery = DeliveryRecord(*rows[0][:width])
-    (record,) = chains.records_of([row[width:-1] for row in rows]).values()
-    if record.disabled or record.pending_delivery_id != delivery.id:
-        take_back(session, [delivery.id])
+    begun = begun_from(session.execute(with_chain().where(DELIVERY.c.id == delivery_id)).all())
+    record = begun.chain
+    if record.disabled or record.pending_delivery_id != begun.delivery.id:
+        take_back(session, [begun.delivery.id])
         return AttemptOutcome.DISABLED if record.disabled else AttemptOutcome.STALE
-    return Begun(delivery, record, rows[0][-1])
+    return begun
+
+
+def with_chain() -> Select[Any]:
+    """Deliveries with their chains, a row for each of the chain's resources, and the database's clock."""
+    columns = (*DELIVERY_COLUMNS, *chains.CHAIN_COLUMNS, RESOURCE.c.resource_type, RESOURCE.c.resource_id)
+    joined = DELIVERY.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
+    return select(*columns, clock_plus(0).label("machine_now")).select_from(
+        joined.outerjoin(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id)
+    )
+
+
+def begun_from(rows: Sequence[Sequence[Any]]) -> Begun:
+    """The delivery and its chain in the rows of `with_chain` that are one delivery's."""
+    width = len(DELIVERY_COLUMNS)
+    (record,) = chains.records_of([row[width:-1] for row in rows]).values()
+    return Begun(DeliveryRecord(*rows[0][:width]), record, rows[0][-1])
 
 
 def take_back(session: Session, delivery_ids: Sequence[str]) -> None:
