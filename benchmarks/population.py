@@ -44,25 +44,25 @@ def add_chains(
 def anything_in(database: Database, chain_type: str, state: str) -> bool:
     """Whether any chain of a type is in a state; an index look-up, however many there are."""
     query = select(ChainRow.id).where(ChainRow.chain_type == chain_type, ChainRow.state == state).limit(1)
-    with database.read() as session:
-        return session.execute(query).one_or_none() is not None
+    with database.read() as connection:
+        return connection.execute(query).one_or_none() is not None
 
 
 def count_in(database: Database, chain_type: str, state: str) -> int:
     """How many chains of a type are in a state."""
     query = select(func.count()).where(ChainRow.chain_type == chain_type, ChainRow.state == state)
-    with database.read() as session:
-        return session.execute(query).scalar_one()
+    with database.read() as connection:
+        return connection.execute(query).scalar_one()
 
 
 def bytes_per_chain(database: Database) -> dict[str, tuple[float, float]]:
     """`{table: (rows' bytes, indexes' bytes)}` for each chain in the database, with what updates left behind."""
-    with database.read() as session:
-        count = session.execute(select(func.count()).select_from(ChainRow)).scalar_one()
+    with database.read() as connection:
+        count = connection.execute(select(func.count()).select_from(ChainRow)).scalar_one()
         return {
             table: (
-                session.execute(select(func.pg_table_size(table))).scalar_one() / count,
-                session.execute(select(func.pg_indexes_size(table))).scalar_one() / count,
+                connection.execute(select(func.pg_table_size(table))).scalar_one() / count,
+                connection.execute(select(func.pg_indexes_size(table))).scalar_one() / count,
             )
             for table in (row.__tablename__ for row in (ChainRow, ResourceRow, EventRow, DeliveryRow))
         }

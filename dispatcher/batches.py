@@ -1,22 +1,25 @@
-"""Guarded writes of many rows at once, on the caller's session: what `chains` and `deliveries` do one by one.
+"""The hot paths, for any number of rows at once: executions written, attempts begun and finished, chains created.
 
 Rows are locked in id order and compared with what was read; those that changed meanwhile are left out. A batch costs a
-handful of statements, whatever its size.
+handful of statements, whatever its size. PostgreSQL has a way of its own (`postgresql`): one statement instead of a
+transaction of several.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Final, TypeAlias, TypeVar
 
 from sqlalchemy import Table, bindparam, insert, select, tuple_, update
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
-from dispatcher import chains, deliveries
-from dispatcher.chains import ChainRecord, Move, Rest, insert_or_ignore
-from dispatcher.database import clock_plus
-from dispatcher.deliveries import Begun, DeliveryRecord, Owed, PlannedDelivery
+from dispatcher import chains, deliveries, postgresql
+from dispatcher.chains import ChainRecord, Move, Request, Rest, insert_or_ignore
+from dispatcher.database import Database, clock_plus, run_statement
+from dispatcher.deliveries import Begun, Finished, Owed, PlannedDelivery, Timing
+from dispatcher.errors import ChainMissing
 from dispatcher.models import CHAIN, DELIVERY, EVENT, RESOURCE
 from dispatcher.resources import Resource, resource_key
 from dispatcher.states import NEW, DeliveryStatus, EventAction
@@ -24,22 +27,83 @@ from dispatcher.states import NEW, DeliveryStatus, EventAction
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 
+Write: TypeAlias = Move | Rest | PlannedDelivery
+"""What an execution writes for one chain."""
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """One delivered attempt that is to be recorded, and where its chain goes."""
+_POSTGRESQL: Final = "postgresql"
 
-    delivery: DeliveryRecord
-    next_update_at: datetime | None
-    due_at: datetime | None
+
+def read(database: Database, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
+    """The chains with these ids, by id, and the database's clock (None without any row)."""
+    with database.read() as connection:
+        if database.dialect == _POSTGRESQL:
+            return postgresql.read(partial(run_statement, connection), chain_ids)
+        return chains.read_with_clock(connection, chain_ids)
+
+
+def write(
+    database: Database,
+    writes: Sequence[Write],
+    *,
+    now: datetime,
+    timing: Timing,
+) -> dict[int, str | None]:
+    """Write what came of executions, in one transaction: `{chain id: id of its new delivery, if any}`.
+
+    A chain that changed since it was read is left out, and so is one that only rests and was enqueued meanwhile.
+    """
+    if database.dialect != _POSTGRESQL:
+
+        def work(connection: Connection) -> dict[int, str | None]:
+            asleep = lock_unchanged(connection, [one.record for one in writes])
+            return write_locked(connection, writes, asleep, now=now, timing=timing)
+
+        return database.write(work)
+    if len({type(one) for one in writes}) == 1:
+        return _write_statements(database.write_statement, writes, now=now, timing=timing)
+
+    def statements(connection: Connection) -> dict[int, str | None]:
+        run = partial(run_statement, connection)
+        postgresql.lock(
+            run, [one.record.id for one in writes]
+        )  # each statement has its own chains: in id order over all
+        return _write_statements(run, writes, now=now, timing=timing)
+
+    return database.write(statements)
+
+
+def write_request(database: Database, chain_id: int, request: Request) -> None:
+    """Write an application's request to the chain's row and make it due. Raises `ChainMissing`."""
+    if database.dialect != _POSTGRESQL:
+        database.write(
+            lambda connection: chains.write_request(connection, chain_id, request, now=database.now(connection))
+        )
+        return
+    now = database.clock() if database.clock is not None else None
+    if not postgresql.write_request(database.write_statement, chain_id, request, now=now):
+        raise ChainMissing(chain_id)
+
+
+def begin(database: Database, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
+    """Begin those of these attempts that may begin, in id order; the others are left as they are."""
+    if database.dialect == _POSTGRESQL:
+        return postgresql.begin(database.write_statement, owed, lease_seconds=lease_seconds)
+    return database.write(lambda connection: _begin(connection, owed, lease_seconds=lease_seconds))
+
+
+def finish(database: Database, finished: Sequence[Finished], *, now: datetime) -> set[str]:
+    """Record delivered attempts and move their chains; the ids of those that were still this process's to finish."""
+    if database.dialect == _POSTGRESQL:
+        return postgresql.finish(database.write_statement, finished, now=now)
+    return database.write(lambda connection: _finish(connection, finished, now=now))
 
 
 # --- executions ------------------------------------------------------------------------------------------------------
 
 
-def lock_unchanged(session: Session, records: Sequence[ChainRecord]) -> dict[int, bool]:
+def lock_unchanged(connection: Connection, records: Sequence[ChainRecord]) -> dict[int, bool]:
     """The chains that are as they were read (version, enabled, nothing open), locked: `{id: nobody enqueued it}`."""
-    rows = session.execute(
+    rows = connection.execute(
         select(CHAIN.c.id, CHAIN.c.version, CHAIN.c.wake, CHAIN.c.disabled, CHAIN.c.pending_delivery_id)
         .where(CHAIN.c.id.in_(sorted(record.id for record in records)))
         .order_by(CHAIN.c.id)
@@ -53,11 +117,64 @@ def lock_unchanged(session: Session, records: Sequence[ChainRecord]) -> dict[int
     }
 
 
-def move_many(session: Session, moves: Sequence[Move], asleep: Mapping[int, bool], *, now: datetime) -> None:
-    """Move chains that `lock_unchanged` has locked; a request that came in meanwhile stays."""
+def write_locked(
+    connection: Connection,
+    writes: Sequence[Write],
+    asleep: Mapping[int, bool],
+    *,
+    now: datetime,
+    timing: Timing,
+) -> dict[int, str | None]:
+    """As `write`, for the chains that `lock_unchanged` has locked."""
+    moves, rests, planned = _by_kind(
+        [one for one in writes if one.record.id in asleep and (asleep[one.record.id] or not isinstance(one, Rest))]
+    )
+    done: dict[int, str | None] = dict.fromkeys([one.record.id for one in moves] + [one.record.id for one in rests])
+    if moves:
+        _move(connection, moves, asleep, now=now)
+    if rests:
+        _rest(connection, rests, now=now)
+    if planned:
+        done.update(_plan(connection, planned, asleep, now=now, timing=timing))
+    return done
+
+
+def _by_kind(writes: Iterable[Write]) -> tuple[list[Move], list[Rest], list[PlannedDelivery]]:
+    moves: list[Move] = []
+    rests: list[Rest] = []
+    planned: list[PlannedDelivery] = []
+    for one in writes:
+        if isinstance(one, Move):
+            moves.append(one)
+        elif isinstance(one, Rest):
+            rests.append(one)
+        else:
+            planned.append(one)
+    return moves, rests, planned
+
+
+def _write_statements(
+    run: postgresql.Run,
+    writes: Sequence[Write],
+    *,
+    now: datetime,
+    timing: Timing,
+) -> dict[int, str | None]:
+    moves, rests, planned = _by_kind(writes)
+    done: dict[int, str | None] = {}
+    if moves:
+        done.update(dict.fromkeys(postgresql.move(run, moves, now=now)))
+    if rests:
+        done.update(dict.fromkeys(postgresql.rest(run, rests, now=now)))
+    if planned:
+        done.update(postgresql.plan(run, planned, now=now, timing=timing))
+    return done
+
+
+def _move(connection: Connection, moves: Sequence[Move], asleep: Mapping[int, bool], *, now: datetime) -> None:
     groups = _grouped(moves, lambda one: (one.to_state, one.next_update_at, one.due_at, asleep[one.record.id]))
     for (to_state, next_update_at, due_at, consumed), group in groups.items():
-        session.execute(
+        connection.execute(
             update(CHAIN)
             .where(CHAIN.c.id.in_(sorted(one.record.id for one in group)))
             .values(
@@ -72,7 +189,7 @@ def move_many(session: Session, moves: Sequence[Move], asleep: Mapping[int, bool
             )
         )
     add_events(
-        session,
+        connection,
         [
             chains.event_values(
                 one.record.id,
@@ -90,11 +207,10 @@ def move_many(session: Session, moves: Sequence[Move], asleep: Mapping[int, bool
     )
 
 
-def rest_many(session: Session, rests: Sequence[Rest], *, now: datetime) -> None:
-    """Let chains stay that `lock_unchanged` has locked and nobody enqueued meanwhile."""
+def _rest(connection: Connection, rests: Sequence[Rest], *, now: datetime) -> None:
     groups = _grouped(rests, lambda one: one.clear_request)
     for clear_request, group in groups.items():
-        session.execute(
+        connection.execute(
             update(CHAIN)
             .where(CHAIN.c.id == bindparam("b_id"))
             .values(
@@ -105,7 +221,7 @@ def rest_many(session: Session, rests: Sequence[Rest], *, now: datetime) -> None
             [{"b_id": one.record.id, "b_due_at": one.due_at, "b_failures": one.failures} for one in group],
         )
     add_events(
-        session,
+        connection,
         [
             chains.event_values(
                 one.record.id,
@@ -123,25 +239,21 @@ def rest_many(session: Session, rests: Sequence[Rest], *, now: datetime) -> None
     )
 
 
-def plan_many(
-    session: Session,
+def _plan(
+    connection: Connection,
     planned: Sequence[PlannedDelivery],
     asleep: Mapping[int, bool],
     *,
     now: datetime,
-    publish_seconds: float,
+    timing: Timing,
 ) -> dict[int, str]:
-    """The new deliveries' ids by chain, for chains that `lock_unchanged` has locked; the relay looks at them later."""
     ids = {one.record.id: deliveries.new_id() for one in planned}
     _insert_many(
-        session,
+        connection,
         DELIVERY,
         [deliveries.values_of(one, ids[one.record.id]) for one in planned],
-        status=DeliveryStatus.PENDING,
-        attempt=0,
-        next_attempt_at=clock_plus(0),
-        publish_after=clock_plus(publish_seconds),
         planned_at=clock_plus(0),
+        **_standing(timing),
     )
     owed = (
         select(DELIVERY.c.id)
@@ -149,7 +261,7 @@ def plan_many(
         .scalar_subquery()
     )
     for consumed, group in _grouped(planned, lambda one: asleep[one.record.id]).items():
-        session.execute(
+        connection.execute(
             update(CHAIN)
             .where(CHAIN.c.id.in_(sorted(one.record.id for one in group)))
             .ordered_values(  # MySQL evaluates from left to right: the subquery needs the version as it was
@@ -162,7 +274,7 @@ def plan_many(
             )
         )
     add_events(
-        session,
+        connection,
         [
             chains.event_values(
                 one.record.id,
@@ -184,14 +296,31 @@ def plan_many(
 # --- attempts --------------------------------------------------------------------------------------------------------
 
 
-def begin_many(session: Session, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
-    """Begin those of these attempts that may begin, in id order; the others are left as they are."""
-    rows = session.execute(
+def _standing(timing: Timing) -> dict[str, Any]:
+    """The columns of a new delivery that say whether its first attempt is begun."""
+    if timing.lease_seconds is None:
+        return {
+            "status": DeliveryStatus.PENDING,
+            "attempt": 0,
+            "next_attempt_at": clock_plus(0),
+            "publish_after": clock_plus(timing.publish_seconds),
+        }
+    return {
+        "status": DeliveryStatus.RUNNING,
+        "attempt": 1,
+        "publish_after": clock_plus(timing.lease_seconds),
+        "lease_until": clock_plus(timing.lease_seconds),
+    }
+
+
+def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
+    rows = connection.execute(
         deliveries.with_chain()
         .where(
             tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_([(one.delivery_id, one.attempt - 1) for one in owed]),
             DELIVERY.c.status == DeliveryStatus.PENDING,
             DELIVERY.c.next_attempt_at <= clock_plus(0),
+            DELIVERY.c.publish_after.is_not(None),  # of a chain that was disabled while this waited for the row
             CHAIN.c.pending_delivery_id == DELIVERY.c.id,
             ~CHAIN.c.disabled,
         )
@@ -203,7 +332,7 @@ def begin_many(session: Session, owed: Sequence[Owed], *, lease_seconds: float) 
     of_delivery: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
         of_delivery[row[0]].append(row)
-    session.execute(
+    connection.execute(
         update(DELIVERY)
         .where(DELIVERY.c.id.in_(list(of_delivery)), DELIVERY.c.status == DeliveryStatus.PENDING)
         .values(
@@ -213,28 +342,14 @@ def begin_many(session: Session, owed: Sequence[Owed], *, lease_seconds: float) 
             publish_after=clock_plus(lease_seconds),
         )
     )
-    still = (
-        select(DELIVERY.c.id)
-        .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
-        .where(DELIVERY.c.id.in_(list(of_delivery)), CHAIN.c.pending_delivery_id == DELIVERY.c.id, ~CHAIN.c.disabled)
-    )
-    enabled = set(session.execute(still).scalars())  # where the rows had to be waited for, see `take_back`
-    if refused := [delivery_id for delivery_id in of_delivery if delivery_id not in enabled]:
-        deliveries.take_back(session, refused)
-    begun = []
-    for group in of_delivery.values():
-        if group[0][0] not in enabled:
-            continue
-        read = deliveries.begun_from(group)
-        begun.append(replace(read, delivery=deliveries.begun_of(read.delivery)))
-    return begun
+    read = [deliveries.begun_from(group) for group in of_delivery.values()]
+    return [replace(one, delivery=deliveries.begun_of(one.delivery)) for one in read]
 
 
-def finish_many(session: Session, finished: Sequence[Finished], *, now: datetime) -> set[str]:
-    """Record delivered attempts and move their chains; the ids of those that were still this process's to finish."""
+def _finish(connection: Connection, finished: Sequence[Finished], *, now: datetime) -> set[str]:
     by_id = {one.delivery.id: one for one in finished}
     ours = set(
-        session.execute(
+        connection.execute(
             select(DELIVERY.c.id)
             .where(
                 tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_(
@@ -246,7 +361,7 @@ def finish_many(session: Session, finished: Sequence[Finished], *, now: datetime
             .with_for_update()
         ).scalars()
     )
-    rows = session.execute(
+    rows = connection.execute(
         select(CHAIN.c.id, CHAIN.c.version, CHAIN.c.pending_delivery_id)
         .where(
             CHAIN.c.id.in_(sorted(one.delivery.chain_id for one in finished)),
@@ -259,20 +374,20 @@ def finish_many(session: Session, finished: Sequence[Finished], *, now: datetime
     done = [by_id[delivery_id] for delivery_id in sorted(versions)]
     if not done:
         return set()
-    session.execute(
+    connection.execute(
         update(DELIVERY)
         .where(DELIVERY.c.id.in_([one.delivery.id for one in done]))
         .values(status=DeliveryStatus.DELIVERED, **deliveries.CLOSED_VALUES)
     )
     groups = _grouped(done, lambda one: (one.delivery.final_state, one.next_update_at, one.due_at))
     for (state, next_update_at, due_at), group in groups.items():
-        session.execute(
+        connection.execute(
             update(CHAIN)
             .where(CHAIN.c.id.in_(sorted(one.delivery.chain_id for one in group)))
             .values(deliveries.moved_values(state, next_update_at=next_update_at, due_at=due_at, now=now))
         )
     add_events(
-        session,
+        connection,
         [
             chains.event_values(
                 one.delivery.chain_id,
@@ -295,7 +410,7 @@ def finish_many(session: Session, finished: Sequence[Finished], *, now: datetime
 
 
 def create_many(
-    session: Session,
+    connection: Connection,
     chain_type: str,
     resources: Sequence[Sequence[Resource]],
     *,
@@ -305,30 +420,30 @@ def create_many(
     """`(chain id, created here)` of the chain with exactly each of these resource sets, in their order."""
     keys = [resource_key(pairs) for pairs in resources]
     by_key = dict(zip(keys, resources, strict=True))
-    found = _ids_by_key(session, chain_type, by_key)
+    found = _ids_by_key(connection, chain_type, by_key)
     missing = [key for key in by_key if key not in found]
     made: dict[str, int] = {}
     if missing:
         rows = [{"resource_key": key} for key in sorted(missing)]
-        statement = insert_or_ignore(session, CHAIN).values(
+        statement = insert_or_ignore(connection, CHAIN).values(
             chain_type=chain_type, state=NEW, due_at=due_at, created_at=now, updated_at=now
         )
-        if session.get_bind().dialect.insert_returning:
+        if connection.dialect.insert_returning:
             made = {
                 key: chain_id
-                for chain_id, key in session.execute(statement.returning(CHAIN.c.id, CHAIN.c.resource_key), rows)
+                for chain_id, key in connection.execute(statement.returning(CHAIN.c.id, CHAIN.c.resource_key), rows)
             }
         else:
-            session.execute(statement, rows)
+            connection.execute(statement, rows)
             # Whoever else creates a chain commits it with its resources: one without any was made here.
-            ids = _ids_by_key(session, chain_type, missing)
+            ids = _ids_by_key(connection, chain_type, missing)
             theirs = set(
-                session.execute(select(RESOURCE.c.chain_id).where(RESOURCE.c.chain_id.in_(ids.values()))).scalars()
+                connection.execute(select(RESOURCE.c.chain_id).where(RESOURCE.c.chain_id.in_(ids.values()))).scalars()
             )
             made = {key: chain_id for key, chain_id in ids.items() if chain_id not in theirs}
-        found.update(_ids_by_key(session, chain_type, [key for key in missing if key not in made]), **made)
+        found.update(_ids_by_key(connection, chain_type, [key for key in missing if key not in made]), **made)
     _insert_many(
-        session,
+        connection,
         RESOURCE,
         [
             {"chain_id": chain_id, "resource_type": pair[0], "resource_id": pair[1]}
@@ -337,7 +452,7 @@ def create_many(
         ],
     )
     add_events(
-        session,
+        connection,
         [
             chains.event_values(chain_id, 0, EventAction.CREATED, now=now, value=NEW, to_state=NEW)
             for chain_id in sorted(made.values())
@@ -347,11 +462,11 @@ def create_many(
     return [(found[key], key in made and first[key] == number) for number, key in enumerate(keys)]
 
 
-def _ids_by_key(session: Session, chain_type: str, keys: Iterable[str]) -> dict[str, int]:
+def _ids_by_key(connection: Connection, chain_type: str, keys: Iterable[str]) -> dict[str, int]:
     wanted = list(keys)
     if not wanted:
         return {}
-    rows = session.execute(
+    rows = connection.execute(
         select(CHAIN.c.resource_key, CHAIN.c.id).where(
             CHAIN.c.chain_type == chain_type, CHAIN.c.resource_key.in_(wanted)
         )
@@ -362,19 +477,19 @@ def _ids_by_key(session: Session, chain_type: str, keys: Iterable[str]) -> dict[
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def add_events(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
+def add_events(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append these lines to their chains' histories."""
-    _insert_many(session, EVENT, rows)
+    _insert_many(connection, EVENT, rows)
 
 
-def _insert_many(session: Session, table: Table, rows: Sequence[Mapping[str, Any]], **common: Any) -> None:
+def _insert_many(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], **common: Any) -> None:
     """Insert rows in as few statements as the database allows; `common` values are the same for all."""
     if not rows:
         return
     statement = insert(table).values(**common) if common else insert(table)
-    if session.get_bind().dialect.insert_returning:  # what makes SQLAlchemy send many rows in one statement
+    if connection.dialect.insert_returning:  # what makes SQLAlchemy send many rows in one statement
         statement = statement.returning(next(iter(table.primary_key.columns)))
-    session.execute(statement, list(rows))
+    connection.execute(statement, list(rows))
 
 
 def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:

@@ -1,6 +1,6 @@
 """What the deployment remembers beside its chains: ticks of periodic passes, and its chain types.
 
-On the caller's session; nothing here commits.
+On the caller's connection; nothing here commits.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,19 +9,19 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import func, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
 from dispatcher.chains import MAX_DETAIL, insert_or_ignore, one_row
-from dispatcher.models import ChainRow, TickRow, TypeRow
+from dispatcher.models import TYPE, ChainRow, TickRow, TypeRow
 
 _BUDGET_WINDOW: Final = timedelta(hours=1)
 _ESTIMATE_AGE: Final = timedelta(hours=1)
 
 
-def claim_tick(session: Session, name: str, *, machine_now: datetime, not_after: datetime) -> bool:
+def claim_tick(connection: Connection, name: str, *, machine_now: datetime, not_after: datetime) -> bool:
     """Claim a periodic pass: True for one caller, False when another claimed it after `not_after`."""
-    session.execute(insert_or_ignore(session, TickRow).values(name=name))
-    done = session.execute(
+    connection.execute(insert_or_ignore(connection, TickRow).values(name=name))
+    done = connection.execute(
         update(TickRow)
         .where(TickRow.name == name, or_(TickRow.last_at.is_(None), TickRow.last_at <= not_after))
         .values(last_at=machine_now)
@@ -29,41 +29,58 @@ def claim_tick(session: Session, name: str, *, machine_now: datetime, not_after:
     return one_row(done)
 
 
-def read_ticks(session: Session) -> dict[str, datetime]:
+def read_ticks(connection: Connection) -> dict[str, datetime]:
     """When each periodic pass last began, by the database's clock."""
-    rows = session.execute(select(TickRow.name, TickRow.last_at))
+    rows = connection.execute(select(TickRow.name, TickRow.last_at))
     return {name: last_at for name, last_at in rows if last_at is not None}
 
 
-def read_position(session: Session, name: str) -> dict[str, Any]:
+def read_position(connection: Connection, name: str) -> dict[str, Any]:
     """Where a periodic pass stopped; empty when it begins anew."""
-    position: dict[str, Any] | None = session.execute(
+    position: dict[str, Any] | None = connection.execute(
         select(TickRow.position).where(TickRow.name == name)
     ).scalar_one_or_none()
     return position or {}
 
 
-def write_position(session: Session, name: str, position: dict[str, Any] | None) -> None:
+def write_position(connection: Connection, name: str, position: dict[str, Any] | None) -> None:
     """Remember where a periodic pass stopped."""
-    session.execute(insert_or_ignore(session, TickRow).values(name=name))
-    session.execute(update(TickRow).where(TickRow.name == name).values(position=position or None))
+    connection.execute(insert_or_ignore(connection, TickRow).values(name=name))
+    connection.execute(update(TickRow).where(TickRow.name == name).values(position=position or None))
 
 
-def paused_types(session: Session) -> set[str]:
+def paused_types(connection: Connection) -> set[str]:
     """The names of the chain types that are paused."""
-    return set(session.execute(select(TypeRow.name).where(TypeRow.paused)).scalars())
+    return set(connection.execute(select(TypeRow.name).where(TypeRow.paused)).scalars())
 
 
-def set_paused(session: Session, name: str, *, paused: bool, reason: str | None) -> bool:
+def set_paused(connection: Connection, name: str, *, paused: bool, reason: str | None) -> bool:
     """Pause or resume a chain type; False when it was so already."""
-    session.execute(insert_or_ignore(session, TypeRow).values(name=name))
+    connection.execute(insert_or_ignore(connection, TypeRow).values(name=name))
     kept = reason[:MAX_DETAIL] if paused and reason else None
-    done = session.execute(
+    done = connection.execute(
         update(TypeRow)
         .where(TypeRow.name == name, TypeRow.paused != paused)
         .values(paused=paused, paused_reason=kept, window_at=None, window_plans=0)
     )
     return one_row(done)
+
+
+@dataclass(frozen=True, slots=True)
+class TypeRecord:
+    """What is remembered of a chain type, as it was read."""
+
+    name: str
+    paused: bool
+    paused_reason: str | None
+    fingerprints: dict[str, dict[str, str]] | None
+    window_at: datetime | None
+    window_plans: int
+    chains_estimate: int | None
+    estimated_at: datetime | None
+
+
+_TYPE_COLUMNS: Final = tuple(TYPE.c[name] for name in TypeRecord.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +98,23 @@ class Budget:
 
 
 def lock_budget(
-    session: Session, name: str, limit_of: Callable[[int], int | None], *, machine_now: datetime
+    connection: Connection, name: str, limit_of: Callable[[int], int | None], *, machine_now: datetime
 ) -> Budget | None:
     """The budget of a chain type, its row locked until the transaction ends; None while the type is paused.
 
     `limit_of` gives the limit for an estimated number of chains; the estimate is refreshed once an hour.
     """
-    query = select(TypeRow).where(TypeRow.name == name).with_for_update()
-    row = session.execute(query).scalar_one_or_none()
+    query = select(TYPE).where(TypeRow.name == name).with_for_update()
+    row = connection.execute(query).one_or_none()
     if row is None:  # not inserted each time: MySQL's INSERT IGNORE shares a lock on the row, and two deadlock after it
-        session.execute(insert_or_ignore(session, TypeRow).values(name=name))
-        row = session.execute(query).scalar_one()
+        connection.execute(insert_or_ignore(connection, TypeRow).values(name=name))
+        row = connection.execute(query).one()
     if row.paused:
         return None
     estimate = row.chains_estimate
     if estimate is None or row.estimated_at is None or machine_now - row.estimated_at > _ESTIMATE_AGE:
-        estimate = session.execute(select(func.count()).where(ChainRow.chain_type == name)).scalar_one()
-        session.execute(
+        estimate = connection.execute(select(func.count()).where(ChainRow.chain_type == name)).scalar_one()
+        connection.execute(
             update(TypeRow).where(TypeRow.name == name).values(chains_estimate=estimate, estimated_at=machine_now)
         )
     limit = limit_of(estimate)
@@ -107,13 +124,13 @@ def lock_budget(
     return Budget(row.window_at, row.window_plans, limit)
 
 
-def spend_budget(session: Session, name: str, budget: Budget, *, spent: int, wanted: int) -> bool:
+def spend_budget(connection: Connection, name: str, budget: Budget, *, spent: int, wanted: int) -> bool:
     """Note the plans that were written; False, and the type is paused with the reason, when more were wanted."""
     enough = wanted <= budget.left
     reason = (
         None if enough else f"max_plans_per_hour: {budget.limit} used up in the hour from {budget.window_at:%H:%M} UTC"
     )
-    session.execute(
+    connection.execute(
         update(TypeRow)
         .where(TypeRow.name == name)
         .values(window_at=budget.window_at, window_plans=budget.plans + spent, paused=not enough, paused_reason=reason)
@@ -121,26 +138,26 @@ def spend_budget(session: Session, name: str, budget: Budget, *, spent: int, wan
     return enough
 
 
-def read_types(session: Session) -> list[TypeRow]:
+def read_types(connection: Connection) -> list[TypeRecord]:
     """What is remembered of each chain type, by name."""
-    return list(session.execute(select(TypeRow).order_by(TypeRow.name)).scalars())
+    return [TypeRecord(*row) for row in connection.execute(select(*_TYPE_COLUMNS).order_by(TypeRow.name))]
 
 
-def count_by_state(session: Session) -> dict[tuple[str, str], int]:
+def count_by_state(connection: Connection) -> dict[tuple[str, str], int]:
     """`{(chain type, state): chains}`."""
-    rows = session.execute(
+    rows = connection.execute(
         select(ChainRow.chain_type, ChainRow.state, func.count()).group_by(ChainRow.chain_type, ChainRow.state)
     )
     return {(chain_type, state): count for chain_type, state, count in rows}
 
 
-def read_fingerprints(session: Session, names: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
+def read_fingerprints(connection: Connection, names: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
     """`{chain type: {state: {fingerprint: when it was last seen}}}` as remembered."""
-    rows = session.execute(select(TypeRow.name, TypeRow.fingerprints).where(TypeRow.name.in_(names)))
+    rows = connection.execute(select(TypeRow.name, TypeRow.fingerprints).where(TypeRow.name.in_(names)))
     return {name: dict(fingerprints or {}) for name, fingerprints in rows}
 
 
-def write_fingerprints(session: Session, name: str, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
+def write_fingerprints(connection: Connection, name: str, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
     """Remember the fingerprints of a chain type's states."""
-    session.execute(insert_or_ignore(session, TypeRow).values(name=name))
-    session.execute(update(TypeRow).where(TypeRow.name == name).values(fingerprints=dict(fingerprints)))
+    connection.execute(insert_or_ignore(connection, TypeRow).values(name=name))
+    connection.execute(update(TypeRow).where(TypeRow.name == name).values(fingerprints=dict(fingerprints)))

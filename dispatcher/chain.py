@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from dispatcher import chains, deliveries
-from dispatcher.chains import ChainRecord
+from dispatcher import batches, chains, deliveries
+from dispatcher.chains import ChainEvent, ChainRecord
 from dispatcher.config import Callback, DispatcherConfig
 from dispatcher.database import Database
 from dispatcher.decisions import ChainResult, LocalCall, choose_local, unsaved_record
@@ -22,7 +22,6 @@ from dispatcher.errors import (
 )
 from dispatcher.evaluation import GuardFailed
 from dispatcher.executor import Executor
-from dispatcher.models import EventRow
 from dispatcher.operations import Operations
 from dispatcher.requests import Requests, checked_request, checked_requester, registered_name
 from dispatcher.resources import Resource
@@ -68,8 +67,8 @@ class Chain:
         context: Mapping[str, Any] | None,
     ) -> "Chain":
         """A chain that is not in the database, for dry runs: its `id` is None."""
-        with services.database.read() as session:
-            now = services.database.now(session)
+        with services.database.read() as connection:
+            now = services.database.now(connection)
         return cls(services, unsaved_record(chain_type, resources, context, now))
 
     @property
@@ -118,16 +117,16 @@ class Chain:
         return self._record.created_at
 
     @property
-    def events(self) -> list[EventRow]:
+    def events(self) -> list[ChainEvent]:
         """Its history, oldest first, read now."""
-        with self._services.database.read() as session:
-            return chains.events(session, self._record.id)
+        with self._services.database.read() as connection:
+            return chains.events(connection, self._record.id)
 
     @property
     def deliveries(self) -> list[DeliveryRecord]:
         """Its deliveries, newest first, read now."""
-        with self._services.database.read() as session:
-            return deliveries.listing(session, chain_id=self._record.id, limit=1000)
+        with self._services.database.read() as connection:
+            return deliveries.listing(connection, chain_id=self._record.id, limit=1000)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Chain) and other.id is not None and other.id == self.id
@@ -141,8 +140,8 @@ class Chain:
     def refresh(self) -> "Chain":
         """This chain, read again. Raises `ChainMissing`."""
         if self.id is not None:
-            with self._services.database.read() as session:
-                self._record = chains.read_one(session, self.id)
+            with self._services.database.read() as connection:
+                self._record = chains.read_one(connection, self.id)
         return self
 
     def execute(
@@ -206,7 +205,7 @@ class Chain:
         if dry_run or services.settings.dry_run or self.id is None:
             return services.requests.publish_dry_run(self.id, self.chain_type, self.resources, request)
         chain_id = self.id
-        services.database.write(lambda session: services.requests.write_to(session, chain_id, request))
+        batches.write_request(services.database, chain_id, request)
         return services.requests.publish(chain_id, best_effort=best_effort)
 
     def disable(self, requested_by: str | None = None) -> "Chain":
@@ -270,8 +269,8 @@ class Chain:
         record = self._record
         delivery = None
         if record.pending_delivery_id is not None:
-            with services.database.read() as session:
-                delivery = deliveries.read(session, record.pending_delivery_id)
+            with services.database.read() as connection:
+                delivery = deliveries.read(connection, record.pending_delivery_id)
         result = services.executor.plan(self.id, chain_type=record.chain_type, resources=record.resources)
         winner = result.transition
         return {

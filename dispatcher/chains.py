@@ -1,4 +1,4 @@
-"""Reads of chains, and the guarded writes that change them, on the caller's session. Nothing here commits.
+"""Reads of chains, and the guarded writes that change them, on the caller's connection. Nothing here commits.
 
 A guarded write names in its WHERE clause what the caller read; a row that changed meanwhile is not written, and the
 function says so. Every plan, move, close and operator action increments `version`; every enqueue increments `wake`.
@@ -26,11 +26,11 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
 from dispatcher.database import clock_plus
 from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending
-from dispatcher.models import CHAIN, DELIVERY, EVENT, RESOURCE, Base, EventRow
+from dispatcher.models import CHAIN, DELIVERY, EVENT, RESOURCE, Base
 from dispatcher.resources import Resource, resource_key
 from dispatcher.states import NEW, DeliveryStatus, EventAction
 from dispatcher.transition import ChainSnapshot
@@ -126,6 +126,23 @@ class Rest:
 
 
 @dataclass(frozen=True, slots=True)
+class ChainEvent:
+    """One line of a chain's history: `action` is of `EventAction`, `move_version` set for state transitions."""
+
+    id: int
+    chain_id: int
+    chain_version: int
+    move_version: int | None
+    action: str
+    value: str | None
+    from_state: str | None
+    to_state: str | None
+    requested_by: str | None
+    detail: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class DuePosition:
     """The keyset position after which the next page of due chains begins."""
 
@@ -135,21 +152,22 @@ class DuePosition:
 
 CHAIN_COLUMNS: Final = tuple(CHAIN.c[name] for name in ChainRecord.__dataclass_fields__ if name != "resources")
 """What `records_of` reads of a chain, `request` last."""
+_EVENT_COLUMNS: Final = tuple(EVENT.c[name] for name in ChainEvent.__dataclass_fields__)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_many(session: Session, chain_ids: Sequence[int], *, lock: bool = False) -> dict[int, ChainRecord]:
+def read_many(connection: Connection, chain_ids: Sequence[int], *, lock: bool = False) -> dict[int, ChainRecord]:
     """The chains with these ids, by id; missing ones are left out. `lock=True` locks the rows, in id order."""
     if lock and chain_ids:
-        session.execute(
+        connection.execute(
             select(CHAIN.c.id).where(CHAIN.c.id.in_(sorted(chain_ids))).order_by(CHAIN.c.id).with_for_update()
         )
-    return read_with_clock(session, chain_ids)[0]
+    return read_with_clock(connection, chain_ids)[0]
 
 
-def read_with_clock(session: Session, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
+def read_with_clock(connection: Connection, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
     """The chains with these ids, by id, and the database's clock from the same statement (None without any row)."""
     if not chain_ids:
         return {}, None
@@ -158,7 +176,7 @@ def read_with_clock(session: Session, chain_ids: Sequence[int]) -> tuple[dict[in
         .select_from(CHAIN.outerjoin(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id))
         .where(CHAIN.c.id.in_(sorted(chain_ids)))
     )
-    rows = session.execute(query).all()
+    rows = connection.execute(query).all()
     return records_of([row[:-1] for row in rows]), rows[0][-1] if rows else None
 
 
@@ -179,24 +197,26 @@ def records_of(rows: Sequence[Sequence[Any]]) -> dict[int, ChainRecord]:
     }
 
 
-def read_one(session: Session, chain_id: int, *, lock: bool = False) -> ChainRecord:
+def read_one(connection: Connection, chain_id: int, *, lock: bool = False) -> ChainRecord:
     """The chain with this id; `ChainMissing` if there is none."""
-    record = read_many(session, [chain_id], lock=lock).get(chain_id)
+    record = read_many(connection, [chain_id], lock=lock).get(chain_id)
     if record is None:
         raise ChainMissing(chain_id)
     return record
 
 
-def find_exact(session: Session, chain_type: str, resources: Sequence[Resource], *, lock: bool = False) -> int | None:
+def find_exact(
+    connection: Connection, chain_type: str, resources: Sequence[Resource], *, lock: bool = False
+) -> int | None:
     """The id of the chain whose resources are exactly these, or None; `lock=True` reads what is committed by now."""
     query = select(CHAIN.c.id).where(CHAIN.c.chain_type == chain_type, CHAIN.c.resource_key == resource_key(resources))
-    return session.execute(query.with_for_update() if lock else query).scalar_one_or_none()
+    return connection.execute(query.with_for_update() if lock else query).scalar_one_or_none()
 
 
-def find_containing(session: Session, chain_type: str, resources: Sequence[Resource]) -> int | None:
+def find_containing(connection: Connection, chain_type: str, resources: Sequence[Resource]) -> int | None:
     """The id of the one chain that has at least these resources, or None; several: `AmbiguousChain`."""
     found = list(
-        session.execute(
+        connection.execute(
             select(RESOURCE.c.chain_id)
             .join(CHAIN, CHAIN.c.id == RESOURCE.c.chain_id)
             .where(
@@ -214,33 +234,36 @@ def find_containing(session: Session, chain_type: str, resources: Sequence[Resou
     return found[0] if found else None
 
 
-def list_ids(session: Session, *, chain_type: str | None, state: str | None, after_id: int, limit: int) -> list[int]:
+def list_ids(
+    connection: Connection, *, chain_type: str | None, state: str | None, after_id: int, limit: int
+) -> list[int]:
     """The ids above `after_id` of the chains of that type and state (None: any), ascending, at most `limit`."""
     query = select(CHAIN.c.id).where(CHAIN.c.id > after_id)
     if chain_type is not None:
         query = query.where(CHAIN.c.chain_type == chain_type)
     if state is not None:
         query = query.where(CHAIN.c.state == state)
-    return list(session.execute(query.order_by(CHAIN.c.id).limit(limit)).scalars())
+    return list(connection.execute(query.order_by(CHAIN.c.id).limit(limit)).scalars())
 
 
-def list_by_resource(session: Session, resource: Resource, *, after_id: int, limit: int | None) -> list[int]:
+def list_by_resource(connection: Connection, resource: Resource, *, after_id: int, limit: int | None) -> list[int]:
     """The ids above `after_id` of the chains that have this resource, ascending, at most `limit`."""
     query = (
         select(RESOURCE.c.chain_id)
         .where(RESOURCE.c.resource_type == resource[0], RESOURCE.c.resource_id == resource[1])
         .where(RESOURCE.c.chain_id > after_id)
     )
-    return list(session.execute(query.order_by(RESOURCE.c.chain_id).limit(limit)).scalars())
+    return list(connection.execute(query.order_by(RESOURCE.c.chain_id).limit(limit)).scalars())
 
 
-def events(session: Session, chain_id: int) -> list[EventRow]:
+def events(connection: Connection, chain_id: int) -> list[ChainEvent]:
     """The chain's history, oldest first."""
-    return list(session.execute(select(EventRow).where(EVENT.c.chain_id == chain_id).order_by(EVENT.c.id)).scalars())
+    rows = connection.execute(select(*_EVENT_COLUMNS).where(EVENT.c.chain_id == chain_id).order_by(EVENT.c.id))
+    return [ChainEvent(*row) for row in rows]
 
 
 def due_page(
-    session: Session, *, chain_type: str, now: datetime, after: DuePosition | None, limit: int
+    connection: Connection, *, chain_type: str, now: datetime, after: DuePosition | None, limit: int
 ) -> list[DuePosition]:
     """The next due chains of a type after a position, in the order (due_at, id)."""
     query = select(CHAIN.c.due_at, CHAIN.c.id).where(CHAIN.c.chain_type == chain_type, _is_due(now))
@@ -248,7 +271,7 @@ def due_page(
         query = query.where(
             CHAIN.c.due_at >= after.due_at, or_(CHAIN.c.due_at > after.due_at, CHAIN.c.id > after.chain_id)
         )
-    rows = session.execute(query.order_by(CHAIN.c.due_at, CHAIN.c.id).limit(limit)).all()
+    rows = connection.execute(query.order_by(CHAIN.c.due_at, CHAIN.c.id).limit(limit)).all()
     return [DuePosition(due_at, chain_id) for due_at, chain_id in rows if due_at is not None]
 
 
@@ -256,9 +279,9 @@ def _is_due(now: datetime) -> ColumnElement[bool]:
     return and_(CHAIN.c.due_at <= now, CHAIN.c.pending_delivery_id.is_(None), ~CHAIN.c.disabled)
 
 
-def statistics(session: Session, *, now: datetime) -> dict[str, Any]:
+def statistics(connection: Connection, *, now: datetime) -> dict[str, Any]:
     """Counts over the whole deployment: chains, due chains, open deliveries, and the next `due_at`."""
-    chains_count, due, next_due_at = session.execute(
+    chains_count, due, next_due_at = connection.execute(
         select(
             func.count(),
             func.coalesce(func.sum(case((_is_due(now), 1), else_=0)), 0),
@@ -267,7 +290,7 @@ def statistics(session: Session, *, now: datetime) -> dict[str, Any]:
     ).one()
     by_status = {
         status: count
-        for status, count in session.execute(select(DELIVERY.c.status, func.count()).group_by(DELIVERY.c.status))
+        for status, count in connection.execute(select(DELIVERY.c.status, func.count()).group_by(DELIVERY.c.status))
     }
     return {
         "chains": chains_count,
@@ -282,7 +305,7 @@ def statistics(session: Session, *, now: datetime) -> dict[str, Any]:
 
 
 def create(
-    session: Session,
+    connection: Connection,
     *,
     chain_type: str,
     resources: Sequence[Resource],
@@ -292,7 +315,7 @@ def create(
 ) -> int:
     """The id of the chain with exactly these resources, made in NEW unless another caller was first."""
     key = resource_key(resources)
-    statement = insert_or_ignore(session, CHAIN).values(
+    statement = insert_or_ignore(connection, CHAIN).values(
         chain_type=chain_type,
         resource_key=key,
         state=NEW,
@@ -301,41 +324,29 @@ def create(
         updated_at=now,
         context=dict(context) if context is not None else None,
     )
-    if session.get_bind().dialect.insert_returning:
-        made = session.execute(statement.returning(CHAIN.c.id)).one_or_none() is not None
+    if connection.dialect.insert_returning:
+        made = connection.execute(statement.returning(CHAIN.c.id)).one_or_none() is not None
     else:
-        made = one_row(session.execute(statement))
-    chain_id = find_exact(session, chain_type, resources, lock=not made)
+        made = one_row(connection.execute(statement))
+    chain_id = find_exact(connection, chain_type, resources, lock=not made)
     assert chain_id is not None  # the unique constraint: either ours or the one that was there
     if made:
-        session.execute(
+        connection.execute(
             insert(RESOURCE),
             [{"chain_id": chain_id, "resource_type": rtype, "resource_id": rid} for rtype, rid in resources],
         )
-        add_event(session, chain_id, 0, EventAction.CREATED, value=NEW, to_state=NEW, now=now)
+        add_event(connection, chain_id, 0, EventAction.CREATED, value=NEW, to_state=NEW, now=now)
     return chain_id
 
 
-def insert_or_ignore(session: Session, table: Table | type[Base]) -> Insert:
+def insert_or_ignore(connection: Connection, table: Table | type[Base]) -> Insert:
     """An INSERT that leaves an existing row with the same unique key alone."""
-    dialect = session.get_bind().dialect.name
+    dialect = connection.dialect.name
     if dialect == "postgresql":
         return postgresql.insert(table).on_conflict_do_nothing()
     if dialect == "sqlite":
         return sqlite.insert(table).on_conflict_do_nothing()
     return mysql.insert(table).prefix_with("IGNORE")
-
-
-# --- guarded writes of an execution ----------------------------------------------------------------------------------
-
-
-def _unchanged(record: ChainRecord) -> ColumnElement[bool]:
-    return and_(
-        CHAIN.c.id == record.id,
-        CHAIN.c.version == record.version,
-        ~CHAIN.c.disabled,
-        CHAIN.c.pending_delivery_id.is_(None),
-    )
 
 
 def unless_disabled(due_at: datetime | None) -> Any:
@@ -348,103 +359,23 @@ def at_once(now: datetime) -> ColumnElement[Any]:
     return case((CHAIN.c.next_update_at > now, CHAIN.c.next_update_at), else_=literal(now, CHAIN.c.due_at.type))
 
 
-def consumed_request(record: ChainRecord) -> Any:
-    """The request column after it was used: a request that came in after the read stays."""
-    return case((CHAIN.c.wake != record.wake, CHAIN.c.request))
-
-
-def move(session: Session, change: Move, *, now: datetime) -> bool:
-    """Move a chain without a callback; False when it changed since it was read."""
-    record = change.record
-    done = session.execute(
-        update(CHAIN)
-        .where(_unchanged(record))
-        .values(
-            state=change.to_state,
-            version=CHAIN.c.version + 1,
-            moves=CHAIN.c.moves + 1,
-            failures=0,
-            next_update_at=change.next_update_at,
-            due_at=change.due_at,
-            request=consumed_request(record),
-            updated_at=now,
-        )
-    )
-    if not one_row(done):
-        return False
-    add_event(
-        session,
-        record.id,
-        record.version + 1,
-        EventAction.STATE_TRANSITION,
-        value=change.to_state,
-        from_state=record.state,
-        to_state=change.to_state,
-        requested_by=change.requested_by,
-        detail=change.transition,
-        now=now,
-    )
-    return True
-
-
-def plan(session: Session, record: ChainRecord, delivery_id: str, *, now: datetime) -> bool:
-    """Tie a chain to the delivery that is about to be inserted; False when it changed since it was read."""
-    done = session.execute(
-        update(CHAIN)
-        .where(_unchanged(record))
-        .values(
-            version=CHAIN.c.version + 1,
-            pending_delivery_id=delivery_id,
-            due_at=None,
-            failures=0,
-            request=consumed_request(record),
-            updated_at=now,
-        )
-    )
-    return one_row(done)
-
-
-def rest(session: Session, change: Rest, *, now: datetime) -> bool:
-    """Let a chain stay until it is due again; False when it changed, or was enqueued, since it was read."""
-    record = change.record
-    values: dict[str, Any] = {"due_at": change.due_at, "failures": change.failures}
-    if change.clear_request:
-        values["request"] = None
-    done = session.execute(update(CHAIN).where(_unchanged(record), CHAIN.c.wake == record.wake).values(**values))
-    if not one_row(done):
-        return False
-    if change.event is not None:
-        add_event(
-            session,
-            record.id,
-            record.version,
-            change.event,
-            value=record.state,
-            from_state=record.state,
-            to_state=record.state,
-            detail=change.detail,
-            now=now,
-        )
-    return True
-
-
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def write_request(session: Session, chain_id: int, request: Request, *, now: datetime) -> None:
+def write_request(connection: Connection, chain_id: int, request: Request, *, now: datetime) -> None:
     """Write an application's request to the chain's row and make it due.
 
     An open delivery or a disabled chain keeps `due_at` empty: closing or enabling makes it due. Raises
     `ChainMissing`.
     """
     # Read and decided in locking statements: the caller's own transaction may have an old snapshot.
-    row = session.execute(
+    row = connection.execute(
         select(CHAIN.c.version, CHAIN.c.request).where(CHAIN.c.id == chain_id).with_for_update()
     ).one_or_none()
     if row is None:
         raise ChainMissing(chain_id)
     free = and_(CHAIN.c.pending_delivery_id.is_(None), ~CHAIN.c.disabled)
-    session.execute(
+    connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == chain_id)
         .values(wake=CHAIN.c.wake + 1, request=request.to_json(), due_at=case((free, at_once(now))))
@@ -452,38 +383,40 @@ def write_request(session: Session, chain_id: int, request: Request, *, now: dat
     earlier = Request.from_json(row.request)
     if earlier is not None and earlier != request:
         add_event(
-            session, chain_id, row.version, EventAction.REQUEST_REPLACED, requested_by=request.requested_by, now=now
+            connection, chain_id, row.version, EventAction.REQUEST_REPLACED, requested_by=request.requested_by, now=now
         )
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def set_disabled(session: Session, chain_id: int, *, disabled: bool, requested_by: str | None, now: datetime) -> bool:
+def set_disabled(
+    connection: Connection, chain_id: int, *, disabled: bool, requested_by: str | None, now: datetime
+) -> bool:
     """Disable or enable a chain; False when it was so already. Raises `ChainMissing`."""
-    record = read_one(session, chain_id, lock=True)
+    record = read_one(connection, chain_id, lock=True)
     if record.disabled == disabled:
         return False
     waits = disabled or record.pending_delivery_id is not None
-    session.execute(
+    connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == chain_id, CHAIN.c.version == record.version)
         .values(disabled=disabled, version=CHAIN.c.version + 1, due_at=None if waits else at_once(now), updated_at=now)
     )
     action = EventAction.DISABLED if disabled else EventAction.ENABLED
-    add_event(session, chain_id, record.version + 1, action, value=record.state, requested_by=requested_by, now=now)
+    add_event(connection, chain_id, record.version + 1, action, value=record.state, requested_by=requested_by, now=now)
     return True
 
 
 def set_resource_disabled(
-    session: Session, resource: Resource, *, disabled: bool, requested_by: str | None, now: datetime
+    connection: Connection, resource: Resource, *, disabled: bool, requested_by: str | None, now: datetime
 ) -> list[int]:
     """Disable or enable every chain that has this resource, in one guarded statement; the ids of those that changed."""
     has_it = select(RESOURCE.c.chain_id).where(
         RESOURCE.c.resource_type == resource[0], RESOURCE.c.resource_id == resource[1]
     )
     ids = list(
-        session.execute(
+        connection.execute(
             select(CHAIN.c.id)
             .where(CHAIN.c.id.in_(has_it), CHAIN.c.disabled != disabled)
             .order_by(CHAIN.c.id)
@@ -494,26 +427,26 @@ def set_resource_disabled(
         return []
     due_at = None if disabled else case((CHAIN.c.pending_delivery_id.is_(None), at_once(now)))
     for start in range(0, len(ids), _PARAMETERS):
-        session.execute(
+        connection.execute(
             update(CHAIN)
             .where(CHAIN.c.id.in_(ids[start : start + _PARAMETERS]), CHAIN.c.disabled != disabled)
             .values(disabled=disabled, version=CHAIN.c.version + 1, due_at=due_at, updated_at=now)
         )
     action = EventAction.DISABLED if disabled else EventAction.ENABLED
     for chain_id in ids:
-        add_event_at_version(session, chain_id, action, requested_by=requested_by, now=now)
+        add_event_at_version(connection, chain_id, action, requested_by=requested_by, now=now)
     return ids
 
 
-def erase(session: Session, chain_ids: Sequence[int]) -> None:
+def erase(connection: Connection, chain_ids: Sequence[int]) -> None:
     """Delete these chains with their resources, events and deliveries."""
     for table in (EVENT, DELIVERY, RESOURCE):
-        session.execute(delete(table).where(table.c.chain_id.in_(chain_ids)))
-    session.execute(delete(CHAIN).where(CHAIN.c.id.in_(chain_ids)))
+        connection.execute(delete(table).where(table.c.chain_id.in_(chain_ids)))
+    connection.execute(delete(CHAIN).where(CHAIN.c.id.in_(chain_ids)))
 
 
 def set_state(
-    session: Session,
+    connection: Connection,
     record: ChainRecord,
     *,
     state: str,
@@ -524,7 +457,7 @@ def set_state(
     now: datetime,
 ) -> None:
     """Put a chain, locked and without open delivery, into a state on a person's behalf."""
-    done = session.execute(
+    done = connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == record.id, CHAIN.c.version == record.version, CHAIN.c.pending_delivery_id.is_(None))
         .values(
@@ -541,7 +474,7 @@ def set_state(
     if not one_row(done):
         raise DeliveryPending(record.id)
     add_event(
-        session,
+        connection,
         record.id,
         record.version + 1,
         action,
@@ -554,10 +487,12 @@ def set_state(
     )
 
 
-def make_due(session: Session, *, chain_type: str, state: str, after_id: int, limit: int, now: datetime) -> int | None:
+def make_due(
+    connection: Connection, *, chain_type: str, state: str, after_id: int, limit: int, now: datetime
+) -> int | None:
     """Make the next batch of chains resting in a state due; the last id seen, or None when there are no more."""
     ids = (
-        session.execute(
+        connection.execute(
             select(CHAIN.c.id)
             .where(CHAIN.c.chain_type == chain_type, CHAIN.c.state == state, CHAIN.c.id > after_id)
             .order_by(CHAIN.c.id)
@@ -568,7 +503,7 @@ def make_due(session: Session, *, chain_type: str, state: str, after_id: int, li
     )
     if not ids:
         return None
-    session.execute(
+    connection.execute(
         update(CHAIN)
         .where(
             CHAIN.c.id.in_(ids),
@@ -615,13 +550,13 @@ def event_values(
     }
 
 
-def add_event(session: Session, chain_id: int, chain_version: int, action: EventAction, **facts: Any) -> None:
+def add_event(connection: Connection, chain_id: int, chain_version: int, action: EventAction, **facts: Any) -> None:
     """Append one line to a chain's history; `facts` as in `event_values`."""
-    session.execute(insert(EVENT).values(event_values(chain_id, chain_version, action, **facts)))
+    connection.execute(insert(EVENT).values(event_values(chain_id, chain_version, action, **facts)))
 
 
 def add_event_at_version(
-    session: Session,
+    connection: Connection,
     chain_id: int,
     action: EventAction,
     *,
@@ -658,14 +593,14 @@ def add_event_at_version(
         "detail",
         "created_at",
     ]
-    session.execute(insert(EVENT).from_select(columns, source, include_defaults=False))
+    connection.execute(insert(EVENT).from_select(columns, source, include_defaults=False))
 
 
-def prune_events(session: Session, *, before: datetime, limit: int) -> int:
+def prune_events(connection: Connection, *, before: datetime, limit: int) -> int:
     """Delete a batch of events older than `before`; how many. The latest line of a chain's history is kept."""
     newest = select(func.max(EVENT.c.id)).where(EVENT.c.chain_id == CHAIN.c.id).correlate(CHAIN).scalar_subquery()
     ids = (
-        session.execute(
+        connection.execute(
             select(EVENT.c.id)
             .join(CHAIN, CHAIN.c.id == EVENT.c.chain_id)
             .where(EVENT.c.created_at < before, EVENT.c.id < newest)
@@ -676,7 +611,7 @@ def prune_events(session: Session, *, before: datetime, limit: int) -> int:
         .all()
     )
     if ids:
-        session.execute(delete(EVENT).where(EVENT.c.id.in_(sorted(ids))))
+        connection.execute(delete(EVENT).where(EVENT.c.id.in_(sorted(ids))))
     return len(ids)
 
 

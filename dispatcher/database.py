@@ -4,18 +4,18 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import ColumnElement, Engine, Float, create_engine, event, literal, select
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.visitors import InternalTraversal
@@ -64,6 +64,15 @@ def _mysql_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> 
     return f"TIMESTAMPADD(MICROSECOND, CAST({seconds} * 1000000 AS SIGNED), UTC_TIMESTAMP(6))"
 
 
+@dataclass(frozen=True, slots=True)
+class _Engines:
+    """One process's engine, and the same with what reads and writes need. Making those costs more than a query."""
+
+    engine: Engine
+    reads: Engine
+    writes: Engine
+
+
 class Database:
     """One database: its engine, made on first use in each process, and its transactions.
 
@@ -79,7 +88,7 @@ class Database:
             raise ConfigurationError(problem) from None
         self.connect_seconds = connect_seconds
         self.clock = clock
-        self._engine: Engine | None = None
+        self._made: _Engines | None = None
         self._pid = 0
 
     def __repr__(self) -> str:
@@ -99,35 +108,59 @@ class Database:
     @property
     def engine(self) -> Engine:
         """This process's engine; a forked child gets its own and leaves its parent's connections alone."""
-        if self._engine is None or self._pid != os.getpid():
-            if self._engine is not None:
-                self._engine.dispose(close=False)
-            self._engine, self._pid = self._make_engine(), os.getpid()
-        return self._engine
+        return self._engines.engine
+
+    @property
+    def _engines(self) -> "_Engines":
+        if self._made is None or self._pid != os.getpid():
+            if self._made is not None:
+                self._made.engine.dispose(close=False)
+            self._made, self._pid = self._make_engines(), os.getpid()
+        return self._made
 
     def dispose(self, *, close: bool = True) -> None:
         """Drop this process's connections; with `close=False`, or if a parent made them, without closing them."""
-        if self._engine is not None:
-            self._engine.dispose(close=close and self._pid == os.getpid())
-        self._engine = None
+        if self._made is not None:
+            self._made.engine.dispose(close=close and self._pid == os.getpid())
+        self._made = None
 
     @contextmanager
-    def read(self) -> Iterator[Session]:
-        """A session for reading; rolled back at the end, so that nothing stays open."""
-        with self._session(writes=False) as session:
-            yield session
+    def read(self) -> Iterator[Connection]:
+        """A connection for reading, without a transaction where the database can (SQLite: rolled back at the end)."""
+        with self._connected(writes=False) as connection:
+            yield connection
 
-    def write(self, work: Callable[[Session], Result]) -> Result:
-        """What `work(session)` returns, committed. The whole of it is rerun after a deadlock or a busy database.
+    def write(self, work: Callable[[Connection], Result]) -> Result:
+        """What `work(connection)` returns, committed. The whole of it is rerun after a deadlock or a busy database.
 
         Raises `ServiceUnavailable` when the database cannot be reached.
         """
+
+        def attempt() -> Result:
+            with self._connected(writes=True) as connection:
+                transaction = connection.begin()
+                result = work(connection)
+                commit(transaction.commit)
+                return result
+
+        return self._rerun(attempt)
+
+    def write_statement(self, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
+        """The rows of one data-changing statement, which commits by itself: no BEGIN, no COMMIT. Errors as `write`.
+
+        PostgreSQL only: `statement` is in the driver's own words, `%(name)s` for a parameter.
+        """
+
+        def attempt() -> list[Any]:
+            with self._connected(writes=False) as connection:
+                return commit(lambda: run_statement(connection, statement, parameters))
+
+        return self._rerun(attempt)
+
+    def _rerun(self, attempt: Callable[[], Result]) -> Result:
         for rerun in range(_RERUNS + 1):
             try:
-                with self._session(writes=True) as session:
-                    result = work(session)
-                    session.commit()
-                    return result
+                return attempt()
             except DBAPIError as error:
                 if rerun == _RERUNS or not is_conflict(error):
                     raise
@@ -135,9 +168,9 @@ class Database:
             time.sleep(random.uniform(0, 0.005 * 2 ** min(rerun, 8)))  # noqa: S311 - spreading, not secrecy
         raise AssertionError("unreachable")
 
-    def now(self, session: Session) -> datetime:
+    def now(self, connection: Connection) -> datetime:
         """Domain time: the injected clock, else the database's."""
-        return self.clock() if self.clock is not None else self.machine_now(session)
+        return self.clock() if self.clock is not None else self.machine_now(connection)
 
     def domain_now(self, machine_now: datetime | None) -> datetime:
         """Domain time, where the database's clock was read along with something else."""
@@ -147,31 +180,35 @@ class Database:
             return datetime.now(UTC)
         return machine_now
 
-    def machine_now(self, session: Session) -> datetime:
+    def machine_now(self, connection: Connection) -> datetime:
         """The database's clock. SQLite has none of its own, so there it is this host's."""
         if self.dialect == "sqlite":
             return datetime.now(UTC)
-        return session.execute(select(clock_plus(0))).scalar_one()
+        return connection.execute(select(clock_plus(0))).scalar_one()
 
     def check(self) -> None:
         """Raise `ServiceUnavailable` unless the database answers."""
-        with self.read() as session:
-            session.execute(select(literal(1)))
+        with self.read() as connection:
+            connection.execute(select(literal(1)))
 
     @contextmanager
-    def _session(self, *, writes: bool) -> Iterator[Session]:
-        options: dict[str, Any] = {"dispatcher_writes": writes}
-        if not writes and self.dialect != "sqlite":
-            options["isolation_level"] = "AUTOCOMMIT"  # single reads need no BEGIN and no ROLLBACK
+    def _connected(self, *, writes: bool) -> Iterator[Connection]:
         try:
-            with Session(self.engine.execution_options(**options), expire_on_commit=False, autoflush=False) as session:
-                yield session
+            with (self._engines.writes if writes else self._engines.reads).connect() as connection:
+                yield connection
         except PoolTimeout as error:
             raise ServiceUnavailable("database", self.address, "no free connection") from error
         except DBAPIError as error:
             if error.connection_invalidated or (isinstance(error, OperationalError) and _is_unreachable(error)):
                 raise ServiceUnavailable("database", self.address, _first_line(error.orig)) from error
             raise
+
+    def _make_engines(self) -> "_Engines":
+        engine = self._make_engine()
+        reading: dict[str, Any] = {"dispatcher_writes": False}
+        if self.dialect != "sqlite":
+            reading["isolation_level"] = "AUTOCOMMIT"  # single statements need no BEGIN and no ROLLBACK
+        return _Engines(engine, engine.execution_options(**reading), engine.execution_options(dispatcher_writes=True))
 
     def _make_engine(self) -> Engine:
         arguments: dict[str, Any] = {}
@@ -206,6 +243,34 @@ class Database:
             event.listen(engine, "checkin", _note_use)
             event.listen(engine, "checkout", _ping_idle)
         return engine
+
+
+def commit(step: Callable[[], Result]) -> Result:
+    """What `step()` returns, which commits a writing transaction. (One place for all: fault injection goes here.)"""
+    return step()
+
+
+def run_statement(connection: Connection, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
+    """The rows of a statement in the driver's own words, past SQLAlchemy, whose part costs three times the driver's.
+
+    A driver's error is raised as SQLAlchemy's `DBAPIError`, as everywhere.
+    """
+    dialect = connection.dialect
+    driver_error: type[Exception] = dialect.loaded_dbapi.Error
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(statement, parameters)
+        return cast("list[Any]", cursor.fetchall())
+    except driver_error as error:
+        gone = dialect.is_disconnect(error, connection.connection.driver_connection, cursor)  # type: ignore[arg-type]
+        wrapped = DBAPIError.instance(
+            None, None, error, driver_error, hide_parameters=True, connection_invalidated=gone, dialect=dialect
+        )
+        if gone:
+            connection.invalidate(error)
+        raise wrapped from error
+    finally:
+        cursor.close()
 
 
 def is_conflict(error: DBAPIError) -> bool:

@@ -1,4 +1,4 @@
-"""Deliveries: owed callbacks as rows, and the guarded writes of their attempts, on the caller's session.
+"""Deliveries: owed callbacks as rows, and the guarded writes of their attempts, on the caller's connection.
 
 Nothing here commits. Machine time (leases, next attempts, what the relay looks at) is computed and compared by the
 database's clock inside the statements.
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Select, and_, case, delete, func, insert, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, and_, case, delete, func, or_, select, update
+from sqlalchemy.engine import Connection
 
 from dispatcher import chains
 from dispatcher.chains import ChainRecord, one_row
@@ -68,12 +68,32 @@ class PlannedDelivery:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """When new deliveries are looked at: pending ones by the relay `publish_seconds` from now.
+
+    With `lease_seconds` they are begun at once by the caller instead (an in-process execution).
+    """
+
+    publish_seconds: float
+    lease_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Begun:
     """An attempt that this process has begun: the delivery and its chain as they now stand."""
 
     delivery: DeliveryRecord
     chain: ChainRecord
     machine_now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One delivered attempt that is to be recorded, and where its chain goes."""
+
+    delivery: DeliveryRecord
+    next_update_at: datetime | None
+    due_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +134,15 @@ def valid_id(value: object) -> str | None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(session: Session, delivery_id: str, *, lock: bool = False) -> DeliveryRecord | None:
+def read(connection: Connection, delivery_id: str, *, lock: bool = False) -> DeliveryRecord | None:
     """The delivery with this id, or None."""
     query = select(*DELIVERY_COLUMNS).where(DELIVERY.c.id == delivery_id)
-    row = session.execute(query.with_for_update() if lock else query).one_or_none()
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     return DeliveryRecord(*row) if row is not None else None
 
 
 def listing(
-    session: Session,
+    connection: Connection,
     *,
     chain_id: int | None = None,
     statuses: Sequence[DeliveryStatus] = (),
@@ -135,56 +155,14 @@ def listing(
         query = query.where(DELIVERY.c.chain_id == chain_id)
     if statuses:
         query = query.where(DELIVERY.c.status.in_([str(status) for status in statuses]))
+        if not set(statuses) & set(CLOSED_STATUSES):
+            query = query.where(DELIVERY.c.finished_at.is_(None))  # which the index of their statuses is limited to
     if chain_type is not None:
         query = query.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).where(CHAIN.c.chain_type == chain_type)
-    return [DeliveryRecord(*row) for row in session.execute(query.order_by(DELIVERY.c.id.desc()).limit(limit))]
+    return [DeliveryRecord(*row) for row in connection.execute(query.order_by(DELIVERY.c.id.desc()).limit(limit))]
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
-
-
-def plan(
-    session: Session,
-    planned: PlannedDelivery,
-    *,
-    now: datetime,
-    publish_seconds: float,
-    lease_seconds: float | None = None,
-) -> str | None:
-    """The id of the new delivery, or None when the chain changed since it was read.
-
-    With `lease_seconds` it is begun at once by the caller (an in-process execution), else it is pending and the
-    relay looks at it `publish_seconds` from now.
-    """
-    record = planned.record
-    delivery_id = new_id()
-    if not chains.plan(session, record, delivery_id, now=now):
-        return None
-    begun = lease_seconds is not None
-    session.execute(
-        insert(DELIVERY).values(
-            **values_of(planned, delivery_id),
-            status=DeliveryStatus.RUNNING if begun else DeliveryStatus.PENDING,
-            attempt=1 if begun else 0,
-            next_attempt_at=None if begun else clock_plus(0),
-            publish_after=clock_plus(lease_seconds if lease_seconds is not None else publish_seconds),
-            lease_until=clock_plus(lease_seconds) if lease_seconds is not None else None,
-            planned_at=clock_plus(0),
-        )
-    )
-    chains.add_event(
-        session,
-        record.id,
-        record.version + 1,
-        EventAction.PLANNED,
-        value=planned.transition,
-        from_state=record.state,
-        to_state=planned.final_state,
-        requested_by=planned.requested_by,
-        detail=planned.callback,
-        now=now,
-    )
-    return delivery_id
 
 
 def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
@@ -206,41 +184,12 @@ def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
     }
 
 
+def stored_json(value: Mapping[str, Any] | None) -> str | None:
+    """The text of a JSON column for a delivery's `kwargs` or `context`."""
+    return json.dumps(dict(value)) if value else None
+
+
 # --- attempts --------------------------------------------------------------------------------------------------------
-
-
-def begin(session: Session, delivery_id: str, attempt: int, *, lease_seconds: float) -> Begun | AttemptOutcome:
-    """Begin attempt number `attempt` (from 1): the rows, or the outcome that says why it does not begin."""
-    done = session.execute(
-        update(DELIVERY)
-        .where(
-            DELIVERY.c.id == delivery_id,
-            DELIVERY.c.attempt == attempt - 1,
-            DELIVERY.c.status == DeliveryStatus.PENDING,
-            DELIVERY.c.next_attempt_at <= clock_plus(0),
-            select(CHAIN.c.id)
-            .where(
-                CHAIN.c.id == DELIVERY.c.chain_id,
-                CHAIN.c.pending_delivery_id == DELIVERY.c.id,
-                ~CHAIN.c.disabled,
-            )
-            .exists(),
-        )
-        .values(
-            status=DeliveryStatus.RUNNING,
-            attempt=attempt,
-            lease_until=clock_plus(lease_seconds),
-            publish_after=clock_plus(lease_seconds),
-        )
-    )
-    if not one_row(done):
-        return _why_not_begun(session, delivery_id)
-    begun = begun_from(session.execute(with_chain().where(DELIVERY.c.id == delivery_id)).all())
-    record = begun.chain
-    if record.disabled or record.pending_delivery_id != begun.delivery.id:
-        take_back(session, [begun.delivery.id])
-        return AttemptOutcome.DISABLED if record.disabled else AttemptOutcome.STALE
-    return begun
 
 
 def with_chain() -> Select[Any]:
@@ -259,21 +208,9 @@ def begun_from(rows: Sequence[Sequence[Any]]) -> Begun:
     return Begun(DeliveryRecord(*rows[0][:width]), record, rows[0][-1])
 
 
-def take_back(session: Session, delivery_ids: Sequence[str]) -> None:
-    """Undo the begin of attempts, in the transaction that began them.
-
-    A begin that had to wait for its row was let through by its chain as that was before: read afterwards, the chain
-    may be disabled.
-    """
-    session.execute(
-        update(DELIVERY)
-        .where(DELIVERY.c.id.in_(delivery_ids), DELIVERY.c.status == DeliveryStatus.RUNNING)
-        .values(status=DeliveryStatus.PENDING, attempt=DELIVERY.c.attempt - 1, lease_until=None, publish_after=None)
-    )
-
-
-def _why_not_begun(session: Session, delivery_id: str) -> AttemptOutcome:
-    row = session.execute(
+def why_not_begun(connection: Connection, delivery_id: str) -> AttemptOutcome:
+    """The outcome of an attempt that did not begin."""
+    row = connection.execute(
         select(DELIVERY.c.status, CHAIN.c.disabled)
         .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
         .where(DELIVERY.c.id == delivery_id)
@@ -293,9 +230,9 @@ def _running(delivery: DeliveryRecord) -> Any:
     )
 
 
-def renew_lease(session: Session, delivery: DeliveryRecord, *, lease_seconds: float) -> bool:
+def renew_lease(connection: Connection, delivery: DeliveryRecord, *, lease_seconds: float) -> bool:
     """Give a running attempt a new lease; False when it is no longer ours."""
-    done = session.execute(
+    done = connection.execute(
         update(DELIVERY)
         .where(_running(delivery))
         .values(lease_until=clock_plus(lease_seconds), publish_after=clock_plus(lease_seconds))
@@ -303,9 +240,9 @@ def renew_lease(session: Session, delivery: DeliveryRecord, *, lease_seconds: fl
     return one_row(done)
 
 
-def postpone(session: Session, delivery: DeliveryRecord, *, seconds: float, reason: str) -> bool:
+def postpone(connection: Connection, delivery: DeliveryRecord, *, seconds: float, reason: str) -> bool:
     """Take back the beginning of an attempt, without using it up, and let it wait."""
-    done = session.execute(
+    done = connection.execute(
         update(DELIVERY)
         .where(_running(delivery))
         .values(
@@ -320,9 +257,11 @@ def postpone(session: Session, delivery: DeliveryRecord, *, seconds: float, reas
     return one_row(done)
 
 
-def retry(session: Session, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str) -> bool:
+def retry(
+    connection: Connection, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str
+) -> bool:
     """Close a failed attempt; the next may begin in `seconds`, and its message counts as lost `grace_seconds` later."""
-    done = session.execute(
+    done = connection.execute(
         update(DELIVERY)
         .where(_running(delivery))
         .values(
@@ -347,7 +286,7 @@ def _when_enabled(moment: clock_plus) -> Any:
 
 
 def close_and_move(
-    session: Session,
+    connection: Connection,
     delivery: DeliveryRecord,
     *,
     status: DeliveryStatus,
@@ -361,9 +300,9 @@ def close_and_move(
 
     A delivered one must be running, a skipped one running or dead or held or pending as the caller read it.
     """
-    if not _close(session, delivery, status=status, error=None):
+    if not _close(connection, delivery, status=status, error=None):
         return False
-    done = session.execute(
+    done = connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == delivery.chain_id, CHAIN.c.pending_delivery_id == delivery.id)
         .values(moved_values(delivery.final_state, next_update_at=next_update_at, due_at=due_at, now=now))
@@ -373,7 +312,7 @@ def close_and_move(
     requested_by = requested_by if requested_by is not None else delivery.requested_by
     if status == DeliveryStatus.SKIPPED:
         chains.add_event_at_version(
-            session,
+            connection,
             delivery.chain_id,
             EventAction.SKIPPED,
             value=delivery.transition,
@@ -384,7 +323,7 @@ def close_and_move(
             now=now,
         )
     chains.add_event_at_version(
-        session,
+        connection,
         delivery.chain_id,
         EventAction.STATE_TRANSITION,
         value=delivery.final_state,
@@ -398,7 +337,7 @@ def close_and_move(
 
 
 def close_and_stay(
-    session: Session,
+    connection: Connection,
     delivery: DeliveryRecord,
     *,
     now: datetime,
@@ -406,9 +345,9 @@ def close_and_stay(
     requested_by: str | None = None,
 ) -> bool:
     """Close a delivery as cancelled: its chain stays in its state and is due at once; False when it is not ours."""
-    if not _close(session, delivery, status=DeliveryStatus.CANCELLED, error=reason):
+    if not _close(connection, delivery, status=DeliveryStatus.CANCELLED, error=reason):
         return False
-    done = session.execute(
+    done = connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == delivery.chain_id, CHAIN.c.pending_delivery_id == delivery.id)
         .values(
@@ -420,12 +359,12 @@ def close_and_stay(
     )
     if not one_row(done):
         raise LostChain(delivery.chain_id)
-    _event(session, delivery, EventAction.CANCELLED, now=now, requested_by=requested_by, detail=reason)
+    _event(connection, delivery, EventAction.CANCELLED, now=now, requested_by=requested_by, detail=reason)
     return True
 
 
 def stop(
-    session: Session,
+    connection: Connection,
     delivery: DeliveryRecord,
     *,
     status: DeliveryStatus,
@@ -434,7 +373,7 @@ def stop(
     unknown: bool | None = None,
 ) -> bool:
     """Leave a running delivery dead or held for a person to decide; False when it is not ours."""
-    done = session.execute(
+    done = connection.execute(
         update(DELIVERY)
         .where(_running(delivery))
         .values(
@@ -448,16 +387,16 @@ def stop(
     )
     if not one_row(done):
         return False
-    session.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
-    _event(session, delivery, EventAction(status.value), now=now, detail=error)
+    connection.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
+    _event(connection, delivery, EventAction(status.value), now=now, detail=error)
     return True
 
 
 def mark_unknown(
-    session: Session, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str
+    connection: Connection, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str
 ) -> bool:
     """Open the next attempt of a delivery whose worker died inside one: its effect is unknown."""
-    done = session.execute(
+    done = connection.execute(
         update(DELIVERY)
         .where(_running(delivery), DELIVERY.c.lease_until <= clock_plus(0))
         .values(
@@ -472,14 +411,14 @@ def mark_unknown(
     return one_row(done)
 
 
-def mark_known(session: Session, delivery: DeliveryRecord) -> bool:
+def mark_known(connection: Connection, delivery: DeliveryRecord) -> bool:
     """Note that the earlier attempts of a running delivery had no effect."""
-    return one_row(session.execute(update(DELIVERY).where(_running(delivery)).values(unknown=False)))
+    return one_row(connection.execute(update(DELIVERY).where(_running(delivery)).values(unknown=False)))
 
 
-def lease_expired(session: Session, delivery: DeliveryRecord) -> bool:
+def lease_expired(connection: Connection, delivery: DeliveryRecord) -> bool:
     """Whether this attempt is still the running one and its lease has ended; locks the row."""
-    row = session.execute(
+    row = connection.execute(
         select(DELIVERY.c.id).where(_running(delivery), DELIVERY.c.lease_until <= clock_plus(0)).with_for_update()
     ).one_or_none()
     return row is not None
@@ -522,11 +461,11 @@ def begun_of(delivery: DeliveryRecord) -> DeliveryRecord:
     return replace(delivery, status=DeliveryStatus.RUNNING, attempt=delivery.attempt + 1)
 
 
-def _close(session: Session, delivery: DeliveryRecord, *, status: DeliveryStatus, error: str | None) -> bool:
+def _close(connection: Connection, delivery: DeliveryRecord, *, status: DeliveryStatus, error: str | None) -> bool:
     values: dict[str, Any] = {"status": status, **CLOSED_VALUES}
     if error is not None:
         values["last_error"] = error[:MAX_ERROR]
-    done = session.execute(
+    done = connection.execute(
         update(DELIVERY)
         .where(
             DELIVERY.c.id == delivery.id,
@@ -539,7 +478,7 @@ def _close(session: Session, delivery: DeliveryRecord, *, status: DeliveryStatus
 
 
 def _event(
-    session: Session,
+    connection: Connection,
     delivery: DeliveryRecord,
     action: EventAction,
     *,
@@ -548,7 +487,7 @@ def _event(
     detail: str | None = None,
 ) -> None:
     chains.add_event_at_version(
-        session,
+        connection,
         delivery.chain_id,
         action,
         value=delivery.transition,
@@ -563,7 +502,9 @@ def _event(
 # --- relay -----------------------------------------------------------------------------------------------------------
 
 
-def claim_overdue(session: Session, *, limit: int, grace_seconds: float, pending: bool = True) -> list[DeliveryRecord]:
+def claim_overdue(
+    connection: Connection, *, limit: int, grace_seconds: float, pending: bool = True
+) -> list[DeliveryRecord]:
     """Deliveries that the relay must look at, the longest waiting first; others will not get them for `grace_seconds`.
 
     Pending ones lost their message (left out with `pending=False`), running ones outlived their lease.
@@ -571,28 +512,30 @@ def claim_overdue(session: Session, *, limit: int, grace_seconds: float, pending
     query = select(*DELIVERY_COLUMNS).where(DELIVERY.c.publish_after <= clock_plus(0))
     if not pending:
         query = query.where(DELIVERY.c.status == DeliveryStatus.RUNNING)
-    rows = session.execute(
+    rows = connection.execute(
         query.order_by(DELIVERY.c.publish_after, DELIVERY.c.id).limit(limit).with_for_update(skip_locked=True)
     ).all()
     found = [DeliveryRecord(*row) for row in rows]
     lost = [delivery.id for delivery in found if delivery.status == DeliveryStatus.PENDING]
     if lost:
-        session.execute(update(DELIVERY).where(DELIVERY.c.id.in_(lost)).values(publish_after=clock_plus(grace_seconds)))
+        connection.execute(
+            update(DELIVERY).where(DELIVERY.c.id.in_(lost)).values(publish_after=clock_plus(grace_seconds))
+        )
     return found
 
 
-def look_later(session: Session, delivery: DeliveryRecord, *, seconds: float) -> None:
+def look_later(connection: Connection, delivery: DeliveryRecord, *, seconds: float) -> None:
     """Take a running delivery that this process cannot settle out of the relay's sight for a while."""
-    session.execute(update(DELIVERY).where(_running(delivery)).values(publish_after=clock_plus(seconds)))
+    connection.execute(update(DELIVERY).where(_running(delivery)).values(publish_after=clock_plus(seconds)))
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def follow_disabling(session: Session, chain_ids: Sequence[int], *, disabled: bool) -> None:
+def follow_disabling(connection: Connection, chain_ids: Sequence[int], *, disabled: bool) -> None:
     """Take the pending deliveries of disabled chains out of the relay's sight, or give them back."""
     for start in range(0, len(chain_ids), 1000):
-        session.execute(
+        connection.execute(
             update(DELIVERY)
             .where(
                 DELIVERY.c.chain_id.in_(chain_ids[start : start + 1000]), DELIVERY.c.status == DeliveryStatus.PENDING
@@ -602,7 +545,7 @@ def follow_disabling(session: Session, chain_ids: Sequence[int], *, disabled: bo
 
 
 def reopen(
-    session: Session,
+    connection: Connection,
     delivery: DeliveryRecord,
     *,
     max_attempts: int,
@@ -614,7 +557,7 @@ def reopen(
 
     Whoever retries a held one has decided what its unknown effect was: it is not held for that again.
     """
-    session.execute(
+    connection.execute(
         update(DELIVERY)
         .where(
             DELIVERY.c.id == delivery.id,
@@ -629,79 +572,81 @@ def reopen(
             publish_after=None if disabled else clock_plus(0),
         )
     )
-    session.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
-    _event(session, delivery, EventAction.RETRIED, now=now, requested_by=requested_by, detail=delivery.last_error)
+    connection.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
+    _event(connection, delivery, EventAction.RETRIED, now=now, requested_by=requested_by, detail=delivery.last_error)
 
 
 # --- disagreements ---------------------------------------------------------------------------------------------------
 
 
-def chains_astray(session: Session, *, limit: int) -> list[int]:
+def chains_astray(connection: Connection, *, limit: int) -> list[int]:
     """Chains that wait for a delivery which is closed or missing, ascending."""
     owed = select(DELIVERY.c.id).where(
         DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES])
     )
     query = select(CHAIN.c.id).where(CHAIN.c.pending_delivery_id.is_not(None), ~owed.exists())
-    return list(session.execute(query.order_by(CHAIN.c.id).limit(limit)).scalars())
+    return list(connection.execute(query.order_by(CHAIN.c.id).limit(limit)).scalars())
 
 
-def free_chain(session: Session, chain_id: int, *, now: datetime) -> None:
+def free_chain(connection: Connection, chain_id: int, *, now: datetime) -> None:
     """Make a chain due that waits for a delivery which is closed or missing; nothing if it does not."""
     owed = select(DELIVERY.c.id).where(
         DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES])
     )
-    session.execute(
+    connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == chain_id, CHAIN.c.pending_delivery_id.is_not(None), ~owed.exists())
         .values(pending_delivery_id=None, version=CHAIN.c.version + 1, due_at=chains.unless_disabled(now))
     )
 
 
-def orphans(session: Session, *, limit: int) -> list[str]:
+def orphans(connection: Connection, *, limit: int) -> list[str]:
     """Open deliveries whose chain does not wait for them."""
     query = (
         select(DELIVERY.c.id)
         .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
         .where(
+            DELIVERY.c.finished_at.is_(None),
             DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES]),
             or_(CHAIN.c.pending_delivery_id.is_(None), CHAIN.c.pending_delivery_id != DELIVERY.c.id),
         )
     )
-    return list(session.execute(query.order_by(DELIVERY.c.id).limit(limit)).scalars())
+    return list(connection.execute(query.order_by(DELIVERY.c.id).limit(limit)).scalars())
 
 
-def close_orphan(session: Session, delivery_id: str, *, now: datetime) -> None:
+def close_orphan(connection: Connection, delivery_id: str, *, now: datetime) -> None:
     """Close an open delivery, that does not run, as cancelled if its chain does not wait for it."""
-    delivery = read(session, delivery_id, lock=True)
+    delivery = read(connection, delivery_id, lock=True)
     if delivery is None or delivery.status not in (DeliveryStatus.PENDING, DeliveryStatus.DEAD, DeliveryStatus.HELD):
         return
-    if chains.read_one(session, delivery.chain_id, lock=True).pending_delivery_id == delivery_id:
+    if chains.read_one(connection, delivery.chain_id, lock=True).pending_delivery_id == delivery_id:
         return
-    if _close(session, delivery, status=DeliveryStatus.CANCELLED, error="its chain does not wait for it"):
-        _event(session, delivery, EventAction.CANCELLED, now=now, detail="its chain does not wait for it")
+    if _close(connection, delivery, status=DeliveryStatus.CANCELLED, error="its chain does not wait for it"):
+        _event(connection, delivery, EventAction.CANCELLED, now=now, detail="its chain does not wait for it")
 
 
-def count_stopped(session: Session) -> dict[str, int]:
+def count_stopped(connection: Connection) -> dict[str, int]:
     """How many deliveries are dead and held."""
     query = select(DELIVERY.c.status, func.count()).where(
-        DELIVERY.c.status.in_([str(DeliveryStatus.DEAD), str(DeliveryStatus.HELD)])
+        DELIVERY.c.finished_at.is_(None),
+        DELIVERY.c.status.in_([str(DeliveryStatus.DEAD), str(DeliveryStatus.HELD)]),
     )
-    return {status: count for status, count in session.execute(query.group_by(DELIVERY.c.status))}
+    return {status: count for status, count in connection.execute(query.group_by(DELIVERY.c.status))}
 
 
-def late(session: Session, *, seconds: float, limit: int) -> list[str]:
+def late(connection: Connection, *, seconds: float, limit: int) -> list[str]:
     """Deliveries that the relay should have looked at `seconds` ago and has not."""
     query = select(DELIVERY.c.id).where(DELIVERY.c.publish_after <= clock_plus(-seconds))
-    return list(session.execute(query.order_by(DELIVERY.c.publish_after).limit(limit)).scalars())
+    return list(connection.execute(query.order_by(DELIVERY.c.publish_after).limit(limit)).scalars())
 
 
 # --- upkeep ----------------------------------------------------------------------------------------------------------
 
 
-def prune(session: Session, *, before: datetime, limit: int) -> int:
+def prune(connection: Connection, *, before: datetime, limit: int) -> int:
     """Delete a batch of closed deliveries that ended before `before`; how many."""
     ids = (
-        session.execute(
+        connection.execute(
             select(DELIVERY.c.id)
             .where(DELIVERY.c.finished_at < before, DELIVERY.c.status.in_([str(status) for status in CLOSED_STATUSES]))
             .order_by(DELIVERY.c.finished_at, DELIVERY.c.id)
@@ -711,7 +656,7 @@ def prune(session: Session, *, before: datetime, limit: int) -> int:
         .all()
     )
     if ids:
-        session.execute(delete(DELIVERY).where(DELIVERY.c.id.in_(sorted(ids))))
+        connection.execute(delete(DELIVERY).where(DELIVERY.c.id.in_(sorted(ids))))
     return len(ids)
 
 

@@ -16,14 +16,14 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Final
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
 
 from dispatcher import batches, chains, deliveries
 from dispatcher.config import Callback, ChainType, DispatcherConfig, resolve_callback
 from dispatcher.database import Database
 from dispatcher.decisions import ChainResult, due_after_move, load_contexts, merged_context, next_update
-from dispatcher.deliveries import Begun, DeliveryRecord, LostChain, Owed
+from dispatcher.deliveries import Begun, DeliveryRecord, Finished, LostChain, Owed
 from dispatcher.errors import PermanentFailure, ServiceUnavailable, ends_process
 from dispatcher.evaluation import GuardFailed, Plan, evaluate
 from dispatcher.publisher import CHAINS_QUEUE, MAX_COUNTDOWN, Publisher, PublishFailed
@@ -100,21 +100,31 @@ class Attempts:
         if delivery_id is None or isinstance(owed.attempt, bool) or not 0 < owed.attempt < 2**31:
             return AttemptResult(str(owed.delivery_id)[:40], owed.attempt, AttemptOutcome.MISSING)
         finish_by = time.monotonic() + self._settings.lease_seconds
-        begun = self._database.write(lambda session: self._begin(session, delivery_id, owed.attempt, finish_by))
-        if isinstance(begun, AttemptOutcome):
-            logger.log(
-                logging.WARNING if begun == AttemptOutcome.UNKNOWN_DEFINITION else logging.INFO,
-                "attempt %s of delivery %s: %s",
-                owed.attempt,
-                delivery_id,
-                begun,
-                extra={"action": f"attempt_{begun}", "delivery_id": delivery_id},
-            )
-            return AttemptResult(delivery_id, owed.attempt, begun)
-        ended = self._attempt(begun)
-        result = ended if isinstance(ended, AttemptResult) else self._delivered(begun, ended, "")
+        begun = batches.begin(
+            self._database, [Owed(delivery_id, owed.attempt)], lease_seconds=self._settings.lease_seconds
+        )
+        if not begun:
+            with self._database.read() as connection:
+                outcome = deliveries.why_not_begun(connection, delivery_id)
+            return self._not_begun(delivery_id, owed.attempt, outcome)
+        attempt = self._defined(begun[0], finish_by)
+        if attempt is None:
+            return self._not_begun(delivery_id, owed.attempt, AttemptOutcome.UNKNOWN_DEFINITION)
+        ended = self._attempt(attempt)
+        result = ended if isinstance(ended, AttemptResult) else self._delivered(attempt, ended, "")
         self._log(result)
         return result
+
+    def _not_begun(self, delivery_id: str, attempt: int, outcome: AttemptOutcome) -> AttemptResult:
+        logger.log(
+            logging.WARNING if outcome == AttemptOutcome.UNKNOWN_DEFINITION else logging.INFO,
+            "attempt %s of delivery %s: %s",
+            attempt,
+            delivery_id,
+            outcome,
+            extra={"action": f"attempt_{outcome}", "delivery_id": delivery_id},
+        )
+        return AttemptResult(delivery_id, attempt, outcome)
 
     def _log(self, result: AttemptResult) -> None:
         logger.log(
@@ -166,7 +176,9 @@ class Attempts:
 
     def _deliver_group(self, owed: Sequence[Owed], stop_at: float) -> list[AttemptResult]:
         finish_by = time.monotonic() + self._settings.lease_seconds
-        begun = self._database.write(lambda session: self._begin_many(session, owed, finish_by))
+        rows = batches.begin(self._database, owed, lease_seconds=self._settings.lease_seconds)
+        defined = (self._defined(one, finish_by) for one in rows)
+        begun = [one for one in defined if one is not None]
         loaded: dict[int, Mapping[str, Any] | BaseException] = {}
         by_type: dict[str, list[_Attempt]] = {}
         for attempt in begun:
@@ -193,21 +205,16 @@ class Attempts:
                 called, since = [], time.monotonic()
         return results + self._delivered_many(called)
 
-    def _give_back(self, session: Session, left: Sequence[DeliveryRecord]) -> None:
+    def _give_back(self, connection: Connection, left: Sequence[DeliveryRecord]) -> None:
         for delivery in left:
-            deliveries.postpone(session, delivery, seconds=0, reason="the time of its group was used up")
-
-    def _begin_many(self, session: Session, owed: Sequence[Owed], finish_by: float) -> list[_Attempt]:
-        begun = batches.begin_many(session, owed, lease_seconds=self._settings.lease_seconds)
-        defined = (self._defined(session, one, finish_by) for one in begun)
-        return [one for one in defined if one is not None]
+            deliveries.postpone(connection, delivery, seconds=0, reason="the time of its group was used up")
 
     def _delivered_many(self, called: Sequence[tuple[_Attempt, Transition]]) -> list[AttemptResult]:
         """Record callbacks that returned, in one transaction; one by one, with all their retries, if that fails."""
         if len(called) < 2:  # noqa: PLR2004 - a batch has several
             return [self._delivered(attempt, transition, "") for attempt, transition in called]
         finished = [
-            batches.Finished(
+            Finished(
                 attempt.delivery,
                 rest_until := next_update(transition),
                 due_after_move(attempt.chain_type, attempt.delivery.final_state, rest_until, attempt.now),
@@ -216,7 +223,7 @@ class Attempts:
         ]
         now = called[0][0].now
         try:
-            done = self._database.write(lambda session: batches.finish_many(session, finished, now=now))
+            done = batches.finish(self._database, finished, now=now)
         except (ServiceUnavailable, DBAPIError) as error:
             logger.warning("the end of %d deliveries is not written (%s), trying again", len(called), error)
             return [self._delivered(attempt, transition, "", seen_error=True) for attempt, transition in called]
@@ -232,14 +239,7 @@ class Attempts:
 
     # --- one attempt -------------------------------------------------------------------------------------------------
 
-    def _begin(self, session: Session, delivery_id: str, attempt: int, finish_by: float) -> _Attempt | AttemptOutcome:
-        begun = deliveries.begin(session, delivery_id, attempt, lease_seconds=self._settings.lease_seconds)
-        if isinstance(begun, AttemptOutcome):
-            return begun
-        defined = self._defined(session, begun, finish_by)
-        return defined if defined is not None else AttemptOutcome.UNKNOWN_DEFINITION
-
-    def _defined(self, session: Session, begun: Begun, finish_by: float) -> _Attempt | None:
+    def _defined(self, begun: Begun, finish_by: float) -> _Attempt | None:
         """The attempt with its definition; None when this configuration has none: then its beginning is taken back."""
         delivery, record = begun.delivery, begun.chain
         now = self._database.domain_now(begun.machine_now)
@@ -249,23 +249,27 @@ class Attempts:
             callback = resolve_callback(chain_type, transition_class, delivery.callback)
         except KeyError as error:
             reason = f"{_UNKNOWN_DEFINITION}{error.args[0]!r}"
-            waited = max((begun.machine_now - delivery.planned_at).total_seconds(), 0)
-            seconds = growing_interval(1 + int(waited // 60)).total_seconds()
-            deliveries.postpone(session, delivery, seconds=seconds, reason=reason)
-            if not (delivery.last_error or "").startswith(_UNKNOWN_DEFINITION):
-                chains.add_event(
-                    session,
-                    record.id,
-                    record.version,
-                    EventAction.UNKNOWN_DEFINITION,
-                    value=delivery.transition,
-                    from_state=record.state,
-                    to_state=record.state,
-                    detail=reason,
-                    now=now,
-                )
+            self._database.write(partial(self._wait_for_definition, begun=begun, reason=reason, now=now))
             return None
         return _Attempt(begun, chain_type, transition_class, callback, now, finish_by)
+
+    def _wait_for_definition(self, connection: Connection, *, begun: Begun, reason: str, now: datetime) -> None:
+        delivery, record = begun.delivery, begun.chain
+        waited = max((begun.machine_now - delivery.planned_at).total_seconds(), 0)
+        seconds = growing_interval(1 + int(waited // 60)).total_seconds()
+        postponed = deliveries.postpone(connection, delivery, seconds=seconds, reason=reason)
+        if postponed and not (delivery.last_error or "").startswith(_UNKNOWN_DEFINITION):
+            chains.add_event(
+                connection,
+                record.id,
+                record.version,
+                EventAction.UNKNOWN_DEFINITION,
+                value=delivery.transition,
+                from_state=record.state,
+                to_state=record.state,
+                detail=reason,
+                now=now,
+            )
 
     def _attempt(
         self, attempt: _Attempt, loaded: Mapping[str, Any] | BaseException | None = None
@@ -318,7 +322,7 @@ class Attempts:
         if took_place is None and attempt.chain_type.on_unknown == "hold":
             return self._stopped(attempt, DeliveryStatus.HELD, "the effect of an earlier attempt is unknown")
         if took_place is False and not self._finish(
-            attempt, lambda session: deliveries.mark_known(session, delivery), (DeliveryStatus.RUNNING,)
+            attempt, lambda connection: deliveries.mark_known(connection, delivery), (DeliveryStatus.RUNNING,)
         ):
             return self._result(attempt, AttemptOutcome.STALE, "the delivery was taken over meanwhile")
         if delivery.attempt > delivery.max_attempts:
@@ -355,17 +359,14 @@ class Attempts:
         next_update_at = next_update(transition)
         due_at = due_after_move(attempt.chain_type, delivery.final_state, next_update_at, attempt.now)
 
-        def work(session: Session) -> bool:
-            return deliveries.close_and_move(
-                session,
-                delivery,
-                status=DeliveryStatus.DELIVERED,
-                next_update_at=next_update_at,
-                due_at=due_at,
-                now=attempt.now,
-            )
-
-        if not self._finish(attempt, work, (DeliveryStatus.DELIVERED,), seen_error=seen_error):
+        if not finish(
+            self._database,
+            delivery,
+            lambda: bool(batches.finish(self._database, [Finished(delivery, next_update_at, due_at)], now=attempt.now)),
+            (DeliveryStatus.DELIVERED,),
+            finish_by=attempt.finish_by,
+            seen_error=seen_error,
+        ):
             return self._result(attempt, AttemptOutcome.STALE, "the delivery was taken over while the callback ran")
         if attempt.chain_type.continue_ and due_at is not None:
             self._continue(attempt)
@@ -375,8 +376,8 @@ class Attempts:
         won = type(plan.winner).__name__ if plan.winner is not None else "none"
         reason = f"last look: {won} wins now; {deliveries.reasons(plan.errors)}"
 
-        def work(session: Session) -> bool:
-            return deliveries.close_and_stay(session, attempt.delivery, now=attempt.now, reason=reason)
+        def work(connection: Connection) -> bool:
+            return deliveries.close_and_stay(connection, attempt.delivery, now=attempt.now, reason=reason)
 
         if not self._finish(attempt, work, (DeliveryStatus.CANCELLED,)):
             return self._result(attempt, AttemptOutcome.STALE)
@@ -401,8 +402,8 @@ class Attempts:
         by_celery = seconds <= MAX_COUNTDOWN
         grace = self._settings.queued_seconds if by_celery else 0.0
 
-        def work(session: Session) -> bool:
-            return deliveries.retry(session, delivery, seconds=seconds, grace_seconds=grace, error=reason)
+        def work(connection: Connection) -> bool:
+            return deliveries.retry(connection, delivery, seconds=seconds, grace_seconds=grace, error=reason)
 
         if not self._finish(attempt, work, (DeliveryStatus.PENDING,)):
             return self._result(attempt, AttemptOutcome.STALE)
@@ -424,9 +425,9 @@ class Attempts:
         next_update_at = next_update(transition) if transition is not None else None
         due_at = due_after_move(attempt.chain_type, delivery.final_state, next_update_at, attempt.now)
 
-        def work(session: Session) -> bool:
+        def work(connection: Connection) -> bool:
             return deliveries.close_and_move(
-                session,
+                connection,
                 delivery,
                 status=DeliveryStatus.SKIPPED,
                 next_update_at=next_update_at,
@@ -441,8 +442,8 @@ class Attempts:
     def _stopped(self, attempt: _Attempt, status: DeliveryStatus, reason: str) -> AttemptResult:
         delivery = attempt.delivery
 
-        def work(session: Session) -> bool:
-            return deliveries.stop(session, delivery, status=status, error=reason, now=attempt.now)
+        def work(connection: Connection) -> bool:
+            return deliveries.stop(connection, delivery, status=status, error=reason, now=attempt.now)
 
         done = self._finish(attempt, work, (status,))
         return self._result(attempt, AttemptOutcome(status.value) if done else AttemptOutcome.STALE, reason)
@@ -463,21 +464,10 @@ class Attempts:
                 "chain %s: follow-up not published (%s): the sweep does it", attempt.delivery.chain_id, error
             )
 
-    def _finish(
-        self,
-        attempt: _Attempt,
-        work: Callable[[Session], bool],
-        written: Sequence[DeliveryStatus],
-        *,
-        seen_error: bool = False,
-    ) -> bool:
-        """Whether the end of an attempt is committed; tried again until the lease ends while the database is away.
-
-        A commit may succeed while its caller sees an error: after one, a row that reads as `written` is ours.
-        """
-        return finish(
-            self._database, attempt.delivery, work, written, finish_by=attempt.finish_by, seen_error=seen_error
-        )
+    def _finish(self, attempt: _Attempt, work: Callable[[Connection], bool], written: Sequence[DeliveryStatus]) -> bool:
+        """Whether the end of an attempt is committed; tried again until the lease ends while the database is away."""
+        write = partial(self._database.write, work)
+        return finish(self._database, attempt.delivery, write, written, finish_by=attempt.finish_by)
 
     # --- in this process ---------------------------------------------------------------------------------------------
 
@@ -488,9 +478,9 @@ class Attempts:
         unchanged.
         """
         assert result.delivery_id is not None and result.transition is not None
-        with self._database.read() as session:
-            delivery = deliveries.read(session, result.delivery_id)
-            now = self._database.now(session)
+        with self._database.read() as connection:
+            delivery = deliveries.read(connection, result.delivery_id)
+            now = self._database.now(connection)
         if delivery is None:
             return replace(result, outcome=Outcome.STALE)
         transition = result.transition
@@ -506,7 +496,10 @@ class Attempts:
                     finish(
                         self._database,
                         delivery,
-                        lambda session: deliveries.close_and_stay(session, delivery, now=now, reason=reason),
+                        partial(
+                            self._database.write,
+                            lambda connection: deliveries.close_and_stay(connection, delivery, now=now, reason=reason),
+                        ),
                         (DeliveryStatus.CANCELLED,),
                         finish_by=time.monotonic() + self._settings.lease_seconds,
                     )
@@ -519,14 +512,7 @@ class Attempts:
             done = finish(
                 self._database,
                 delivery,
-                lambda session: deliveries.close_and_move(
-                    session,
-                    delivery,
-                    status=DeliveryStatus.DELIVERED,
-                    next_update_at=next_update_at,
-                    due_at=due_at,
-                    now=now,
-                ),
+                lambda: bool(batches.finish(self._database, [Finished(delivery, next_update_at, due_at)], now=now)),
                 (DeliveryStatus.DELIVERED,),
                 finish_by=time.monotonic() + self._settings.lease_seconds,
             )
@@ -545,7 +531,7 @@ class Attempts:
             while not ended.wait(seconds / 3):
                 try:
                     if not self._database.write(
-                        lambda session: deliveries.renew_lease(session, delivery, lease_seconds=seconds)
+                        lambda connection: deliveries.renew_lease(connection, delivery, lease_seconds=seconds)
                     ):
                         return
                 except (ServiceUnavailable, DBAPIError) as error:
@@ -563,26 +549,27 @@ class Attempts:
 def finish(
     database: Database,
     delivery: DeliveryRecord,
-    work: Callable[[Session], bool],
+    write: Callable[[], bool],
     written: Sequence[DeliveryStatus],
     *,
     finish_by: float,
     seen_error: bool = False,
 ) -> bool:
-    """Whether `work` is committed, tried again while the database is away until `finish_by` (monotonic seconds).
+    """Whether `write()` has committed, tried again while the database is away until `finish_by` (monotonic seconds).
 
-    `seen_error` says that an earlier try may have been committed already. Raises the database's error when the time is
-    over: the relay then settles the attempt as unknown.
+    A commit may succeed while its caller sees an error: after one, a row whose status is among `written` is ours;
+    `seen_error` says that there was one before. Raises the database's error when the time is over: the relay then
+    settles the attempt as unknown.
     """
     pause = 0.05
     while True:
         try:
-            if database.write(work):
+            if write():
                 return True
             if not seen_error:
                 return False
-            with database.read() as session:
-                row = deliveries.read(session, delivery.id)
+            with database.read() as connection:
+                row = deliveries.read(connection, delivery.id)
             return row is not None and row.attempt == delivery.attempt and row.status in written
         except LostChain:
             return False

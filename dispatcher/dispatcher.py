@@ -7,9 +7,11 @@ from functools import partial
 from itertools import islice
 from typing import Any, Self
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, scoped_session
 
 from dispatcher import bookkeeping, chains, deliveries
+from dispatcher.bookkeeping import TypeRecord
 from dispatcher.chain import Chain, Services
 from dispatcher.chains import ChainRecord
 from dispatcher.config import Callback, ChainType, DispatcherConfig
@@ -24,7 +26,6 @@ from dispatcher.executor import Executor
 from dispatcher.loading import load_object
 from dispatcher.locks import ChainLocks
 from dispatcher.migrations import require_current
-from dispatcher.models import TypeRow
 from dispatcher.on_commit import run_after_commit
 from dispatcher.operations import MapCounts, Operations
 from dispatcher.publisher import CeleryApp, Publisher, PublishFailed
@@ -143,23 +144,24 @@ class Dispatcher:
         resources = clean_resources(rsc_mappings)
         context = checked_json("initial_context", initial_context)
 
-        def find(session: Session) -> int | None:
+        def find(connection: Connection) -> int | None:
             look = chains.find_containing if can_be_subset else chains.find_exact
-            return look(session, chain_type, resources)
+            return look(connection, chain_type, resources)
 
         self._ready()
-        with self.database.read() as session:
-            chain_id = find(session)
-            record = chains.read_many(session, [chain_id]).get(chain_id) if chain_id is not None else None
+        with self.database.read() as connection:
+            chain_id = find(connection)
+            record = chains.read_many(connection, [chain_id]).get(chain_id) if chain_id is not None else None
         if record is not None:
             return Chain(self._services, record)
         if self.settings.dry_run:
             return Chain.unsaved(self._services, chain_type, resources, context)
 
-        def work(session: Session) -> ChainRecord:
-            found = find(session)  # another caller may have been faster
+        def work(connection: Connection) -> ChainRecord:
+            found = find(connection)  # another caller may have been faster
             return chains.read_one(
-                session, found if found is not None else self._requests.create(session, config, resources, context)
+                connection,
+                found if found is not None else self._requests.create(connection, config, resources, context),
             )
 
         return Chain(self._services, self.database.write(work))
@@ -183,8 +185,8 @@ class Dispatcher:
     def chain(self, chain_id: int) -> "Chain":
         """The chain with this id; `ChainMissing` if there is none."""
         self._ready()
-        with self.database.read() as session:
-            return Chain(self._services, chains.read_one(session, chain_id))
+        with self.database.read() as connection:
+            return Chain(self._services, chains.read_one(connection, chain_id))
 
     def find_chains(
         self,
@@ -199,13 +201,13 @@ class Dispatcher:
         self._ready()
         if not is_text(f"{chain_type}{state}"):  # nothing can have been named so
             return []
-        with self.database.read() as session:
+        with self.database.read() as connection:
             if resource is not None:
                 (pair,) = clean_resources([resource])
-                ids = chains.list_by_resource(session, pair, after_id=after_id, limit=limit)
+                ids = chains.list_by_resource(connection, pair, after_id=after_id, limit=limit)
             else:
-                ids = chains.list_ids(session, chain_type=chain_type, state=state, after_id=after_id, limit=limit)
-            records = chains.read_many(session, ids)
+                ids = chains.list_ids(connection, chain_type=chain_type, state=state, after_id=after_id, limit=limit)
+            records = chains.read_many(connection, ids)
         found = [Chain(self._services, records[chain_id]) for chain_id in ids if chain_id in records]
         return [
             chain
@@ -226,14 +228,16 @@ class Dispatcher:
         statuses = [DeliveryStatus(status) for status in statuses]
         if not is_text(f"{chain_type}"):  # nothing can have been named so
             return []
-        with self.database.read() as session:
-            return deliveries.listing(session, chain_id=chain_id, chain_type=chain_type, statuses=statuses, limit=limit)
+        with self.database.read() as connection:
+            return deliveries.listing(
+                connection, chain_id=chain_id, chain_type=chain_type, statuses=statuses, limit=limit
+            )
 
     def stats(self) -> dict[str, Any]:
         """Counts `{"chains", "due", "next_due_at", "open_deliveries", "deliveries": {status: n}}`; reads all chains."""
         self._ready()
-        with self.database.read() as session:
-            return chains.statistics(session, now=self.database.now(session))
+        with self.database.read() as connection:
+            return chains.statistics(connection, now=self.database.now(connection))
 
     # --- on demand ---------------------------------------------------------------------------------------------------
 
@@ -265,10 +269,10 @@ class Dispatcher:
         )
         self._ready()
         if dry_run or self.settings.dry_run:
-            with self.database.read() as session:
-                chain_id = chains.find_exact(session, chain_type, resources)
+            with self.database.read() as connection:
+                chain_id = chains.find_exact(connection, chain_type, resources)
             return self._requests.publish_dry_run(chain_id, chain_type, resources, request)
-        chain_id = self.database.write(lambda session: self._requests.write(session, config, resources, request))
+        chain_id = self._requests.write_committed(config, resources, request)
         return self._requests.publish(chain_id, best_effort=best_effort)
 
     def enqueue_on_commit(
@@ -306,9 +310,9 @@ class Dispatcher:
         }
         if dry_run or self.settings.dry_run:
             run_after_commit(session, lambda: self.enqueue(chain_type, resources, dry_run=True, **options))
-        elif self._requests.shares_database(session):
+        elif self._requests.shares_database(session.get_bind().engine.url):
             self._ready()
-            chain_id = self._requests.write(session, config, resources, request)
+            chain_id = self._requests.write(session.connection(), config, resources, request)
             run_after_commit(session, lambda: self._requests.publish(chain_id, best_effort=True))
         else:
             run_after_commit(session, lambda: self.enqueue(chain_type, resources, best_effort=True, **options))
@@ -425,11 +429,11 @@ class Dispatcher:
             dry_run=dry_run or self.settings.dry_run,
         )
 
-    def find_types(self) -> list[TypeRow]:
+    def find_types(self) -> list[TypeRecord]:
         """What is remembered of each chain type that was paused, limited or fingerprinted, by name."""
         self._ready()
-        with self.database.read() as session:
-            return bookkeeping.read_types(session)
+        with self.database.read() as connection:
+            return bookkeeping.read_types(connection)
 
     def examine(self) -> list[Finding]:
         """What is wrong with this deployment, each finding with what mends it; empty when all is well."""

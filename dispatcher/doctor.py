@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from shlex import quote
 from typing import Final
 
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
 from dispatcher import bookkeeping, chains, deliveries, migrations
 from dispatcher.config import ChainType, DispatcherConfig
@@ -85,8 +85,8 @@ class Doctor:
             yield Finding("database", f"at revision {found}, not at {head}", remedy)
 
     def _database_clock_findings(self) -> Iterator[Finding]:
-        with self._database.read() as session:
-            there = self._database.machine_now(session)
+        with self._database.read() as connection:
+            there = self._database.machine_now(connection)
         yield from self._clock_finding("database", there)
 
     def _clock_finding(self, area: str, there: datetime) -> Iterator[Finding]:
@@ -155,12 +155,14 @@ class Doctor:
     # --- rows --------------------------------------------------------------------------------------------------------
 
     def _row_findings(self) -> Iterator[Finding]:
-        with self._database.read() as session:
-            astray = deliveries.chains_astray(session, limit=_SHOWN)
-            orphans = deliveries.orphans(session, limit=_SHOWN)
-            stopped = deliveries.count_stopped(session)
-            late = deliveries.late(session, seconds=self._late_seconds(), limit=_SHOWN)
-            paused = [row for row in bookkeeping.read_types(session) if row.paused and row.name in self._config.by_type]
+        with self._database.read() as connection:
+            astray = deliveries.chains_astray(connection, limit=_SHOWN)
+            orphans = deliveries.orphans(connection, limit=_SHOWN)
+            stopped = deliveries.count_stopped(connection)
+            late = deliveries.late(connection, seconds=self._late_seconds(), limit=_SHOWN)
+            paused = [
+                row for row in bookkeeping.read_types(connection) if row.paused and row.name in self._config.by_type
+            ]
         for chain_id in astray:
             yield Finding(
                 "chain",
@@ -202,16 +204,16 @@ class Doctor:
             )
 
     def _pass_findings(self) -> Iterator[Finding]:
-        with self._database.read() as session:
-            now = self._database.machine_now(session)
-            domain_now = self._database.now(session)
-            ticks = bookkeeping.read_ticks(session)
-            paused = bookkeeping.paused_types(session)
+        with self._database.read() as connection:
+            now = self._database.machine_now(connection)
+            domain_now = self._database.now(connection)
+            ticks = bookkeeping.read_ticks(connection)
+            paused = bookkeeping.paused_types(connection)
             due = [
                 position.due_at
                 for name, chain_type in self._config.by_type.items()
                 if name not in paused and not _asks_every_sweep(chain_type)
-                for position in chains.due_page(session, chain_type=name, now=domain_now, after=None, limit=1)
+                for position in chains.due_page(connection, chain_type=name, now=domain_now, after=None, limit=1)
             ]
         for name, seconds in ((SWEEP, self._settings.sweep_seconds), (RELAY, self._settings.relay_seconds)):
             last_at = ticks.get(name)
@@ -231,8 +233,8 @@ class Doctor:
         )
 
     def _write(self, work: Callable[..., None], key: int | str) -> None:
-        def transaction(session: Session) -> None:
-            work(session, key, now=self._database.now(session))
+        def transaction(connection: Connection) -> None:
+            work(connection, key, now=self._database.now(connection))
 
         self._database.write(transaction)
 

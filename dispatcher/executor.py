@@ -8,16 +8,16 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
 from dispatcher import batches, bookkeeping, chains, deliveries
 from dispatcher.bookkeeping import Budget
-from dispatcher.chains import ChainRecord, Move, Request, Rest
+from dispatcher.chains import ChainRecord, Request, Rest
 from dispatcher.config import ChainType, DispatcherConfig
 from dispatcher.database import Database
 from dispatcher.decisions import (
@@ -32,7 +32,7 @@ from dispatcher.decisions import (
     standing_of,
     unsaved_record,
 )
-from dispatcher.deliveries import Owed, PlannedDelivery
+from dispatcher.deliveries import Owed, Timing
 from dispatcher.evaluation import GuardFailed
 from dispatcher.locks import ChainLocks, Held
 from dispatcher.publisher import CHAINS_QUEUE, Publisher, PublishFailed
@@ -134,9 +134,9 @@ class Executor:
 
         With `chain_id=None` an unsaved chain in NEW with these resources is planned. Raises what a guard raises.
         """
-        with self._database.read() as session:
-            now = self._database.now(session)
-            record = chains.read_many(session, [chain_id]).get(chain_id) if chain_id is not None else None
+        with self._database.read() as connection:
+            now = self._database.now(connection)
+            record = chains.read_many(connection, [chain_id]).get(chain_id) if chain_id is not None else None
         if record is None:
             if chain_id is not None:
                 return ChainResult(chain_id, Outcome.MISSING)
@@ -191,8 +191,7 @@ class Executor:
         requested_by: str | None = None,
         stop_at: float = math.inf,
     ) -> list[ChainResult]:
-        with self._database.read() as session:
-            records, machine_now = chains.read_with_clock(session, held.held)
+        records, machine_now = batches.read(self._database, held.held)
         now = self._database.domain_now(machine_now)
         results: list[ChainResult] = []
         todo: list[ChainRecord] = []
@@ -260,8 +259,8 @@ class Executor:
     def _paused(self) -> frozenset[str]:
         """The paused chain types, as of at most some seconds ago: a pause need not cost every execution a query."""
         if time.monotonic() >= self._paused_until:
-            with self._database.read() as session:
-                self._paused_types = frozenset(bookkeeping.paused_types(session))
+            with self._database.read() as connection:
+                self._paused_types = frozenset(bookkeeping.paused_types(connection))
             self._paused_until = time.monotonic() + _PAUSED_SECONDS
         return self._paused_types
 
@@ -271,144 +270,95 @@ class Executor:
         if not crashers:
             return records
         kept = {record.id: record for record in records}
-
-        def work(session: Session) -> None:
-            kept.update((record.id, record) for record in crashers)
-            for record in crashers:
-                failures = record.failures + 1
-                rest = Rest(
-                    record=record,
-                    due_at=now + growing_interval(failures),
-                    failures=failures,
-                    event=EventAction.GUARD_FAILED if record.failures == 0 else None,
-                    detail=f"{held.crashes[record.id]} evaluations ended with their process",
-                )
-                if chains.rest(session, rest, now=now):
-                    kept[record.id] = replace(record, due_at=rest.due_at, failures=failures)
-                else:
-                    del kept[record.id]
-
-        self._database.write(work)
+        rests = {
+            record.id: Rest(
+                record=record,
+                due_at=now + growing_interval(record.failures + 1),
+                failures=record.failures + 1,
+                event=EventAction.GUARD_FAILED if record.failures == 0 else None,
+                detail=f"{held.crashes[record.id]} evaluations ended with their process",
+            )
+            for record in crashers
+        }
+        written = batches.write(self._database, list(rests.values()), now=now, timing=Timing(0))
+        for chain_id, rest in rests.items():
+            if chain_id in written:
+                kept[chain_id] = replace(kept[chain_id], due_at=rest.due_at, failures=rest.failures)
+            else:
+                del kept[chain_id]
         return list(kept.values())
 
     def _write(self, decisions: Sequence[Decision], now: datetime, *, lease: bool) -> list[ChainResult]:
-        writes = sorted(
-            (decision for decision in decisions if decision.write is not None),
-            key=lambda one: one.result.chain_id or 0,
-        )
-        written: dict[int | None, ChainResult] = {}
+        """The results of what was decided, once it is written."""
+        writes = [decision.write for decision in decisions if decision.write is not None]
+        timing = Timing(self._settings.queued_seconds, self._settings.lease_seconds if lease else None)
+        refused: set[int] = set()
+        if not writes:
+            written: dict[int, str | None] = {}
+        elif limited := self._limited_types(decisions):
 
-        def work(session: Session) -> None:
-            written.clear()
-            budgets = self._lock_budgets(session, writes)
-            if len(writes) == 1 and not budgets:
-                (decision,) = writes
-                written[decision.result.chain_id] = self._write_one(session, decision, now, lease=lease)
-            else:
-                written.update(self._write_many(session, writes, budgets, now, lease=lease))
+            def work(connection: Connection) -> tuple[dict[int, str | None], set[int]]:
+                return self._write_within_budgets(connection, decisions, limited, now=now, timing=timing)
 
-        if writes:
-            self._database.write(work)
-        return [written.get(decision.result.chain_id, decision.result) for decision in decisions]
+            written, refused = self._database.write(work)
+        else:
+            written = batches.write(self._database, writes, now=now, timing=timing)
+        return [_result_of(decision, written, refused) for decision in decisions]
 
-    def _write_many(
+    def _write_within_budgets(
         self,
-        session: Session,
+        connection: Connection,
         decisions: Sequence[Decision],
-        budgets: Mapping[str, Budget | None],
-        now: datetime,
+        limited: Sequence[str],
         *,
-        lease: bool,
-    ) -> dict[int | None, ChainResult]:
-        """The results of many decisions, written in a handful of statements; stale and unaffordable ones are not."""
-        results: dict[int | None, ChainResult] = {}
-        records = [decision.write.record for decision in decisions if decision.write is not None]
-        asleep = batches.lock_unchanged(session, records)
+        now: datetime,
+        timing: Timing,
+    ) -> tuple[dict[int, str | None], set[int]]:
+        """As `batches.write`, and the chains that their type's budget keeps from planning."""
+        budgets = self._lock_budgets(connection, limited)
+        wished = [decision for decision in decisions if decision.write is not None]
+        asleep = batches.lock_unchanged(connection, [one.write.record for one in wished if one.write is not None])
         spent: Counter[str] = Counter()
         wanted: Counter[str] = Counter()
-        todo: list[Decision] = []
-        for decision in decisions:
+        refused: set[int] = set()
+        writes: list[batches.Write] = []
+        for decision in wished:
             assert decision.write is not None
             record = decision.write.record
             name = record.chain_type
-            if record.id not in asleep or (isinstance(decision.write, Rest) and not asleep[record.id]):
-                results[record.id] = ChainResult(record.id, Outcome.STALE, record.state)
-                continue
-            if decision.plans and name in budgets:
+            if decision.plans and name in budgets and record.id in asleep:
                 budget = budgets[name]
                 wanted[name] += 1
                 if budget is None or spent[name] >= budget.left:
-                    results[record.id] = ChainResult(record.id, Outcome.DISABLED, record.state, detail=_TYPE_PAUSED)
+                    refused.add(record.id)
                     continue
                 spent[name] += 1
-            todo.append(decision)
-        if lease:  # an in-process execution is one chain with a budget: it is begun at once
-            for decision in todo:
-                results[decision.result.chain_id] = self._write_one(session, decision, now, lease=True)
-        else:
-            results.update(self._write_groups(session, todo, asleep, now))
+            writes.append(decision.write)
+        written = batches.write_locked(connection, writes, asleep, now=now, timing=timing)
         for name, budget in budgets.items():
             if budget is not None and not bookkeeping.spend_budget(
-                session, name, budget, spent=spent[name], wanted=wanted[name]
+                connection, name, budget, spent=spent[name], wanted=wanted[name]
             ):
                 logger.error(
                     "chain type %s is paused: its plans of this hour are used up",
                     name,
                     extra={"action": "type_paused", "chain_type": name},
                 )
-        return results
+        return written, refused
 
-    def _write_groups(
-        self, session: Session, decisions: Sequence[Decision], asleep: Mapping[int, bool], now: datetime
-    ) -> dict[int | None, ChainResult]:
-        writes = [decision.write for decision in decisions]
-        moves = [write for write in writes if isinstance(write, Move)]
-        rests = [write for write in writes if isinstance(write, Rest)]
-        planned = [write for write in writes if isinstance(write, PlannedDelivery)]
-        if moves:
-            batches.move_many(session, moves, asleep, now=now)
-        if rests:
-            batches.rest_many(session, rests, now=now)
-        ids: dict[int, str] = {}
-        if planned:
-            seconds = self._settings.queued_seconds
-            ids = batches.plan_many(session, planned, asleep, now=now, publish_seconds=seconds)
+    def _limited_types(self, decisions: Sequence[Decision]) -> list[str]:
+        """The types with a limit that something is to be planned for, in the order of names."""
+        names = {decision.write.record.chain_type for decision in decisions if decision.write and decision.plans}
+        return sorted(name for name in names if self._config.get(name).max_plans_per_hour is not None)
+
+    def _lock_budgets(self, connection: Connection, names: Sequence[str]) -> dict[str, Budget | None]:
+        machine_now = self._database.machine_now(connection)
         return {
-            decision.write.record.id: replace(decision.result, delivery_id=ids.get(decision.write.record.id))
-            for decision in decisions
-            if decision.write is not None
-        }
-
-    def _lock_budgets(self, session: Session, writes: Sequence[Decision]) -> dict[str, Budget | None]:
-        """The budgets of the types with a limit that something is to be planned for, locked in the order of names."""
-        names = {decision.write.record.chain_type for decision in writes if decision.write and decision.plans}
-        limited = sorted(name for name in names if self._config.get(name).max_plans_per_hour is not None)
-        if not limited:
-            return {}
-        machine_now = self._database.machine_now(session)
-        return {
-            name: bookkeeping.lock_budget(session, name, self._config.get(name).plans_per_hour, machine_now=machine_now)
-            for name in limited
-        }
-
-    def _write_one(self, session: Session, decision: Decision, now: datetime, *, lease: bool) -> ChainResult:
-        result, write = decision.result, decision.write
-        if isinstance(write, Move):
-            applied = chains.move(session, write, now=now)
-        elif isinstance(write, Rest):
-            applied = chains.rest(session, write, now=now)
-        else:
-            assert write is not None
-            delivery_id = deliveries.plan(
-                session,
-                write,
-                now=now,
-                publish_seconds=self._settings.queued_seconds,
-                lease_seconds=self._settings.lease_seconds if lease else None,
+            name: bookkeeping.lock_budget(
+                connection, name, self._config.get(name).plans_per_hour, machine_now=machine_now
             )
-            applied = delivery_id is not None
-            result = replace(result, delivery_id=delivery_id)
-        return result if applied else ChainResult(result.chain_id, Outcome.STALE, write.record.state)
+            for name in names
+        }
 
     def _publish_again(self, groups: Sequence[Sequence[int]]) -> None:
         try:
@@ -433,6 +383,18 @@ class Executor:
             chain = self._config.get(name)
             going_on = [result for result in group if chain.candidates(result.state)]
             self.publish_follow_ups(going_on, chain)
+
+
+def _result_of(decision: Decision, written: Mapping[int, str | None], refused: Set[int]) -> ChainResult:
+    if decision.write is None:
+        return decision.result
+    record = decision.write.record
+    if record.id in refused:
+        return ChainResult(record.id, Outcome.DISABLED, record.state, detail=_TYPE_PAUSED)
+    if record.id not in written:
+        return ChainResult(record.id, Outcome.STALE, record.state)
+    delivery_id = written[record.id]
+    return decision.result if delivery_id is None else replace(decision.result, delivery_id=delivery_id)
 
 
 def log_result(result: ChainResult) -> None:

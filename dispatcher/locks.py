@@ -5,6 +5,7 @@ Keys: `{prefix}:lock:{chain_id}` (the owner's token, with a TTL), `{prefix}:queu
 `{prefix}:crash:{chain_id}` (executions begun and not ended, with a TTL).
 """
 
+import hashlib
 import logging
 import secrets
 import time
@@ -16,6 +17,7 @@ from typing import Any, Final
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
 from dispatcher.errors import ConfigurationError, ServiceUnavailable
@@ -26,34 +28,67 @@ logger = logging.getLogger(__name__)
 _CRASH_SECONDS: Final = 86_400
 _AWAY_SECONDS: Final = 5.0
 
+
+class _Script:
+    """A script, and the name under which a server remembers it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+# The scripts make the keys from the prefix and the ids, which come in one argument: as keys of the command, three for
+# each chain, they would cost a batch more than all that it does with them. (Keys of several chains would lie in
+# different slots of a cluster in any case; Celery has no broker on one either.)
+
 # SET NX PX for each lock; one that holds our own token counts as taken (a reply may have been lost). Counts the
-# execution as begun and clears its queued marker in the same round trip.
-_ACQUIRE: Final = """
+# execution as begun and clears its queued marker in the same round trip. Answers with what is out of the ordinary: the
+# id and -1 for a lock of another's, or the number of executions before this one that never ended.
+_ACQUIRE: Final = _Script("""
+local prefix, token, milliseconds, crash_seconds = unpack(ARGV, 1, 4)
 local answer = {}
-for i = 1, #KEYS, 3 do
-  local mine = redis.call('SET', KEYS[i], ARGV[1], 'NX', 'PX', ARGV[2])
-  if not mine then mine = redis.call('GET', KEYS[i]) == ARGV[1] end
-  redis.call('DEL', KEYS[i + 1])
+for id in string.gmatch(ARGV[5], '%d+') do
+  local lock = prefix .. ':lock:' .. id
+  local mine = redis.call('SET', lock, token, 'NX', 'PX', milliseconds)
+  if not mine then mine = redis.call('GET', lock) == token end
+  redis.call('DEL', prefix .. ':queued:' .. id)
+  local earlier = -1
   if mine then
-    answer[#answer + 1] = redis.call('INCR', KEYS[i + 2])
-    redis.call('EXPIRE', KEYS[i + 2], ARGV[3])
-  else
-    answer[#answer + 1] = 0
+    local crash = prefix .. ':crash:' .. id
+    earlier = redis.call('INCR', crash) - 1
+    redis.call('EXPIRE', crash, crash_seconds)
+  end
+  if earlier ~= 0 then
+    answer[#answer + 1] = id
+    answer[#answer + 1] = earlier
   end
 end
 return answer
-"""
+""")
 
 # Deletes only what holds our token: a lock that expired and was taken by another stays.
-_RELEASE: Final = """
+_RELEASE: Final = _Script("""
+local prefix, token = ARGV[1], ARGV[2]
 local released = 0
-for i = 1, #KEYS, 2 do
-  if redis.call('GET', KEYS[i]) == ARGV[1] then
-    released = released + redis.call('DEL', KEYS[i], KEYS[i + 1])
+for id in string.gmatch(ARGV[3], '%d+') do
+  local lock = prefix .. ':lock:' .. id
+  if redis.call('GET', lock) == token then
+    released = released + redis.call('DEL', lock, prefix .. ':crash:' .. id)
   end
 end
 return released
-"""
+""")
+
+# Gives locks back without an execution: their crash counters are as they were before.
+_SET_ASIDE: Final = _Script("""
+local prefix, token = ARGV[1], ARGV[2]
+for id in string.gmatch(ARGV[3], '%d+') do
+  local lock = prefix .. ':lock:' .. id
+  if redis.call('GET', lock) == token then redis.call('DEL', lock) end
+  redis.call('DECR', prefix .. ':crash:' .. id)
+end
+return 0
+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,46 +139,35 @@ class ChainLocks:
                 )
             except ValueError:
                 raise ConfigurationError("the Redis URL cannot be parsed") from None
-            self._acquire = self._client.register_script(_ACQUIRE)
-            self._release = self._client.register_script(_RELEASE)
 
     def __repr__(self) -> str:
         return f"<ChainLocks {self.address or 'none'}>"
 
     def acquire(self, chain_ids: Sequence[int]) -> Held:
         """Take the locks of these chains, without waiting; those of others are listed in `locked`."""
+        if not chain_ids:
+            return Held(None, ())
         token = secrets.token_hex(16)
-        keys = [key for chain_id in chain_ids for key in self._keys(chain_id, "lock", "queued", "crash")]
-        arguments = [token, str(int(self.lock_seconds * 1000)), str(_CRASH_SECONDS)]
-        counts = self._ask(lambda: self._acquire(keys=keys, args=arguments)) if chain_ids else []
-        if counts is None:
+        milliseconds = str(int(self.lock_seconds * 1000))
+        answer = self._ask(partial(self._run, _ACQUIRE, token, milliseconds, str(_CRASH_SECONDS), _listed(chain_ids)))
+        if answer is None:
             return Held(None, tuple(chain_ids))
-        taken = dict(zip(chain_ids, map(int, counts), strict=True))
-        return Held(
-            token,
-            tuple(chain_id for chain_id, count in taken.items() if count),
-            frozenset(chain_id for chain_id, count in taken.items() if not count),
-            {chain_id: count - 1 for chain_id, count in taken.items() if count > 1},
-        )
+        if not answer:
+            return Held(token, tuple(chain_ids))
+        earlier = dict(zip(map(int, answer[::2]), answer[1::2], strict=True))
+        locked = frozenset(chain_id for chain_id, count in earlier.items() if count < 0)
+        crashes = {chain_id: count for chain_id, count in earlier.items() if count > 0}
+        return Held(token, tuple(chain_id for chain_id in chain_ids if chain_id not in locked), locked, crashes)
 
     def release(self, held: Held) -> None:
         """Give back what `held` still holds, and clear the crash counters of its chains."""
-        if held.token is None or not held.held:
-            return
-        keys = [key for chain_id in held.held for key in self._keys(chain_id, "lock", "crash")]
-        self._ask(lambda: self._release(keys=keys, args=[held.token]))
+        if held.token is not None and held.held:
+            self._ask(partial(self._run, _RELEASE, held.token, _listed(held.held)))
 
     def set_aside(self, held: Held, chain_ids: Sequence[int]) -> Held:
         """Give some locks back without an execution: their crash counters stay as they were. What is still held."""
-        client = self._client
-        if client is not None and held.token is not None:
-            self._ask(
-                lambda: self._release(
-                    keys=[self._key("lock", one) for one in chain_ids for _ in (0, 1)], args=[held.token]
-                )
-            )
-            for chain_id in chain_ids:
-                self._ask(partial(client.decr, self._key("crash", chain_id)))
+        if held.token is not None:
+            self._ask(partial(self._run, _SET_ASIDE, held.token, _listed(chain_ids)))
         left = tuple(chain_id for chain_id in held.held if chain_id not in set(chain_ids))
         return Held(held.token, left, held.locked)
 
@@ -212,11 +236,27 @@ class ChainLocks:
         if self._client is not None:
             self._client.close()
 
+    def _run(self, script: "_Script", *arguments: str) -> Any:
+        """What a script answers, on a connection of the client's pool: its own way costs three times the round trip."""
+        assert self._client is not None
+        pool = self._client.connection_pool
+        connection: Any = pool.get_connection()
+
+        def exchange() -> Any:
+            connection.send_command("EVALSHA", script.sha, 0, self.prefix, *arguments)
+            try:
+                return connection.read_response()
+            except NoScriptError:  # the server was restarted, or its scripts were flushed
+                connection.send_command("EVAL", script.text, 0, self.prefix, *arguments)
+                return connection.read_response()
+
+        try:
+            return connection.retry.call_with_retry(exchange, lambda _: connection.disconnect())
+        finally:
+            pool.release(connection)
+
     def _key(self, kind: str, chain_id: int) -> str:
         return f"{self.prefix}:{kind}:{chain_id}"
-
-    def _keys(self, chain_id: int, *kinds: str) -> list[str]:
-        return [self._key(kind, chain_id) for kind in kinds]
 
     def _ask(self, question: Any) -> Any:
         """The server's answer, or None when it is away: then it is not asked again for some seconds."""
@@ -233,3 +273,7 @@ class ChainLocks:
                 extra={"action": "lock_server_away"},
             )
             return None
+
+
+def _listed(chain_ids: Sequence[int]) -> str:
+    return ",".join(map(str, chain_ids))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
 from dispatcher import bookkeeping, chains, deliveries
 from dispatcher.chains import ChainRecord
@@ -52,11 +52,11 @@ class Operations:
         """Disable or enable a chain and, with it, the delivery it owes; False when it was so already."""
         requested_by = checked_requester(requested_by)
 
-        def work(session: Session) -> bool:
-            now = self._database.now(session)
-            changed = chains.set_disabled(session, chain_id, disabled=disabled, requested_by=requested_by, now=now)
+        def work(connection: Connection) -> bool:
+            now = self._database.now(connection)
+            changed = chains.set_disabled(connection, chain_id, disabled=disabled, requested_by=requested_by, now=now)
             if changed:
-                deliveries.follow_disabling(session, [chain_id], disabled=disabled)
+                deliveries.follow_disabling(connection, [chain_id], disabled=disabled)
             return changed
 
         return self._database.write(work)
@@ -67,14 +67,14 @@ class Operations:
         """Put a chain into a state; a delivery it owes is cancelled. Raises `DeliveryPending` while an attempt runs."""
         requested_by = checked_requester(requested_by)
 
-        def work(session: Session) -> None:
-            self._put(session, chain_id, state, action, reason=reason, requested_by=requested_by)
+        def work(connection: Connection) -> None:
+            self._put(connection, chain_id, state, action, reason=reason, requested_by=requested_by)
 
         self._database.write(work)
 
     def _put(
         self,
-        session: Session,
+        connection: Connection,
         chain_id: int,
         state: str,
         action: EventAction,
@@ -84,18 +84,18 @@ class Operations:
         from_state: str | None = None,
     ) -> bool:
         """Whether the chain was put there; not so when it is to be in `from_state` and is not."""
-        now = self._database.now(session)
-        record, delivery = _lock(session, chain_id)
+        now = self._database.now(connection)
+        record, delivery = _lock(connection, chain_id)
         if from_state is not None and record.state != from_state:
             return False
         _require_idle(record, delivery)
         if delivery is not None:
             text = f"{action} to {state}" + (f": {reason}" if reason else "")
-            deliveries.close_and_stay(session, delivery, now=now, reason=text, requested_by=requested_by)
-            record = chains.read_one(session, chain_id, lock=True)
+            deliveries.close_and_stay(connection, delivery, now=now, reason=text, requested_by=requested_by)
+            record = chains.read_one(connection, chain_id, lock=True)
         config = self._config.by_type.get(record.chain_type)
         chains.set_state(
-            session,
+            connection,
             record,
             state=state,
             action=action,
@@ -115,9 +115,9 @@ class Operations:
         due.
         """
 
-        def work(session: Session, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
+        def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
             if deliveries.is_local(delivery):
-                deliveries.close_and_stay(session, delivery, now=now, reason=_ANEW, requested_by=requested_by)
+                deliveries.close_and_stay(connection, delivery, now=now, reason=_ANEW, requested_by=requested_by)
                 return
             known = self._config.by_type.get(record.chain_type)
             transition = known.by_name.get(delivery.transition) if known is not None else None
@@ -126,7 +126,7 @@ class Operations:
             if delivery.status in _STOPPED or delivery.attempt >= maximum:
                 maximum = max(maximum, delivery.attempt + more)
             deliveries.reopen(
-                session,
+                connection,
                 delivery,
                 max_attempts=maximum,
                 disabled=record.disabled,
@@ -139,18 +139,18 @@ class Operations:
     def cancel_delivery(self, chain_id: int, *, reason: str, requested_by: str | None) -> str:
         """Close the delivery a chain owes as cancelled: the chain stays and is due; the delivery's id."""
 
-        def work(session: Session, _: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
-            deliveries.close_and_stay(session, delivery, now=now, reason=reason, requested_by=requested_by)
+        def work(connection: Connection, _: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
+            deliveries.close_and_stay(connection, delivery, now=now, reason=reason, requested_by=requested_by)
 
         return self._on_delivery(chain_id, work)
 
     def skip_delivery(self, chain_id: int, *, reason: str, requested_by: str | None) -> str:
         """Close the delivery a chain owes as skipped and move the chain as if it had been delivered; its id."""
 
-        def work(session: Session, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
+        def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
             config = self._config.get(record.chain_type)
             deliveries.close_and_move(
-                session,
+                connection,
                 delivery,
                 status=DeliveryStatus.SKIPPED,
                 next_update_at=None,
@@ -162,13 +162,15 @@ class Operations:
 
         return self._on_delivery(chain_id, work)
 
-    def _on_delivery(self, chain_id: int, act: Callable[[Session, ChainRecord, DeliveryRecord, datetime], None]) -> str:
-        def work(session: Session) -> str:
-            record, delivery = _lock(session, chain_id)
+    def _on_delivery(
+        self, chain_id: int, act: Callable[[Connection, ChainRecord, DeliveryRecord, datetime], None]
+    ) -> str:
+        def work(connection: Connection) -> str:
+            record, delivery = _lock(connection, chain_id)
             _require_idle(record, delivery)
             if delivery is None:
                 raise NoOpenDelivery(chain_id)
-            act(session, record, delivery, self._database.now(session))
+            act(connection, record, delivery, self._database.now(connection))
             return delivery.id
 
         return self._database.write(work)
@@ -179,10 +181,12 @@ class Operations:
         """Disable or enable every chain that has this resource, in one guarded statement; how many changed."""
         requested_by = checked_requester(requested_by)
 
-        def work(session: Session) -> int:
-            now = self._database.now(session)
-            ids = chains.set_resource_disabled(session, resource, disabled=disabled, requested_by=requested_by, now=now)
-            deliveries.follow_disabling(session, ids, disabled=disabled)
+        def work(connection: Connection) -> int:
+            now = self._database.now(connection)
+            ids = chains.set_resource_disabled(
+                connection, resource, disabled=disabled, requested_by=requested_by, now=now
+            )
+            deliveries.follow_disabling(connection, ids, disabled=disabled)
             return len(ids)
 
         return self._database.write(work)
@@ -193,27 +197,27 @@ class Operations:
         Raises `DeliveryPending`, and deletes nothing, while an attempt of one of them runs.
         """
 
-        def work(session: Session) -> int:
-            ids = chains.list_by_resource(session, resource, after_id=0, limit=None)
+        def work(connection: Connection) -> int:
+            ids = chains.list_by_resource(connection, resource, after_id=0, limit=None)
             batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
-            found = [chain_id for batch in batches for chain_id in self._lock_for_erasing(session, batch)]
+            found = [chain_id for batch in batches for chain_id in self._lock_for_erasing(connection, batch)]
             for start in range(0, len(found), _BATCH):
-                chains.erase(session, found[start : start + _BATCH])
+                chains.erase(connection, found[start : start + _BATCH])
             return len(found)
 
         count = self._database.write(work)
         logger.info("%d chains of a resource erased", count, extra={"action": "resource_erased", "chains": count})
         return count
 
-    def _lock_for_erasing(self, session: Session, chain_ids: Sequence[int]) -> list[int]:
+    def _lock_for_erasing(self, connection: Connection, chain_ids: Sequence[int]) -> list[int]:
         """Those of these chains that exist, locked with what they owe, so that no attempt begins any more."""
         found: dict[int, ChainRecord] = {}
         for lock in (False, True):  # once more with the chains locked: something may have been planned meanwhile
-            found = chains.read_many(session, chain_ids, lock=lock)
+            found = chains.read_many(connection, chain_ids, lock=lock)
             for record in found.values():
                 if record.pending_delivery_id is not None:
                     with suppress(ChainMissing):  # erased by another meanwhile
-                        _, delivery = _lock(session, record.id)
+                        _, delivery = _lock(connection, record.id)
                         if delivery is not None and delivery.status == DeliveryStatus.RUNNING:
                             raise DeliveryPending(record.id, "an attempt is running")
         return sorted(found)
@@ -224,7 +228,7 @@ class Operations:
         """Pause a chain type (nothing more of it is planned) or resume it; False when it was so already."""
         self._config.get(chain_type)
         return self._database.write(
-            lambda session: bookkeeping.set_paused(session, chain_type, paused=paused, reason=reason)
+            lambda connection: bookkeeping.set_paused(connection, chain_type, paused=paused, reason=reason)
         )
 
     def map_states(
@@ -244,8 +248,10 @@ class Operations:
             raise ConfigurationError("is no state", f"chain type {chain_type!r}, state {from_state!r}")
         mapped = waiting = after_id = 0
         while True:
-            with self._database.read() as session:
-                ids = chains.list_ids(session, chain_type=chain_type, state=from_state, after_id=after_id, limit=_BATCH)
+            with self._database.read() as connection:
+                ids = chains.list_ids(
+                    connection, chain_type=chain_type, state=from_state, after_id=after_id, limit=_BATCH
+                )
             if not ids:
                 return MapCounts(mapped, waiting)
             after_id = ids[-1]
@@ -257,9 +263,9 @@ class Operations:
     def _map_one(self, chain_id: int, from_state: str, to_state: str, requested_by: str | None) -> bool | None:
         """Whether the chain was put into the new state; None when it has left the old one meanwhile."""
 
-        def work(session: Session) -> bool:
+        def work(connection: Connection) -> bool:
             return self._put(
-                session,
+                connection,
                 chain_id,
                 to_state,
                 EventAction.MAPPED,
@@ -277,8 +283,8 @@ class Operations:
 
     def unknown_states(self) -> Mapping[tuple[str, str], int]:
         """`{(chain type, state): chains}` of the states that no configuration here has any more."""
-        with self._database.read() as session:
-            found = bookkeeping.count_by_state(session)
+        with self._database.read() as connection:
+            found = bookkeeping.count_by_state(connection)
         return {
             (chain_type, state): count
             for (chain_type, state), count in found.items()
@@ -286,12 +292,12 @@ class Operations:
         }
 
 
-def _lock(session: Session, chain_id: int) -> tuple[ChainRecord, DeliveryRecord | None]:
+def _lock(connection: Connection, chain_id: int) -> tuple[ChainRecord, DeliveryRecord | None]:
     """A chain and the row of the delivery it owes, if both are there, locked. Raises `ChainMissing`."""
     while True:
-        owed = chains.read_one(session, chain_id).pending_delivery_id
-        delivery = deliveries.read(session, owed, lock=True) if owed is not None else None
-        record = chains.read_one(session, chain_id, lock=True)
+        owed = chains.read_one(connection, chain_id).pending_delivery_id
+        delivery = deliveries.read(connection, owed, lock=True) if owed is not None else None
+        record = chains.read_one(connection, chain_id, lock=True)
         if record.pending_delivery_id == owed:
             return record, delivery
 

@@ -2,16 +2,17 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import URL, Connection
 
 from dispatcher import batches, chains
 from dispatcher.chains import Request
 from dispatcher.config import Callback, ChainType
 from dispatcher.database import Database
-from dispatcher.errors import ConfigurationError, EnqueueNotPublished
+from dispatcher.errors import ChainMissing, ConfigurationError, EnqueueNotPublished
 from dispatcher.models import MAX_REQUESTED_BY
 from dispatcher.publisher import REQUESTS_QUEUE, Publisher, PublishFailed
 from dispatcher.resources import Resource, checked_json, is_text
@@ -28,12 +29,16 @@ class Requests:
         self._publisher = publisher
 
     def create(
-        self, session: Session, config: ChainType, resources: Sequence[Resource], context: Mapping[str, Any] | None
+        self,
+        connection: Connection,
+        config: ChainType,
+        resources: Sequence[Resource],
+        context: Mapping[str, Any] | None,
     ) -> int:
         """The id of the chain with exactly these resources, made in NEW and due unless another caller was first."""
-        now = self._database.now(session)
+        now = self._database.now(connection)
         return chains.create(
-            session,
+            connection,
             chain_type=config.chain_type,
             resources=resources,
             context=context,
@@ -42,24 +47,30 @@ class Requests:
         )
 
     def create_many(
-        self, session: Session, *, config: ChainType, resources: Sequence[Sequence[Resource]]
+        self, connection: Connection, *, config: ChainType, resources: Sequence[Sequence[Resource]]
     ) -> list[tuple[int, bool]]:
         """`(chain id, created here)` of the chain with exactly each of these resource sets, in their order."""
-        now = self._database.now(session)
+        now = self._database.now(connection)
         due_at = now if config.candidates(NEW) else None
-        return batches.create_many(session, config.chain_type, resources, due_at=due_at, now=now)
+        return batches.create_many(connection, config.chain_type, resources, due_at=due_at, now=now)
 
-    def write(self, session: Session, config: ChainType, resources: Sequence[Resource], request: Request) -> int:
+    def write(self, connection: Connection, config: ChainType, resources: Sequence[Resource], request: Request) -> int:
         """The id of the chain with these resources (created if absent), with the request in its row."""
-        chain_id = chains.find_exact(session, config.chain_type, resources)
+        chain_id = chains.find_exact(connection, config.chain_type, resources)
         if chain_id is None:
-            chain_id = self.create(session, config, resources, None)
-        self.write_to(session, chain_id, request)
+            chain_id = self.create(connection, config, resources, None)
+        chains.write_request(connection, chain_id, request, now=self._database.now(connection))
         return chain_id
 
-    def write_to(self, session: Session, chain_id: int, request: Request) -> None:
-        """Write the request to a chain's row and make it due. Raises `ChainMissing`."""
-        chains.write_request(session, chain_id, request, now=self._database.now(session))
+    def write_committed(self, config: ChainType, resources: Sequence[Resource], request: Request) -> int:
+        """As `write`, in a transaction of its own."""
+        with self._database.read() as connection:
+            chain_id = chains.find_exact(connection, config.chain_type, resources)
+        if chain_id is not None:
+            with suppress(ChainMissing):  # erased meanwhile
+                batches.write_request(self._database, chain_id, request)
+                return chain_id
+        return self._database.write(lambda connection: self.write(connection, config, resources, request))
 
     def publish(self, chain_id: int, *, best_effort: bool) -> str | None:
         """The id of the task that executes the chain; `EnqueueNotPublished`, or None with `best_effort`."""
@@ -92,9 +103,9 @@ class Requests:
         except PublishFailed as error:
             raise EnqueueNotPublished(chain_id or 0, str(error), written=False) from error
 
-    def shares_database(self, session: Session) -> bool:
-        """Whether the caller's session is on the database that holds the chains."""
-        ours, theirs = self._database.url, session.get_bind().engine.url
+    def shares_database(self, theirs: URL) -> bool:
+        """Whether the database at a caller's URL is the one that holds the chains."""
+        ours = self._database.url
         if ours.get_backend_name() != theirs.get_backend_name():
             return False
         if self._database.dialect == "sqlite":

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from datetime import datetime
 
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
 from dispatcher import chains, deliveries
 from dispatcher.config import ChainType
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def settle_crashed(
-    session: Session,
+    connection: Connection,
     delivery: DeliveryRecord,
     chain_type: ChainType,
     *,
@@ -30,10 +30,10 @@ def settle_crashed(
     but once; else `on_unknown` and the attempts left decide. A transition that this process does not know is left to
     the worker that begins the next attempt and knows it.
     """
-    if not deliveries.lease_expired(session, delivery):
+    if not deliveries.lease_expired(connection, delivery):
         return None
     error = f"attempt {delivery.attempt} ended with its process: its effect is unknown"
-    record = chains.read_one(session, delivery.chain_id)
+    record = chains.read_one(connection, delivery.chain_id)
     if record.pending_delivery_id != delivery.id:  # the relay goes on, and `dispatcher doctor` names it
         logger.error(
             "delivery %s: its chain %s does not wait for it",
@@ -41,29 +41,29 @@ def settle_crashed(
             delivery.chain_id,
             extra={"action": "orphan_delivery", "chain_id": delivery.chain_id, "delivery_id": delivery.id},
         )
-        deliveries.mark_unknown(session, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
+        deliveries.mark_unknown(connection, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
         return None
     known = chain_type.by_name.get(delivery.transition)
     local = deliveries.is_local(delivery)
     can_verify = not local and delivery.attempt <= delivery.max_attempts and callable(getattr(known, "verify", None))
     if known is None and not local:
-        deliveries.mark_unknown(session, delivery, seconds=0, grace_seconds=0, error=error)
+        deliveries.mark_unknown(connection, delivery, seconds=0, grace_seconds=0, error=error)
         return None
     if chain_type.on_unknown == "hold" and not can_verify:
-        deliveries.stop(session, delivery, status=DeliveryStatus.HELD, unknown=True, error=error, now=now)
+        deliveries.stop(connection, delivery, status=DeliveryStatus.HELD, unknown=True, error=error, now=now)
         return None
     if known is None or local:
-        deliveries.close_and_stay(session, delivery, now=now, reason=error)
+        deliveries.close_and_stay(connection, delivery, now=now, reason=error)
         return None
     if can_verify:
-        deliveries.mark_unknown(session, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
+        deliveries.mark_unknown(connection, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
         return None if record.disabled else Owed(delivery.id, delivery.attempt + 1)
     if delivery.attempt >= delivery.max_attempts:
         if chain_type.on_dead == "hold":
-            deliveries.stop(session, delivery, status=DeliveryStatus.DEAD, unknown=True, error=error, now=now)
+            deliveries.stop(connection, delivery, status=DeliveryStatus.DEAD, unknown=True, error=error, now=now)
         else:
             deliveries.close_and_move(
-                session,
+                connection,
                 delivery,
                 status=DeliveryStatus.SKIPPED,
                 next_update_at=None,
@@ -73,5 +73,5 @@ def settle_crashed(
             )
         return None
     seconds = known.retry.delay(delivery.attempt, random).total_seconds()
-    deliveries.mark_unknown(session, delivery, seconds=seconds, grace_seconds=0, error=error)
+    deliveries.mark_unknown(connection, delivery, seconds=seconds, grace_seconds=0, error=error)
     return None

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
 from dispatcher import bookkeeping, chains, deliveries
 from dispatcher.chains import DuePosition
@@ -90,10 +90,10 @@ class Sweeper:
         stop_at = time.monotonic() + seconds
         if not dry_run:
             self._wake_changed_states(stop_at - seconds / 2)
-        with self._database.read() as session:
-            now = self._database.now(session)
-            paused = bookkeeping.paused_types(session)
-            positions = {} if dry_run else bookkeeping.read_position(session, SWEEP)
+        with self._database.read() as connection:
+            now = self._database.now(connection)
+            paused = bookkeeping.paused_types(connection)
+            positions = {} if dry_run else bookkeeping.read_position(connection, SWEEP)
         cursors = [
             _Cursor(chain_type, _position(positions.get(name)), resumed=name in positions)
             for name, chain_type in self._config.by_type.items()
@@ -111,7 +111,7 @@ class Sweeper:
             if not cursor.exhausted and cursor.after is not None
         }
         if not dry_run and stopped != positions:
-            self._database.write(lambda session: bookkeeping.write_position(session, SWEEP, stopped))
+            self._database.write(lambda connection: bookkeeping.write_position(connection, SWEEP, stopped))
         age = (now - counts.oldest).total_seconds() if counts.oldest is not None else 0.0
         result: dict[str, Any] = {
             "due": counts.due,
@@ -135,9 +135,9 @@ class Sweeper:
             logger.warning("queue %s holds %s messages: nothing is added", queue, counts.backlog[queue])
             cursor.held_back = True
             return
-        with self._database.read() as session:
+        with self._database.read() as connection:
             page = chains.due_page(
-                session,
+                connection,
                 chain_type=cursor.chain_type.chain_type,
                 now=now,
                 after=cursor.after,
@@ -185,12 +185,12 @@ class Sweeper:
         """
         forget = timedelta(seconds=self._settings.sweep_seconds * _SWEEPS_OF_A_DEPLOY)
         names = [chain_type.chain_type for chain_type in self._config.chains]
-        with self._database.read() as session:
+        with self._database.read() as connection:
             known = {
                 name: {state: dict(seen) for state, seen in states.items()}
-                for name, states in bookkeeping.read_fingerprints(session, names).items()
+                for name, states in bookkeeping.read_fingerprints(connection, names).items()
             }
-            machine_now = self._database.machine_now(session)
+            machine_now = self._database.machine_now(connection)
         for chain_type in self._config.chains:
             states = known.get(chain_type.chain_type)
             fresh = _seen_now(chain_type, states or {}, machine_now, forget)
@@ -204,27 +204,27 @@ class Sweeper:
             if states is None or changed or _needs_refresh(chain_type, states, machine_now, forget):
                 self._database.write(partial(self._remember, chain_type.chain_type, fresh))
 
-    def _remember(self, chain_type: str, fresh: Mapping[str, Mapping[str, str]], session: Session) -> None:
-        bookkeeping.write_fingerprints(session, chain_type, fresh)
-        positions = bookkeeping.read_position(session, _WAKE)
+    def _remember(self, chain_type: str, fresh: Mapping[str, Mapping[str, str]], connection: Connection) -> None:
+        bookkeeping.write_fingerprints(connection, chain_type, fresh)
+        positions = bookkeeping.read_position(connection, _WAKE)
         left = {key: position for key, position in positions.items() if not key.startswith(f"{chain_type}/")}
         if left != positions:
-            bookkeeping.write_position(session, _WAKE, left)
+            bookkeeping.write_position(connection, _WAKE, left)
 
     def _wake_state(self, chain_type: ChainType, state: str, stop_at: float) -> bool:
         """Whether all chains resting in a state are due; it goes on where an earlier sweep stopped."""
         name, done = chain_type.chain_type, -1
         key = f"{name}/{state}/{chain_type.fingerprint(state)}"
 
-        def work(session: Session) -> int:
-            positions = bookkeeping.read_position(session, _WAKE)
+        def work(connection: Connection) -> int:
+            positions = bookkeeping.read_position(connection, _WAKE)
             after_id = positions.get(key, 0)
             if after_id == done:
                 return done
-            now = self._database.now(session)
-            found = chains.make_due(session, chain_type=name, state=state, after_id=after_id, limit=_PAGE, now=now)
+            now = self._database.now(connection)
+            found = chains.make_due(connection, chain_type=name, state=state, after_id=after_id, limit=_PAGE, now=now)
             after_id = done if found is None else found
-            bookkeeping.write_position(session, _WAKE, {**positions, key: after_id})
+            bookkeeping.write_position(connection, _WAKE, {**positions, key: after_id})
             return after_id
 
         logger.info("candidates of %s/%s changed: its chains are due", name, state)
@@ -268,31 +268,31 @@ class Sweeper:
         logger.log(level, "relay: %s", result, extra={"action": "relayed", **result})
         return result
 
-    def _relay_page(self, session: Session, *, pending: bool) -> tuple[int, list[Owed], int]:
+    def _relay_page(self, connection: Connection, *, pending: bool) -> tuple[int, list[Owed], int]:
         grace = self._settings.queued_seconds
-        found = deliveries.claim_overdue(session, limit=_RELAY_PAGE, grace_seconds=grace, pending=pending)
+        found = deliveries.claim_overdue(connection, limit=_RELAY_PAGE, grace_seconds=grace, pending=pending)
         running = [delivery for delivery in found if delivery.status == DeliveryStatus.RUNNING]
         owed = [
             Owed(delivery.id, delivery.attempt + 1) for delivery in found if delivery.status == DeliveryStatus.PENDING
         ]
         if running:
-            now = self._database.now(session)
-            records = chains.read_many(session, [delivery.chain_id for delivery in running])
+            now = self._database.now(connection)
+            records = chains.read_many(connection, [delivery.chain_id for delivery in running])
             for delivery in sorted(running, key=lambda one: one.chain_id):
                 chain_type = self._config.by_type.get(records[delivery.chain_id].chain_type)
-                settled = self._settle(session, delivery, chain_type, now)
+                settled = self._settle(connection, delivery, chain_type, now)
                 if settled is not None:
                     owed.append(settled)
         return len(found), owed, len(running)
 
     def _settle(
-        self, session: Session, delivery: DeliveryRecord, chain_type: ChainType | None, now: datetime
+        self, connection: Connection, delivery: DeliveryRecord, chain_type: ChainType | None, now: datetime
     ) -> Owed | None:
         grace = self._settings.queued_seconds
         if chain_type is None:  # a type of another version of the code: its workers settle it
-            deliveries.look_later(session, delivery, seconds=grace)
+            deliveries.look_later(connection, delivery, seconds=grace)
             return None
-        return settle_crashed(session, delivery, chain_type, now=now, grace_seconds=grace, random=self._random)
+        return settle_crashed(connection, delivery, chain_type, now=now, grace_seconds=grace, random=self._random)
 
     # --- prune -------------------------------------------------------------------------------------------------------
 
@@ -303,14 +303,14 @@ class Sweeper:
             return {"events": 0, "deliveries": 0}
         if tick and not self._claim(PRUNE, 3600):
             return {"claimed": False}
-        with self._database.read() as session:
-            before = self._database.now(session) - timedelta(days=days)
-            machine_before = self._database.machine_now(session) - timedelta(days=days)
+        with self._database.read() as connection:
+            before = self._database.now(connection) - timedelta(days=days)
+            machine_before = self._database.machine_now(connection) - timedelta(days=days)
         stop_at = time.monotonic() + self._pass_seconds(300)
         counts = {"events": 0, "deliveries": 0}
-        steps: Mapping[str, Callable[[Session], int]] = {
-            "events": lambda session: chains.prune_events(session, before=before, limit=_PRUNE_PAGE),
-            "deliveries": lambda session: deliveries.prune(session, before=machine_before, limit=_PRUNE_PAGE),
+        steps: Mapping[str, Callable[[Connection], int]] = {
+            "events": lambda connection: chains.prune_events(connection, before=before, limit=_PRUNE_PAGE),
+            "deliveries": lambda connection: deliveries.prune(connection, before=machine_before, limit=_PRUNE_PAGE),
         }
         for name, step in steps.items():
             deleted = _PRUNE_PAGE
@@ -323,10 +323,10 @@ class Sweeper:
     # --- shared ------------------------------------------------------------------------------------------------------
 
     def _claim(self, name: str, interval_seconds: float) -> bool:
-        def work(session: Session) -> bool:
-            machine_now = self._database.machine_now(session)
+        def work(connection: Connection) -> bool:
+            machine_now = self._database.machine_now(connection)
             not_after = machine_now - timedelta(seconds=interval_seconds * 0.9)  # beats are not exact
-            return bookkeeping.claim_tick(session, name, machine_now=machine_now, not_after=not_after)
+            return bookkeeping.claim_tick(connection, name, machine_now=machine_now, not_after=not_after)
 
         return self._database.write(work)
 

@@ -16,7 +16,6 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Column, Connection, MetaData, String, Table, func, inspect, select
 from sqlalchemy.exc import OperationalError, ProgrammingError
-from sqlalchemy.orm import Session
 
 from dispatcher.database import Database, is_conflict
 from dispatcher.errors import DatabaseNotMigrated, ServiceUnavailable
@@ -60,11 +59,11 @@ def current(database: Database) -> str | None:
     Raises `ServiceUnavailable` when the database cannot be reached.
     """
     try:
-        with database.read() as session:
-            return _revision(session)
+        with database.read() as connection:
+            return _revision(connection)
     except (OperationalError, ProgrammingError):
-        with database.read() as session:
-            return _revision_if_any(session)
+        with database.read() as connection:
+            return _revision_if_any(connection)
 
 
 def upgrade(database: Database) -> str:
@@ -109,22 +108,22 @@ def _suffices(found: str | None) -> bool:
     return found is not None and (found == head() or found not in _revisions())
 
 
-def _revision(session: Session) -> str | None:
-    return session.execute(select(_VERSION.c.version_num)).scalars().first()
+def _revision(connection: Connection) -> str | None:
+    return connection.execute(select(_VERSION.c.version_num)).scalars().first()
 
 
-def _revision_if_any(session: Session) -> str | None:
-    return _revision(session) if inspect(session.connection()).has_table(_VERSION.name) else None
+def _revision_if_any(connection: Connection) -> str | None:
+    return _revision(connection) if inspect(connection).has_table(_VERSION.name) else None
 
 
-def _upgrade_in_transaction(dialect: str, session: Session) -> str:
+def _upgrade_in_transaction(dialect: str, connection: Connection) -> str:
     """`Database.write` begins IMMEDIATE on SQLite, so one process is in here at a time; PostgreSQL needs a lock."""
     if dialect == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(zlib.crc32(_LOCK_NAME.encode()))))
-    found = _revision_if_any(session)
+        connection.execute(select(func.pg_advisory_xact_lock(zlib.crc32(_LOCK_NAME.encode()))))
+    found = _revision_if_any(connection)
     if found is not None and _suffices(found):
         return found
-    command.upgrade(configuration(session.connection()), "head")
+    command.upgrade(configuration(connection), "head")
     return head()
 
 
@@ -135,10 +134,10 @@ def _one_mysql_migrator(database: Database) -> Iterator[None]:
         yield
         return
     name = func.concat(f"{_LOCK_NAME}.", func.md5(func.database()))  # such locks belong to the server
-    with database.read() as session:
-        if not session.execute(select(func.get_lock(name, _MYSQL_LOCK_SECONDS))).scalar_one():
+    with database.read() as connection:
+        if not connection.execute(select(func.get_lock(name, _MYSQL_LOCK_SECONDS))).scalar_one():
             raise ServiceUnavailable("database", database.address, "another process is migrating it")
         try:
             yield
         finally:
-            session.execute(select(func.release_lock(name)))
+            connection.execute(select(func.release_lock(name)))

@@ -72,9 +72,9 @@ def test_a_worker_with_its_own_beat_relays_a_delivery_whose_message_was_lost(
 
 
 def dump(client: Dispatcher) -> dict[str, list[Any]]:
-    with client.database.read() as session:
+    with client.database.read() as connection:
         return {
-            table.name: sorted(map(tuple, session.execute(select(table))), key=str)
+            table.name: sorted(map(tuple, connection.execute(select(table))), key=str)
             for table in Base.metadata.sorted_tables
         }
 

@@ -270,13 +270,13 @@ class _Driver:
         """How many chains and deliveries are on their way."""
         if self.deployment.postgres.process is None:
             raise OSError("the database is down")
-        with self.database.read() as session:
-            rows = session.execute(
+        with self.database.read() as connection:
+            rows = connection.execute(
                 select(ChainRow.chain_type, ChainRow.state, DeliveryRow.status)
                 .outerjoin(DeliveryRow, DeliveryRow.id == ChainRow.pending_delivery_id)
                 .where(~ChainRow.disabled)
             ).all()
-            running = session.execute(select(func.count()).where(DeliveryRow.status == "running")).scalar_one()
+            running = connection.execute(select(func.count()).where(DeliveryRow.status == "running")).scalar_one()
         on_their_way = sum(
             status in ("pending", "running") or (status is None and (chain_type, state) not in self.graph.terminal)
             for chain_type, state, status in rows
@@ -309,8 +309,8 @@ class _Driver:
         """Enqueue the chains that are where only a request helps, once per version."""
         if self.deployment.postgres.process is None or self.deployment.broker.process is None:
             return
-        with self.database.read() as session:
-            rows = session.execute(
+        with self.database.read() as connection:
+            rows = connection.execute(
                 select(ChainRow.id, ChainRow.version, ChainRow.chain_type, ChainRow.state).where(
                     ChainRow.pending_delivery_id.is_(None), ~ChainRow.disabled
                 )
@@ -366,17 +366,17 @@ class _Driver:
     def _heal(self, calm_at: float) -> list[Healing]:
         """How long what was due or open at the end of the faults takes to go on."""
         self._read_sink()
-        with self.database.read() as session:
-            now = self.database.machine_now(session)
+        with self.database.read() as connection:
+            now = self.database.machine_now(connection)
             due = {
                 row.id: row.version
-                for row in session.execute(
+                for row in connection.execute(
                     select(ChainRow.id, ChainRow.version).where(
                         ChainRow.due_at <= now, ChainRow.pending_delivery_id.is_(None), ~ChainRow.disabled
                     )
                 )
             }
-            open_rows = session.execute(
+            open_rows = connection.execute(
                 select(DeliveryRow.id, DeliveryRow.chain_id, DeliveryRow.attempt, DeliveryRow.status)
                 .join(ChainRow, ChainRow.id == DeliveryRow.chain_id)
                 .where(DeliveryRow.status.in_(["pending", "running"]), ~ChainRow.disabled)
@@ -395,15 +395,15 @@ class _Driver:
                 if line["phase"] == "evaluated" and line["chain"] in due_left:
                     due_left.discard(line["chain"])
                     seconds["due", line["chain"]] = max(0.0, line["mono"] - calm_at)
-            with self.database.read() as session:
-                rows = session.execute(
+            with self.database.read() as connection:
+                rows = connection.execute(
                     select(ChainRow.id, ChainRow.version, ChainRow.disabled).where(ChainRow.id.in_(due_left))
                 ).all()
                 for chain_id, version, disabled in rows:
                     if version != due[chain_id] or disabled:
                         due_left.discard(chain_id)
                         seconds["due", chain_id] = passed
-                states = session.execute(
+                states = connection.execute(
                     select(DeliveryRow.id, DeliveryRow.attempt, DeliveryRow.status).where(DeliveryRow.id.in_(owed_left))
                 ).all()
                 for delivery_id, attempt, status in states:
@@ -456,8 +456,8 @@ class _Driver:
         before = self._dump()
         client = self.deployment.client
         client.sweep(dry_run=True)
-        with self.database.read() as session:
-            ids = list(session.execute(select(ChainRow.id).order_by(ChainRow.id).limit(50)).scalars())
+        with self.database.read() as connection:
+            ids = list(connection.execute(select(ChainRow.id).order_by(ChainRow.id).limit(50)).scalars())
         for chain_id in ids:
             with suppress(ValueError):  # a guard of the workload that raises
                 client.chain(chain_id).execute(dry_run=True)
@@ -465,9 +465,9 @@ class _Driver:
 
     def _dump(self) -> dict[str, Any]:
         dump: dict[str, Any] = {}
-        with self.database.read() as session:
+        with self.database.read() as connection:
             for table in Base.metadata.sorted_tables:
-                rows = session.execute(select(table).order_by(*table.primary_key.columns)).all()
+                rows = connection.execute(select(table).order_by(*table.primary_key.columns)).all()
                 dump[table.name] = [tuple(map(repr, row)) for row in rows]
         for name, server in (("broker", self.deployment.broker), ("locks", self.deployment.locks)):
             with redis.Redis(port=server.port, socket_timeout=10) as client:
@@ -481,10 +481,10 @@ class _Driver:
         if not chain_ids:
             return
         path = self.deployment.directory / "violations.txt"
-        with self.database.read() as session, path.open("w") as file:
+        with self.database.read() as connection, path.open("w") as file:
             for chain_id in chain_ids:
                 for column in (ChainRow.id, DeliveryRow.chain_id, EventRow.chain_id):
-                    for row in session.execute(select(column.class_.__table__).where(column == chain_id)):
+                    for row in connection.execute(select(column.class_.__table__).where(column == chain_id)):
                         file.write(f"{column.class_.__name__} {dict(row._mapping)}\n")
                 file.writelines(f"{violation}\n" for violation in report.violations if violation.chain_id == chain_id)
 
@@ -498,9 +498,9 @@ class _Driver:
         expected: Counter[Any] = Counter()
         for application in self.applications:
             expected.update(application.created)
-        with self.database.read() as session:
+        with self.database.read() as connection:
             resources: dict[int, list[tuple[str, str]]] = {}
-            for chain_id, kind, identity in session.execute(
+            for chain_id, kind, identity in connection.execute(
                 select(ResourceRow.chain_id, ResourceRow.resource_type, ResourceRow.resource_id)
             ):
                 resources.setdefault(chain_id, []).append((kind, identity))
@@ -509,21 +509,21 @@ class _Driver:
                     row.id, row.chain_type, tuple(sorted(resources.get(row.id, ()))), row.state, row.version,
                     row.moves, row.disabled, row.pending_delivery_id,
                 )
-                for row in session.execute(select(ChainRow)).scalars()
+                for row in connection.execute(select(ChainRow.__table__))
             ]  # fmt: skip
             events = [
                 EventLine(
                     row.id, row.chain_id, row.chain_version, row.action, row.from_state, row.to_state,
                     row.detail, row.created_at,
                 )
-                for row in session.execute(select(EventRow)).scalars()
+                for row in connection.execute(select(EventRow.__table__))
             ]  # fmt: skip
             deliveries = [
                 DeliveryLine(
                     row.id, row.idempotency_key, row.chain_id, row.chain_version, row.transition,
                     row.from_state, row.final_state, row.status, row.attempt,
                 )
-                for row in session.execute(select(DeliveryRow)).scalars()
+                for row in connection.execute(select(DeliveryRow.__table__))
             ]  # fmt: skip
         return History(
             self.graph, expected, chains, events, deliveries, self.sink, _LEASE, healings=healings, dumps=dumps

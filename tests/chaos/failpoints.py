@@ -8,11 +8,11 @@ is in the run's directory, so that the driver ends all of them at one moment.
 |---|---|---|
 | `after_lock` | a chain's lock is taken | kills |
 | `after_evaluation` | the candidates were asked | kills |
-| `before_commit`, `after_commit` | around every COMMIT of a writing transaction | kills |
+| `before_commit`, `after_commit` | around every COMMIT, and every statement that commits by itself | kills |
 | `after_publish` | a message, or a sweep's batch of them, was sent | kills |
 | `before_call`, `after_call` | around the effect of a callback | kills |
 | `before_finish` | the callback has returned, its end is not written | kills |
-| `commit_lies` | COMMIT succeeds | the caller gets an OperationalError |
+| `commit_lies` | such a commit succeeds | the caller gets an OperationalError |
 | `drop`, `double`, `reorder` | a message is sent | it is not, it is twice, it is after the next one |
 """
 
@@ -20,14 +20,13 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import psycopg
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session
 
 from dispatcher import database, deliveries, delivery, executor, retry
 from dispatcher.delivery import Attempts
@@ -129,19 +128,18 @@ class Failpoints:
         executor.evaluate_record = evaluated
 
     def _wrap_commits(self) -> None:
-        points = self
+        commit = database.commit
 
-        class FailingSession(Session):
-            def commit(self) -> None:
-                points.hit("before_commit")
-                super().commit()
-                points.hit("after_commit")
-                if points.strikes("commit_lies"):
-                    cause = psycopg.OperationalError("server closed the connection unexpectedly")
-                    raise OperationalError("COMMIT", None, cause, connection_invalidated=True)
+        def committed(step: Callable[[], Any]) -> Any:
+            self.hit("before_commit")
+            result = commit(step)
+            self.hit("after_commit")
+            if self.strikes("commit_lies"):
+                cause = psycopg.OperationalError("server closed the connection unexpectedly")
+                raise OperationalError("COMMIT", None, cause, connection_invalidated=True)
+            return result
 
-        assert database.Session is Session
-        database.Session = FailingSession  # type: ignore[misc]
+        database.commit = committed  # type: ignore[assignment]
 
     def _wrap_messages(self) -> None:
         send, publish_page = Publisher._send, Sweeper._publish

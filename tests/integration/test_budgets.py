@@ -61,7 +61,7 @@ def type_row(dispatcher: Dispatcher) -> TypeRow:
 
 def change_type(dispatcher: Dispatcher, **values: Any) -> None:
     statement = update(TypeRow).where(TypeRow.name == CHAIN_TYPE).values(**values)
-    assert dispatcher.database.write(lambda session: session.execute(statement).rowcount) == 1
+    assert dispatcher.database.write(lambda connection: connection.execute(statement).rowcount) == 1
 
 
 # --- exactly as many -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import delete
 
 from dispatcher import (
     DONE,
@@ -253,7 +254,7 @@ def test_chains_are_found_by_id_type_state_and_resource(make_dispatcher: Make) -
 def test_a_deleted_chain_is_missing(make_dispatcher: Make) -> None:
     dispatcher = make_dispatcher(CONFIG)
     chain = new_chain(dispatcher)
-    dispatcher.database.write(lambda session: session.delete(session.get(ChainRow, chain.id)))
+    dispatcher.database.write(lambda connection: connection.execute(delete(ChainRow).where(ChainRow.id == chain.id)))
 
     for call in (chain.refresh, chain.execute, chain.enqueue, chain.disable, chain.reset):
         with pytest.raises(ChainMissing) as caught:

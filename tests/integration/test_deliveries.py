@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 from psycopg import sql
-from sqlalchemy import event
+from sqlalchemy import delete
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session
 
-from dispatcher import DONE, NEW, Chain, Dispatcher, PermanentFailure, RetryPolicy, Transition
+from dispatcher import DONE, NEW, Chain, Dispatcher, PermanentFailure, RetryPolicy, Transition, database
 from dispatcher.deliveries import Owed
 from dispatcher.models import ChainRow
 from tests.integration.conftest import DispatcherFactory
@@ -254,7 +253,7 @@ def test_the_delivery_of_a_chain_deleted_meanwhile_is_missing(make_dispatcher: M
     chain = new_chain(dispatcher)
     delivery = planned(dispatcher, chain)
 
-    dispatcher.database.write(lambda session: session.delete(session.get(ChainRow, chain.id)))
+    dispatcher.database.write(lambda connection: connection.execute(delete(ChainRow).where(ChainRow.id == chain.id)))
 
     assert attempt(dispatcher, delivery).outcome == "missing"
     assert dispatcher.relay() == {"relayed": 0, "settled": 0} and len(sink) == 0
@@ -267,7 +266,9 @@ def test_a_chain_deleted_during_its_callback_is_a_named_outcome(make_dispatcher:
     delivery = planned(dispatcher, chain)
 
     with gate.during(lambda: attempt(dispatcher, delivery)) as future:
-        dispatcher.database.write(lambda session: session.delete(session.get(ChainRow, chain.id)))
+        dispatcher.database.write(
+            lambda connection: connection.execute(delete(ChainRow).where(ChainRow.id == chain.id))
+        )
 
     assert future.result().outcome == "stale"
     assert count_rows(dispatcher, ChainRow) == 0
@@ -868,7 +869,9 @@ def test_what_this_worker_does_not_know_uses_no_attempt(make_dispatcher: Make, b
 # --- ends that cannot be written at once -----------------------------------------------------------------------------
 
 
-def test_an_end_whose_commit_reported_an_error_is_read_back(make_dispatcher: Make) -> None:
+def test_an_end_whose_commit_reported_an_error_is_read_back(
+    make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The commit took place and its answer was lost: the attempt is neither failed nor made again."""
     sink = Sink()
     dispatcher = make_dispatcher(cart({NEW: [Remind], "reminded": [Never]}, callback=sink))
@@ -876,16 +879,15 @@ def test_an_end_whose_commit_reported_an_error_is_read_back(make_dispatcher: Mak
     delivery = planned(dispatcher, chain)
     lost: list[object] = []
 
-    def lose_answer(session: Session) -> None:
+    def lose_answer(step: Callable[[], Any]) -> Any:
+        answer = step()
         if sink.calls and not lost:
-            lost.append(session)
+            lost.append(step)
             raise OperationalError("COMMIT", None, OSError("connection reset by peer"), connection_invalidated=True)
+        return answer
 
-    event.listen(Session, "after_commit", lose_answer)
-    try:
-        result = attempt(dispatcher, delivery)
-    finally:
-        event.remove(Session, "after_commit", lose_answer)
+    monkeypatch.setattr(database, "commit", lose_answer)
+    result = attempt(dispatcher, delivery)
 
     assert len(lost) == 1
     assert result.outcome == "delivered" and len(sink) == 1

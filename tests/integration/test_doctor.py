@@ -67,7 +67,7 @@ def touch_ticks(dispatcher: Dispatcher, ago: timedelta = timedelta(0)) -> None:
 
 def set_tick(dispatcher: Dispatcher, name: str, last_at: datetime) -> None:
     statement = update(TickRow).where(TickRow.name == name).values(last_at=last_at)
-    assert dispatcher.database.write(lambda session: session.execute(statement).rowcount) == 1
+    assert dispatcher.database.write(lambda connection: connection.execute(statement).rowcount) == 1
 
 
 def found(dispatcher: Dispatcher, *areas: str) -> list[str]:

@@ -264,8 +264,8 @@ def test_long_and_odd_directories_get_a_socket_in_a_private_place(tmp_path: Path
         with Connection(broker_url_from_redis(server.redis_url)) as connection:
             connection.ensure_connection(max_retries=1)
         engine = create_engine(default_database_url(directory))
-        with engine.connect() as session:
-            session.execute(text("CREATE TABLE t (id INTEGER)"))
+        with engine.connect() as connection:
+            connection.execute(text("CREATE TABLE t (id INTEGER)"))
         engine.dispose()
         assert (directory / "dispatcher.db").exists()
     assert not socket.parent.exists()

@@ -7,6 +7,7 @@ from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from sqlalchemy import delete
 
 from dispatcher import (
     DONE,
@@ -960,6 +961,8 @@ def test_a_chain_deleted_during_its_evaluation_is_a_named_outcome(make_dispatche
     chain = new_chain(dispatcher)
 
     with gate.during(lambda: executed(dispatcher, chain)) as future:
-        dispatcher.database.write(lambda session: session.delete(session.get(ChainRow, chain.id)))
+        dispatcher.database.write(
+            lambda connection: connection.execute(delete(ChainRow).where(ChainRow.id == chain.id))
+        )
 
     assert [str(result.outcome) for result in future.result()] == ["stale"]

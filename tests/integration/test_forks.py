@@ -141,9 +141,9 @@ def unchanged(before: dict[str, int], now: dict[str, int], by: Callable[..., int
 
 def ids_of(dispatcher: Dispatcher) -> dict[str, int]:
     """The connections that this process uses now, as the servers number them (RabbitMQ: by the client's port)."""
-    with dispatcher.database.read() as session:
+    with dispatcher.database.read() as connection:
         ask = func.pg_backend_pid if dispatcher.database.dialect == "postgresql" else func.connection_id
-        database = session.execute(select(ask())).scalar_one()
+        database = connection.execute(select(ask())).scalar_one()
     locks = dispatcher._locks._client
     assert locks is not None
     with producer(dispatcher) as used:
@@ -222,12 +222,12 @@ def test_a_child_forked_inside_a_transaction_leaves_it_to_its_parent(
 ) -> None:
     chain = new_chain(dispatcher)
 
-    def write(session: Any) -> Any:
-        first = session.execute(select(func.now())).scalar_one()
+    def write(connection: Any) -> Any:
+        first = connection.execute(select(func.now())).scalar_one()
         children.make(fork, lambda number: work_of(dispatcher, number + 1))
         children.begin()
         children.answers()
-        assert session.execute(select(func.now())).scalar_one() >= first
+        assert connection.execute(select(func.now())).scalar_one() >= first
         return chain.id
 
     assert dispatcher.database.write(write) == chain.id

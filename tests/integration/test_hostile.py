@@ -131,8 +131,10 @@ class Deployment:
 
     def row(self, name: str) -> tuple[Any, ...]:
         """A chain's row."""
-        with self.dispatcher.database.read() as session:
-            return tuple(session.execute(select(ChainRow.__table__).where(ChainRow.id == self.chains[name].id)).one())
+        with self.dispatcher.database.read() as connection:
+            return tuple(
+                connection.execute(select(ChainRow.__table__).where(ChainRow.id == self.chains[name].id)).one()
+            )
 
     def receive(self, task: str, args: Any, kwargs: Any) -> Any:
         """What a worker makes of a message: the task's outcome, or the exception that it ends with."""

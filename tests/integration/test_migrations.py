@@ -32,7 +32,7 @@ OUR_TABLES = {*Base.metadata.tables, VERSION_TABLE}
 def set_revision(database: Database, revision: str) -> None:
     """Pretend that the database is at `revision`."""
     version = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32)))
-    database.write(lambda session: session.execute(version.update().values(version_num=revision)))
+    database.write(lambda connection: connection.execute(version.update().values(version_num=revision)))
 
 
 def tables_of(database: Database) -> set[str]:
@@ -70,8 +70,8 @@ def statements_of(database: Database) -> dict[str, list[str]]:
     ours = select(master.c.name, master.c.sql).where(
         master.c.tbl_name.in_(Base.metadata.tables), master.c.sql.is_not(None)
     )
-    with database.read() as session:
-        return {name: sorted(line.strip(" ,\t") for line in sql.splitlines()) for name, sql in session.execute(ours)}
+    with database.read() as connection:
+        return {name: sorted(line.strip(" ,\t") for line in sql.splitlines()) for name, sql in connection.execute(ours)}
 
 
 class TestUpgrade:
@@ -209,13 +209,13 @@ class TestTheApplicationsTables:
         Table("shop_order", metadata, Column("id", Integer, primary_key=True), Column("name", String(20)))
         version = Table("alembic_version", metadata, Column("version_num", String(32), primary_key=True))
         metadata.create_all(empty_database.engine)
-        empty_database.write(lambda session: session.execute(version.insert().values(version_num="theirs")))
+        empty_database.write(lambda connection: connection.execute(version.insert().values(version_num="theirs")))
         return empty_database
 
     def theirs(self, database: Database) -> tuple[set[str], str]:
         version = Table("alembic_version", MetaData(), Column("version_num", String(32)))
-        with database.read() as session:
-            revision = session.execute(select(version.c.version_num)).scalar_one()
+        with database.read() as connection:
+            revision = connection.execute(select(version.c.version_num)).scalar_one()
         return tables_of(database) - OUR_TABLES, revision
 
     def test_are_untouched_by_an_upgrade(self, shared: Database) -> None:
@@ -244,8 +244,8 @@ class TestTheApplicationsTables:
 
 def revision_rows(database: Database) -> list[str]:
     version = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32)))
-    with database.read() as session:
-        return list(session.execute(select(version.c.version_num)).scalars())
+    with database.read() as connection:
+        return list(connection.execute(select(version.c.version_num)).scalars())
 
 
 class Processes:

@@ -10,8 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import event
-from sqlalchemy.orm import Session
+from sqlalchemy import event, select
 
 from dispatcher import (
     NEW,
@@ -22,10 +21,12 @@ from dispatcher import (
     Dispatcher,
     NoOpenDelivery,
     RetryPolicy,
+    database,
     deliveries,
 )
+from dispatcher.database import Database
 from dispatcher.deliveries import Owed
-from dispatcher.models import DeliveryRow, EventRow, ResourceRow
+from dispatcher.models import ChainRow, DeliveryRow, EventRow, ResourceRow
 from dispatcher.operations import MapCounts
 from tests.integration.transitions import (
     CHAIN_TYPE,
@@ -57,7 +58,7 @@ from tests.servers import PostgresServer, wait_until
 pytestmark = pytest.mark.integration
 
 Make = Callable[..., Dispatcher]
-Blocked = Callable[[Callable[[], Any]], "Future[Any]"]
+Blocked = Callable[..., "Future[Any]"]
 
 CALLBACKS = "dispatcher.callbacks"
 CUSTOMER = ("customer", "57844")
@@ -67,7 +68,7 @@ Never = transition("Never", "never", valid=False)
 TRANSITIONS = {NEW: [Remind], "reminded": [Never]}
 
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-"""Where another session can be seen to wait for a row."""
+"""Where another connection can be seen to wait for a row."""
 
 OPERATIONS: dict[str, Callable[[Chain], Any]] = {
     "retry": lambda chain: chain.retry_delivery("ada"),
@@ -97,32 +98,28 @@ def dead(dispatcher: Dispatcher, chain: Chain) -> Any:
 
 
 @contextmanager
-def paused_in(target: Any, name: str, work: Callable[[], Any], *, when: str = "") -> Iterator["Future[Any]"]:
-    """`work` in a thread, halted in the SQLAlchemy event `name` while the block runs.
+def uncommitted(work: Callable[[], Any]) -> Iterator["Future[Any]"]:
+    """`work` in a thread, its transaction written and not committed while the block runs."""
+    gate, owner, commit = Gate(), [], database.commit
 
-    With `when` at the statement that has it, which is the third argument of the events of an engine.
-    """
-    gate, owner = Gate(), []
-
-    def halt(*arguments: Any) -> None:
-        if threading.get_ident() in owner and (not when or when in arguments[2]):
+    def halted(step: Callable[[], Any]) -> Any:
+        if threading.get_ident() in owner:
             gate.wait()
+        return commit(step)
+
+    def in_a_transaction(rows: Database, statement: str, parameters: Any) -> Any:
+        """As PostgreSQL itself does a statement that commits by itself, which nothing can halt in."""
+        return rows.write(lambda connection: database.run_statement(connection, statement, parameters))
 
     def run() -> Any:
         owner.append(threading.get_ident())
         return work()
 
-    event.listen(target, name, halt)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "commit", halted)
+        patch.setattr(Database, "write_statement", in_a_transaction)
         with gate.during(run) as future:
             yield future
-    finally:
-        event.remove(target, name, halt)
-
-
-def uncommitted(work: Callable[[], Any]) -> Any:
-    """`work` in a thread, its transaction written and not committed while the block runs."""
-    return paused_in(Session, "before_commit", work)
 
 
 def then_open(gate: Gate, work: Callable[[], Any]) -> Any:
@@ -141,11 +138,11 @@ def blocked(
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
     name = database_url.rpartition("/")[2]
 
-    def begin(work: Callable[[], Any]) -> "Future[Any]":
+    def begin(work: Callable[[], Any], *, others: int = 0) -> "Future[Any]":
         future = pool.submit(work)
         with postgres_server.connect() as connection:
             wait_until(
-                lambda: future.done() or connection.execute(query, [name]).fetchone() != (0,),
+                lambda: future.done() or connection.execute(query, [name]).fetchone() != (others,),
                 seconds=WAIT_SECONDS,
                 what="it waits for a row",
             )
@@ -398,15 +395,11 @@ def test_an_operation_waits_for_an_attempt_that_ends_without_a_deadlock(
     worker, person = (make_dispatcher(cart(TRANSITIONS, callback=Sink())) for _ in range(2))
     chain = new_chain(person)
     delivery = planned(worker, chain)
-    halted = paused_in(
-        worker.database.engine,
-        "after_cursor_execute",
-        lambda: attempt(worker, delivery),
-        when="finished_at=",
-    )
 
-    with halted as made:
-        operated = blocked(lambda: OPERATIONS[name](chain))
+    with worker.database.engine.begin() as connection:
+        connection.execute(select(ChainRow.id).where(ChainRow.id == chain.id).with_for_update())
+        made = blocked(lambda: attempt(worker, delivery))  # its callback has returned, and it has the delivery's row
+        operated = blocked(lambda: OPERATIONS[name](chain), others=1)
 
     assert made.result().outcome == "delivered"
     if name == "cancel":
@@ -744,7 +737,7 @@ def test_a_delivery_that_fails_while_its_chain_is_enabled_or_disabled_is_the_rel
 
     def fail() -> bool:
         return worker.database.write(
-            lambda session: deliveries.retry(session, running, seconds=0, grace_seconds=0, error="down")
+            lambda connection: deliveries.retry(connection, running, seconds=0, grace_seconds=0, error="down")
         )
 
     with uncommitted(lambda: change(CUSTOMER)) as changed:

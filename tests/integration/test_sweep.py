@@ -101,7 +101,7 @@ def test_a_paused_type_is_not_swept(make_dispatcher: Make, broker_url: str) -> N
     new_chain(dispatcher)
     dispatcher.sweep()
     published(broker_url)
-    dispatcher.database.write(lambda session: session.execute(update(TypeRow).values(paused=True)))
+    dispatcher.database.write(lambda connection: connection.execute(update(TypeRow).values(paused=True)))
 
     assert dispatcher.sweep()["due"] == 0
 
@@ -241,7 +241,7 @@ def test_a_sweep_over_many_pages_publishes_every_chain_once(make_dispatcher: Mak
         }
         for number in range(2500)
     ]
-    dispatcher.database.write(lambda session: session.execute(ChainRow.__table__.insert(), rows))
+    dispatcher.database.write(lambda connection: connection.execute(ChainRow.__table__.insert(), rows))
 
     counts = dispatcher.sweep()
 
@@ -323,7 +323,7 @@ def test_a_tick_can_be_claimed_again_after_its_interval(make_dispatcher: Make) -
 
     def age(seconds: float) -> None:
         last_at = datetime.now(UTC) - timedelta(seconds=seconds)
-        dispatcher.database.write(lambda session: session.execute(update(TickRow).values(last_at=last_at)))
+        dispatcher.database.write(lambda connection: connection.execute(update(TickRow).values(last_at=last_at)))
 
     age(40)
     assert dispatcher.sweep(tick=True) == {"claimed": False}
@@ -448,10 +448,10 @@ def test_a_state_is_woken_once_more_when_the_old_workers_are_gone(make_dispatche
     old.execute_chains([chain.id])
     assert rests(new, chain) == [True]
 
-    with new.database.read() as session:
-        seen = session.execute(select(TypeRow.fingerprints)).scalar_one()
+    with new.database.read() as connection:
+        seen = connection.execute(select(TypeRow.fingerprints)).scalar_one()
     seen[NEW][old.config.get(CHAIN_TYPE).fingerprint(NEW)] = LONG_AGO.isoformat()
-    new.database.write(lambda session: session.execute(update(TypeRow).values(fingerprints=seen)))
+    new.database.write(lambda connection: connection.execute(update(TypeRow).values(fingerprints=seen)))
     new.sweep()
     assert rests(new, chain) == [False]
 
@@ -507,7 +507,7 @@ def test_prune_deletes_old_history_and_closed_deliveries_and_never_chains(make_d
         attempt(dispatcher, planned(dispatcher, done))
     old = datetime.now(UTC) - timedelta(days=100)
     dispatcher.database.write(
-        lambda session: session.execute(update(DeliveryRow).values(planned_at=old, finished_at=old))
+        lambda connection: connection.execute(update(DeliveryRow).values(planned_at=old, finished_at=old))
     )
     change_delivery(dispatcher, dead_delivery.id, finished_at=None)
     clock.now = datetime.now(UTC)
@@ -543,14 +543,14 @@ def test_a_prune_takes_more_than_one_batch(make_dispatcher: Make) -> None:
         {"chain_id": chain.id, "chain_version": 0, "action": "request_replaced", "created_at": LONG_AGO}
         for _ in range(1200)
     ]
-    dispatcher.database.write(lambda session: session.execute(EventRow.__table__.insert(), rows))
+    dispatcher.database.write(lambda connection: connection.execute(EventRow.__table__.insert(), rows))
     change = update(EventRow).values(created_at=LONG_AGO)
-    dispatcher.database.write(lambda session: session.execute(change))
+    dispatcher.database.write(lambda connection: connection.execute(change))
 
     assert dispatcher.prune(days=1)["events"] == 1200
 
-    with dispatcher.database.read() as session:
-        assert len(session.execute(select(EventRow.id)).all()) == 1
+    with dispatcher.database.read() as connection:
+        assert len(connection.execute(select(EventRow.id)).all()) == 1
 
 
 def test_terminal_chains_are_left_alone_by_every_pass(make_dispatcher: Make) -> None:

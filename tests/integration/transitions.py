@@ -178,20 +178,20 @@ def new_chain(dispatcher: Dispatcher, number: int = 0, chain_type: str = CHAIN_T
 
 def row_of(dispatcher: Dispatcher, chain_id: int | None) -> Row[Any]:
     """A chain's row, every column."""
-    with dispatcher.database.read() as session:
-        return session.execute(select(ChainRow.__table__).where(ChainRow.id == chain_id)).one()
+    with dispatcher.database.read() as connection:
+        return connection.execute(select(ChainRow.__table__).where(ChainRow.id == chain_id)).one()
 
 
 def change_chain(dispatcher: Dispatcher, chain_id: int | None, **values: Any) -> None:
     """Write into a chain's row what another version of the code, or time, would have."""
     statement = update(ChainRow).where(ChainRow.id == chain_id).values(**values)
-    assert dispatcher.database.write(lambda session: session.execute(statement).rowcount) == 1
+    assert dispatcher.database.write(lambda connection: connection.execute(statement).rowcount) == 1
 
 
 def change_delivery(dispatcher: Dispatcher, delivery_id: str, **values: Any) -> None:
     """Write into a delivery's row what another version of the code, or time, would have."""
     statement = update(DeliveryRow).where(DeliveryRow.id == delivery_id).values(**values)
-    assert dispatcher.database.write(lambda session: session.execute(statement).rowcount) == 1
+    assert dispatcher.database.write(lambda connection: connection.execute(statement).rowcount) == 1
 
 
 def delivery_of(dispatcher: Dispatcher, chain: Chain) -> DeliveryRecord:
@@ -241,9 +241,9 @@ def actions(chain: Chain) -> list[str]:
 
 def dump_rows(dispatcher: Dispatcher) -> dict[str, list[tuple[Any, ...]]]:
     """Every row of every table."""
-    with dispatcher.database.read() as session:
+    with dispatcher.database.read() as connection:
         return {
-            name: sorted((tuple(row) for row in session.execute(select(table))), key=repr)
+            name: sorted((tuple(row) for row in connection.execute(select(table))), key=repr)
             for name, table in Base.metadata.tables.items()
         }
 
@@ -256,8 +256,8 @@ def dump_keys(url: str) -> dict[bytes, tuple[Any, Any]]:
 
 def count_rows(dispatcher: Dispatcher, table: type[Base]) -> int:
     """How many rows a table has."""
-    with dispatcher.database.read() as session:
-        return int(session.execute(select(func.count()).select_from(table)).scalar_one())
+    with dispatcher.database.read() as connection:
+        return int(connection.execute(select(func.count()).select_from(table)).scalar_one())
 
 
 @dataclass(frozen=True)

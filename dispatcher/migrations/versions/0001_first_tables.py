@@ -102,13 +102,6 @@ def upgrade() -> None:
         sa.Column("detail", _prose()),
         sa.Column("created_at", _utc(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_chain_dispatcher_event")),
-        sa.ForeignKeyConstraint(
-            ["chain_id"],
-            ["chain_dispatcher_chain.id"],
-            name=op.f("fk_chain_dispatcher_event_chain_id"),
-            ondelete="CASCADE",
-        ),
-        sa.UniqueConstraint("chain_id", "move_version", name=op.f("uq_chain_dispatcher_event_chain_id_move_version")),
         sa.CheckConstraint(
             "action IN ('created', 'state_transition', 'planned', 'cancelled', 'dead', 'held', 'retried', 'skipped', "
             "'disabled', 'enabled', 'reset', 'moved', 'mapped', 'request_replaced', 'no_callback', "
@@ -116,6 +109,14 @@ def upgrade() -> None:
             name=op.f("ck_chain_dispatcher_event_action"),
         ),
         sqlite_autoincrement=True,
+    )
+    op.create_index(
+        "ix_chain_dispatcher_event_move",
+        "chain_dispatcher_event",
+        ["chain_id", "move_version"],
+        unique=True,
+        postgresql_where=sa.text("move_version IS NOT NULL"),
+        sqlite_where=sa.text("move_version IS NOT NULL"),
     )
     op.create_index("ix_chain_dispatcher_event_chain", "chain_dispatcher_event", ["chain_id", "id"])
     op.create_index("ix_chain_dispatcher_event_created", "chain_dispatcher_event", ["created_at", "id"])
@@ -144,12 +145,6 @@ def upgrade() -> None:
         sa.Column("kwargs", sa.JSON()),
         sa.Column("context", sa.JSON()),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_chain_dispatcher_delivery")),
-        sa.ForeignKeyConstraint(
-            ["chain_id"],
-            ["chain_dispatcher_chain.id"],
-            name=op.f("fk_chain_dispatcher_delivery_chain_id"),
-            ondelete="CASCADE",
-        ),
         sa.UniqueConstraint(
             "chain_id", "chain_version", name=op.f("uq_chain_dispatcher_delivery_chain_id_chain_version")
         ),
@@ -165,8 +160,20 @@ def upgrade() -> None:
         postgresql_where=sa.text("publish_after IS NOT NULL"),
         sqlite_where=sa.text("publish_after IS NOT NULL"),
     )
-    op.create_index("ix_chain_dispatcher_delivery_status", "chain_dispatcher_delivery", ["status", "id"])
-    op.create_index("ix_chain_dispatcher_delivery_finished", "chain_dispatcher_delivery", ["finished_at", "id"])
+    op.create_index(
+        "ix_chain_dispatcher_delivery_status",
+        "chain_dispatcher_delivery",
+        ["status", "id"],
+        postgresql_where=sa.text("finished_at IS NULL"),
+        sqlite_where=sa.text("finished_at IS NULL"),
+    )
+    op.create_index(
+        "ix_chain_dispatcher_delivery_finished",
+        "chain_dispatcher_delivery",
+        ["finished_at", "id"],
+        postgresql_where=sa.text("finished_at IS NOT NULL"),
+        sqlite_where=sa.text("finished_at IS NOT NULL"),
+    )
 
     op.create_table(
         "chain_dispatcher_tick",
