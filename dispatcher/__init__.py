@@ -20,6 +20,7 @@ from dispatcher.errors import (
     PermanentFailure,
     ServiceUnavailable,
 )
+from dispatcher.rates import rate_limit
 from dispatcher.retry import RetryPolicy
 from dispatcher.settings import Settings
 from dispatcher.states import DONE, NEW
@@ -50,4 +51,5 @@ __all__ = [
     "ServiceUnavailable",
     "Settings",
     "Transition",
+    "rate_limit",
 ]

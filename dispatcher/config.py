@@ -5,14 +5,17 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from typing import Any, Final, Literal, TypeGuard
+from zoneinfo import ZoneInfo
 
 from dispatcher.errors import ConfigurationError
 from dispatcher.graph import StateGraph
+from dispatcher.hours import DeliveryHours, zone_of
+from dispatcher.rates import RateLimit, limit_of
 from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy
 from dispatcher.states import DONE, CallbackKind
 from dispatcher.transition import TYPE_DEFAULT, Transition, TypeDefault
@@ -54,6 +57,11 @@ class ChainType:
     - `on_dead`: "hold" or "skip" a delivery that is out of attempts. Defaults to "hold".
     - `max_plans_per_hour`: how many transitions may be planned in one hour before the type is paused: a number, or a
       share of its chains such as "5%" (of an estimate refreshed every hour). Defaults to None (no limit).
+    - `rate_limit`: how often the callbacks of this type may be called, by all workers together: "10/s", "100/m",
+      "5000/h" or "20000/d". (A limit of a callback's own: the decorator `rate_limit`.) Defaults to None (no limit).
+    - `delivery_hours`: when they may be called: "08:00-20:00", "22:00-06:00". Defaults to None (always).
+    - `time_zone`: the IANA name of the time zone of those hours; a chain's own, `"time_zone"` in its stored context,
+      wins. Defaults to "UTC".
 
     Raises `ConfigurationError` naming chain type, state and transition.
     """
@@ -69,6 +77,9 @@ class ChainType:
     on_unknown: Literal["retry", "hold"] = "retry"
     on_dead: Literal["hold", "skip"] = "hold"
     max_plans_per_hour: int | str | None = None
+    rate_limit: str | None = None
+    delivery_hours: str | None = None
+    time_zone: str = "UTC"
     by_name: Mapping[str, type[Transition]] = field(init=False, repr=False)
     states: frozenset[str] = field(init=False, repr=False)
 
@@ -128,6 +139,21 @@ class ChainType:
             return max(1, math.floor(share * chains))
         return self.max_plans_per_hour if isinstance(self.max_plans_per_hour, int) else None
 
+    @property
+    def rate(self) -> RateLimit | None:
+        """`rate_limit` as a value."""
+        return None if self.rate_limit is None else RateLimit.parse(f"type/{self.chain_type}", self.rate_limit)
+
+    @property
+    def hours(self) -> DeliveryHours | None:
+        """`delivery_hours` as a value."""
+        return None if self.delivery_hours is None else DeliveryHours.parse(self.delivery_hours)
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """`time_zone` as a value."""
+        return zone_of(self.time_zone)
+
     def fingerprint(self, state: str) -> str:
         """A short digest of the candidates of `state` and the options that count for them; it changes when they do."""
         parts = [
@@ -177,6 +203,7 @@ class DispatcherConfig:
             if chain_type.chain_type in by_type:
                 raise ConfigurationError("is configured twice", f"chain type {chain_type.chain_type!r}")
             by_type[chain_type.chain_type] = chain_type
+        _check_shared_limits(by_type.values())
         object.__setattr__(self, "chains", tuple(self.chains))
         object.__setattr__(self, "by_type", by_type)
 
@@ -259,6 +286,13 @@ def resolve_callback(chain_type: ChainType, transition: type[Transition], kind: 
     raise KeyError(kind)
 
 
+def limits_of(chain_type: ChainType, transition: type[Transition], kind: str) -> tuple[RateLimit, ...]:
+    """The rate limits of a delivery: its chain type's and its callback's, where they have one; `kind` as in its row."""
+    own = kind == CallbackKind.OWN
+    function = transition.callback if own else resolve_callback(chain_type, transition, kind)
+    return tuple(limit for limit in (chain_type.rate, limit_of(function)) if limit is not None)
+
+
 def _call_own(transition: Transition, **callback_kwargs: Any) -> Any:
     own = transition.callback
     assert own is not None  # resolve_callback and choose_callback looked
@@ -330,6 +364,26 @@ def _check_options(chain: ChainType, path: str) -> None:
         raise ConfigurationError('`on_dead` must be "hold" or "skip"', path)
     if not _is_plan_limit(chain.max_plans_per_hour):
         raise ConfigurationError('`max_plans_per_hour` must be a number of at least 1, or a share such as "5%"', path)
+    _check_when(chain, path)
+
+
+def _check_when(chain: ChainType, path: str) -> None:
+    for option, value in (("rate_limit", "rate"), ("delivery_hours", "hours"), ("time_zone", "zone")):
+        try:
+            getattr(chain, value)
+        except ValueError as error:
+            raise ConfigurationError(f"`{option}` {error}", path) from None
+
+
+def _check_shared_limits(chain_types: Iterable[ChainType]) -> None:
+    """Two rates of one name would each let their own number through."""
+    known: dict[str, RateLimit] = {}
+    for chain in chain_types:
+        own = [getattr(transition, "callback", None) for transition in chain.by_name.values()]
+        for limit in map(limit_of, (chain.callback, *chain.callbacks.values(), *own)):
+            if limit is not None and known.setdefault(limit.name, limit) != limit:
+                problem = f"the limit {limit.name!r} has two rates: {known[limit.name]} and {limit}"
+                raise ConfigurationError(problem, f"chain type {chain.chain_type!r}")
 
 
 def _check_recheck(seconds: object, path: str) -> None:

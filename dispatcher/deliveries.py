@@ -240,8 +240,10 @@ def renew_lease(connection: Connection, delivery: DeliveryRecord, *, lease_secon
     return one_row(done)
 
 
-def postpone(connection: Connection, delivery: DeliveryRecord, *, seconds: float, reason: str) -> bool:
-    """Take back the beginning of an attempt, without using it up, and let it wait."""
+def postpone(
+    connection: Connection, delivery: DeliveryRecord, *, seconds: float, reason: str, grace_seconds: float = 0
+) -> bool:
+    """Take back the beginning of an attempt, without using it up; its message counts as lost `grace_seconds` later."""
     done = connection.execute(
         update(DELIVERY)
         .where(_running(delivery))
@@ -250,7 +252,7 @@ def postpone(connection: Connection, delivery: DeliveryRecord, *, seconds: float
             attempt=delivery.attempt - 1,
             lease_until=None,
             next_attempt_at=clock_plus(seconds),
-            publish_after=_when_enabled(clock_plus(seconds)),
+            publish_after=_when_enabled(clock_plus(seconds + grace_seconds)),
             last_error=reason[:MAX_ERROR],
         )
     )

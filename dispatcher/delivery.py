@@ -26,6 +26,7 @@ from dispatcher.decisions import ChainResult, due_after_move, load_contexts, mer
 from dispatcher.deliveries import Begun, DeliveryRecord, Finished, LostChain, Owed
 from dispatcher.errors import PermanentFailure, ServiceUnavailable, ends_process
 from dispatcher.evaluation import GuardFailed, Plan, evaluate
+from dispatcher.gate import Deferral, Gate
 from dispatcher.publisher import CHAINS_QUEUE, MAX_COUNTDOWN, Publisher, PublishFailed
 from dispatcher.retry import growing_interval
 from dispatcher.settings import Settings
@@ -51,6 +52,11 @@ class AttemptResult:
     transition: str | None = None
     detail: str = ""
     retry_seconds: float | None = None
+
+    @property
+    def next_attempt(self) -> int:
+        """The number of the attempt that follows; a deferred one was not used up."""
+        return self.attempt if self.outcome == AttemptOutcome.DEFERRED else self.attempt + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,10 @@ class Attempts:
         settings: Settings,
         database: Database,
         publisher: Publisher,
+        gate: Gate,
         random: Callable[[], float] = random.random,
     ) -> None:
+        self._gate = gate
         self._config = config
         self._settings = settings
         self._database = database
@@ -274,11 +282,16 @@ class Attempts:
     def _attempt(
         self, attempt: _Attempt, loaded: Mapping[str, Any] | BaseException | None = None
     ) -> AttemptResult | Transition:
-        """Settle what an earlier attempt left, look once more, call; user code and finishes never share a `try`.
+        """Ask the gate, settle what an earlier attempt left, look once more, call.
+
+        User code and finishes never share a `try`.
 
         The transition whose callback has returned, which is still to be recorded, or the result of another end.
         `loaded` is what the batch's `load_context` gave; None loads it here.
         """
+        deferral = self._gate.ask(attempt.chain_type, attempt.begun, attempt.now)
+        if deferral is not None:
+            return self._deferred(attempt, deferral)
         delivery = attempt.delivery
         unknown = delivery.unknown
         if unknown:
@@ -351,6 +364,20 @@ class Attempts:
             raise error.__cause__ or error from error
 
     # --- ends of an attempt ------------------------------------------------------------------------------------------
+
+    def _deferred(self, attempt: _Attempt, deferral: Deferral) -> AttemptResult:
+        by_celery = deferral.seconds <= MAX_COUNTDOWN
+        grace = self._settings.queued_seconds if by_celery else 0.0
+
+        def work(connection: Connection) -> bool:
+            return deliveries.postpone(
+                connection, attempt.delivery, seconds=deferral.seconds, reason=deferral.reason, grace_seconds=grace
+            )
+
+        if not self._finish(attempt, work, (DeliveryStatus.PENDING,)):
+            return self._result(attempt, AttemptOutcome.STALE)
+        result = self._result(attempt, AttemptOutcome.DEFERRED, deferral.reason)
+        return replace(result, retry_seconds=deferral.seconds if by_celery else None)
 
     def _delivered(
         self, attempt: _Attempt, transition: Transition, detail: str, *, seen_error: bool = False

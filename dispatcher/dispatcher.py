@@ -23,6 +23,8 @@ from dispatcher.doctor import Doctor, Finding
 from dispatcher.embedded import default_database_url, find_running
 from dispatcher.errors import ConfigurationError
 from dispatcher.executor import Executor
+from dispatcher.gate import Gate
+from dispatcher.limiter import RateLimiter
 from dispatcher.loading import load_object
 from dispatcher.locks import ChainLocks
 from dispatcher.migrations import require_current
@@ -89,7 +91,8 @@ class Dispatcher:
             "publisher": self._publisher,
         }
         self._executor = Executor(**parts, locks=self._locks)
-        self._attempts = Attempts(**parts)
+        limiter = RateLimiter(self._locks.client, prefix=self.settings.prefix)
+        self._attempts = Attempts(**parts, gate=Gate(limiter=limiter, own_clock=clock is not None))
         self._sweeper = Sweeper(**parts, locks=self._locks)
         self._requests = Requests(database=self.database, publisher=self._publisher)
         self._operations = Operations(config=self.config, database=self.database)

@@ -143,6 +143,11 @@ class ChainLocks:
     def __repr__(self) -> str:
         return f"<ChainLocks {self.address or 'none'}>"
 
+    @property
+    def client(self) -> "redis.Redis | None":
+        """The client of the lock server, for what else is kept there; None without one."""
+        return self._client
+
     def acquire(self, chain_ids: Sequence[int]) -> Held:
         """Take the locks of these chains, without waiting; those of others are listed in `locked`."""
         if not chain_ids:

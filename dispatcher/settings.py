@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     """SQLAlchemy URL of the rows. Defaults to an SQLite file in `./.dispatcher/`."""
 
     redis_url: str | None = Field(default=None, repr=False)
-    """Redis/Valkey URL of locks and markers. Defaults to the server of `dispatcher dev` in this directory, if any."""
+    """Redis/Valkey URL of locks, markers and rate limits. Defaults to `dispatcher dev`'s server here, if any."""
 
     broker_url: str | None = Field(default=None, repr=False)
     """Celery broker URL. Defaults to the Redis URL."""

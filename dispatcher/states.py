@@ -84,6 +84,7 @@ class AttemptOutcome(StrEnum):
 
     DELIVERED = "delivered"
     RETRYING = "retrying"
+    DEFERRED = "deferred"
     DEAD = "dead"
     CANCELLED = "cancelled"
     HELD = "held"

@@ -119,7 +119,7 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
             (one,) = again
             raise self.retry(
                 args=(),
-                kwargs={"deliveries": [[one.delivery_id, one.attempt + 1]]},
+                kwargs={"deliveries": [[one.delivery_id, one.next_attempt]]},
                 countdown=one.retry_seconds,
                 exc=AttemptFailed(one.detail),
                 throw=False,
@@ -127,7 +127,7 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
             )
         for one in again:
             deliver_callback.apply_async(
-                kwargs={"deliveries": [[one.delivery_id, one.attempt + 1]]},
+                kwargs={"deliveries": [[one.delivery_id, one.next_attempt]]},
                 countdown=one.retry_seconds,
                 queue=CALLBACKS_QUEUE,
             )

@@ -123,6 +123,12 @@ CONFIG = {
         },
         {"chain_type": "single", "callback": deliver, "transitions": {NEW: [First], "first_sent": []}},
         {
+            "chain_type": "paced",
+            "callback": deliver,
+            "rate_limit": "1/s",
+            "transitions": {NEW: [First], "first_sent": []},
+        },
+        {
             "chain_type": "careful",
             "callback": deliver,
             "on_unknown": "hold",

@@ -162,6 +162,20 @@ def test_a_failing_callback_is_retried_by_celery_and_ends_delivered_under_the_sa
     assert len(re.findall(retry, celery_setup.worker.logs()[mark:])) == MAX_ATTEMPTS - 1
 
 
+def test_what_is_over_a_rate_limit_is_deferred_and_delivered_in_its_first_attempt(
+    celery_setup: CeleryTestSetup, deployment: Deployment, client: Dispatcher
+) -> None:
+    mark = len(celery_setup.worker.logs())
+    for number in range(5):
+        client.enqueue("paced", [("customer", f"paced-{number}")])
+    chains = client.find_chains(chain_type="paced")
+    for chain in chains:
+        deployment.wait_for_state(chain, "first_sent")
+    assert [(one.status, one.attempt) for chain in chains for one in chain.deliveries] == [("delivered", 1)] * 5
+    retry = rf"Task {re.escape(DELIVER)}\[.*\] retry: Retry in .*: .*deferred: rate limit 1/s"
+    assert re.search(retry, celery_setup.worker.logs()[mark:])
+
+
 @pytest.mark.parametrize(
     ("context", "attempts", "error"),
     [

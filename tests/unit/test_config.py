@@ -4,7 +4,7 @@ import logging
 import os
 import subprocess
 import sys
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from functools import cached_property
 
 import pytest
@@ -18,9 +18,12 @@ from dispatcher.config import (
     ChainType,
     DispatcherConfig,
     choose_callback,
+    limits_of,
     resolve_callback,
 )
 from dispatcher.errors import ConfigurationError
+from dispatcher.hours import DeliveryHours
+from dispatcher.rates import RateLimit, rate_limit
 from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy
 from dispatcher.states import DONE, NEW
 from dispatcher.transition import ChainSnapshot, Transition
@@ -118,6 +121,13 @@ class TestAccepted:
         assert chain.continue_ is False
         assert chain.on_unknown == "retry"
         assert chain.on_dead == "hold"
+        assert (chain.rate, chain.hours, chain.zone.key) == (None, None, "UTC")
+
+    def test_rates_hours_and_time_zones_are_values(self):
+        chain = cart(rate_limit="100/m", delivery_hours="22:00-06:00", time_zone="Europe/Berlin")
+        assert chain.rate == RateLimit("type/abandoned_cart", 100, 60)
+        assert chain.hours == DeliveryHours(time(22), time(6))
+        assert chain.zone.key == "Europe/Berlin"
 
     def test_typed_objects_dicts_and_lists_of_both_are_parsed(self):
         typed, raw = cart(chain_type="a"), {"chain_type": "b", "transitions": {}}
@@ -301,6 +311,12 @@ class TestRefusedChainTypes:
             ({"continue_": 1}, "`continue` must be True or False"),
             ({"on_unknown": "skip"}, '`on_unknown` must be "retry" or "hold"'),
             ({"on_dead": "retry"}, '`on_dead` must be "hold" or "skip"'),
+            ({"rate_limit": "100 per minute"}, '`rate_limit` must be a rate such as "10/s"'),
+            ({"rate_limit": 100}, "`rate_limit` must be a rate"),
+            ({"delivery_hours": "8-20"}, '`delivery_hours` must be hours such as "08:00-20:00"'),
+            ({"delivery_hours": "08:00-08:00"}, "`delivery_hours` must begin and end at different times"),
+            ({"time_zone": "Berlin"}, "`time_zone` must be the name of a time zone"),
+            ({"time_zone": None}, "`time_zone` must be the name of a time zone"),
         ],
     )
     def test_a_bad_option(self, options, problem):
@@ -547,3 +563,40 @@ class TestPlansPerHour:
     def test_a_share_is_that_of_the_chains_and_at_least_one(self, limit, chains, number):
         chain_type = ChainType(chain_type="cart", transitions={}, max_plans_per_hour=limit)
         assert chain_type.plans_per_hour(chains) == number
+
+
+class TestRateLimits:
+    """A delivery is limited by its chain type and by the callback that it calls."""
+
+    @staticmethod
+    def limited(rate, name):
+        return rate_limit(rate, name=name)(lambda transition, **kwargs: None)
+
+    def test_each_kind_of_callback_has_its_own(self):
+        own = variant(Reminder, "Own", callback=self.limited("1/s", "own"))
+        chain = cart(
+            {NEW: [own, Reminder]},
+            callback=self.limited("2/s", "type"),
+            callbacks={"type": self.limited("3/s", "named"), "free": send},
+            rate_limit="100/m",
+        )
+        of_type = RateLimit("type/abandoned_cart", 100, 60)
+        assert limits_of(chain, own, "own") == (of_type, RateLimit("callback/own", 1, 1))
+        assert limits_of(chain, Reminder, "type") == (of_type, RateLimit("callback/type", 2, 1))
+        assert limits_of(chain, Reminder, "named:type") == (of_type, RateLimit("callback/named", 3, 1))
+        assert limits_of(chain, Reminder, "named:free") == (of_type,)
+
+    def test_without_any_there_are_none(self):
+        assert limits_of(cart(callback=send), Reminder, "type") == ()
+
+    def test_several_callbacks_and_types_may_share_one(self):
+        callbacks = {name: self.limited("1/s", "mail") for name in ("a", "b")}
+        types = [cart(chain_type=name, callbacks=callbacks) for name in ("x", "y")]
+        assert len({limits_of(chain, Reminder, f"named:{name}") for chain in types for name in callbacks}) == 1
+        assert DispatcherConfig(types)
+
+    def test_one_limit_with_two_rates_is_refused(self):
+        types = [
+            cart(chain_type=name, callback=self.limited(rate, "mail")) for name, rate in (("x", "1/s"), ("y", "2/s"))
+        ]
+        refused(lambda: DispatcherConfig(types), "'callback/mail' has two rates: 1/s and 2/s", "chain type 'y'")

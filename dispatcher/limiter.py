@@ -1,0 +1,237 @@
+"""Rate limits counted by all workers together, in Redis; and the lines in which those wait that were refused.
+
+A limit is a moving window of the library `limits`: never more than its amount within any of its seconds. Whoever is
+refused gets a place in the limit's line, which says when to ask again: places follow each other at the pace of the
+limit, so a hundred thousand of them do not all ask again and again. Whoever asks for the first time while there is a
+line goes to its end. Places do not decide: several of them may come at once, or late, and those refused then wait in a
+line of their own, which goes before the other.
+
+Keys: `{prefix}:rate:LIMITER/...` (the calls of a window) and `{prefix}:rate:line/...`, `{prefix}:rate:again/...` (up to
+when a line's places are given away), each with a TTL. Times are the server's: workers' clocks do not matter.
+
+Where there is no lock server each process counts for itself. One that does not answer is waited for, for some minutes.
+"""
+
+import logging
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import redis
+from limits import RateLimitItem, RateLimitItemPerSecond
+from limits.storage import MemoryStorage, RedisStorage
+from limits.strategies import MovingWindowRateLimiter
+
+from dispatcher.rates import RateLimit
+
+logger = logging.getLogger(__name__)
+
+_PLACE: Final = "rate limit "
+_LINE_SECONDS: Final = 6 * 3600.0
+_PACE: Final = 0.95  # at the very pace of the limit every small delay would have somebody refused
+_AWAY_SECONDS: Final = 5.0
+_AWAY_WAIT_SECONDS: Final = 30.0
+_ALONE_SECONDS: Final = 300.0
+
+# A place behind everybody in KEYS, in the line KEYS[1]. ARGV, microseconds: now, not before, pace, length of the line.
+_BOOK: Final = """
+local free = tonumber(ARGV[2])
+for i = 1, #KEYS do
+  free = math.max(free, tonumber(redis.call('GET', KEYS[i])) or 0)
+end
+if free > ARGV[2] + ARGV[4] then return -1 end
+local next = free + ARGV[3]
+redis.call('SET', KEYS[1], string.format('%.0f', next), 'PX', math.ceil((next - ARGV[1]) / 1000) + 1000)
+return string.format('%.0f', free)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why something may not be called now, and after how many seconds to ask again."""
+
+    reason: str
+    seconds: float
+
+
+def had_place(reason: str) -> bool:
+    """Whether a refusal for this reason gave a place in the line."""
+    return reason.startswith(_PLACE)
+
+
+class RateLimiter:
+    """Counts the calls of one deployment (`prefix`) with its lock server's `client`; None: there is none.
+
+    `random` draws from [0, 1). `clock` gives seconds since 1970. Defaults to the server's clock.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis | None,
+        *,
+        prefix: str,
+        random: Callable[[], float] = random.random,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self._shared = _SharedBook(client, f"{prefix}:rate", clock) if client is not None else None
+        self._own: _OwnBook | None = None
+        self._random = random
+        self._away_since: float | None = None
+        self._away_until = 0.0
+
+    def ask(self, limits: Sequence[RateLimit], *, has_place: bool) -> Refusal | None:
+        """Count one call for each of these limits, and None; or the refusal by one of them, which counts nothing.
+
+        `has_place` says that the caller waited for its turn, and need not go to the end of the line. Where limits are
+        asked by several at once, one that refuses at the last moment may leave a call counted for another one.
+        """
+        if not limits:
+            return None
+        if self._shared is not None and time.monotonic() >= self._away_until:
+            try:
+                refusal = self._ask(self._shared, limits, has_place=has_place)
+            except (redis.RedisError, OSError) as error:  # away, loading, read-only or out of memory: all the same here
+                self._note_away(error)
+            else:
+                self._away_since = None
+                return refusal
+        if self._away_since is not None and time.monotonic() < self._away_since + _ALONE_SECONDS:
+            return Refusal("the server that counts for the rate limit is away", self._spread(_AWAY_WAIT_SECONDS))
+        if self._own is None:
+            logger.warning("no lock server: rate limits hold for each process", extra={"action": "rate_limit_alone"})
+            self._own = _OwnBook()
+        return self._ask(self._own, limits, has_place=has_place)
+
+    def _ask(self, book: "_Book", limits: Sequence[RateLimit], *, has_place: bool) -> Refusal | None:
+        for limit in limits:
+            if not has_place and book.has_line(limit):
+                return self._refusal(book, limit, has_place=False)
+            if len(limits) > 1 and not book.windows.test(_item(limit), limit.name):
+                return self._refusal(book, limit, has_place=has_place)
+        for limit in limits:
+            if not book.windows.hit(_item(limit), limit.name):
+                return self._refusal(book, limit, has_place=has_place)
+        return None
+
+    def _refusal(self, book: "_Book", limit: RateLimit, *, has_place: bool) -> Refusal:
+        now = book.now()
+        window = book.windows.get_window_stats(_item(limit), limit.name)
+        # A window's last moment belongs to it.
+        not_before = max(window.reset_time, now) + 0.001 if window.remaining <= 0 else now
+        place = book.place(limit, now=now, not_before=not_before, has_place=has_place)
+        if place is None:
+            return Refusal(f"the line of rate limit {limit} is full", not_before - now + self._spread(_LINE_SECONDS))
+        return Refusal(f"{_PLACE}{limit}", max(place - now, 0.001))
+
+    def _note_away(self, error: BaseException) -> None:
+        now = time.monotonic()
+        self._away_until = now + _AWAY_SECONDS
+        self._away_since = now if self._away_since is None else self._away_since
+        logger.warning(
+            "the lock server does not count for rate limits (%s)",
+            type(error).__name__,
+            extra={"action": "rate_limit_server_away"},
+        )
+
+    def _spread(self, seconds: float) -> float:
+        return seconds * (0.5 + 0.5 * self._random())
+
+
+def _item(limit: RateLimit) -> RateLimitItem:
+    return RateLimitItemPerSecond(limit.amount, limit.seconds)
+
+
+def _keys(limit: RateLimit) -> tuple[str, str]:
+    """The keys of a limit's line, and of the line of those whose turn it was already."""
+    return f"line/{limit.name}/{limit}", f"again/{limit.name}/{limit}"
+
+
+def _pace(limit: RateLimit) -> float:
+    return limit.seconds / limit.amount / _PACE
+
+
+class _Book(ABC):
+    """Where calls are counted and places are given away."""
+
+    windows: MovingWindowRateLimiter
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds since 1970."""
+
+    @abstractmethod
+    def has_line(self, limit: RateLimit) -> bool:
+        """Whether somebody waits for the limit."""
+
+    @abstractmethod
+    def place(self, limit: RateLimit, *, now: float, not_before: float, has_place: bool) -> float | None:
+        """The moment of a new place in a limit's line, or None when the line is full."""
+
+
+class _ServerTime(RedisStorage):
+    """Counts by one clock for all workers: `limits` would take each worker's own."""
+
+    def __init__(self, client: redis.Redis, prefix: str, clock: Callable[[], float]) -> None:
+        super().__init__("redis://", connection_pool=client.connection_pool, key_prefix=prefix)
+        self._clock = clock
+
+    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        values: list[str | int] = [repr(self._clock()), limit, expiry, amount]
+        return bool(self.lua_acquire_moving_window([self.prefixed_key(key)], values))
+
+    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        now = self._clock()
+        window = self.lua_moving_window([self.prefixed_key(key)], [repr(now - expiry), limit])
+        return (float(window[0]), int(window[1])) if window else (now, 0)
+
+
+class _SharedBook(_Book):
+    def __init__(self, client: redis.Redis, prefix: str, clock: Callable[[], float] | None) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._clock = clock if clock is not None else self._server_time
+        self._book = client.register_script(_BOOK)
+        self.windows = MovingWindowRateLimiter(_ServerTime(client, prefix, self._clock))
+
+    def _server_time(self) -> float:
+        seconds, microseconds = self._client.time()
+        return float(seconds) + float(microseconds) / 1e6
+
+    def now(self) -> float:
+        return self._clock()
+
+    def has_line(self, limit: RateLimit) -> bool:
+        values = [value for value in self._client.mget(self._line_keys(limit)) if value is not None]
+        return bool(values) and max(map(float, values)) / 1e6 > self.now()
+
+    def place(self, limit: RateLimit, *, now: float, not_before: float, has_place: bool) -> float | None:
+        keys = self._line_keys(limit)[1:] if has_place else self._line_keys(limit)
+        seconds = (now, not_before, _pace(limit), _LINE_SECONDS)
+        answer = self._book(keys=keys, args=[round(value * 1e6) for value in seconds])
+        return None if answer == -1 else float(answer) / 1e6
+
+    def _line_keys(self, limit: RateLimit) -> list[str]:
+        return [f"{self._prefix}:{key}" for key in _keys(limit)]
+
+
+class _OwnBook(_Book):
+    def __init__(self) -> None:
+        self._booked: dict[str, float] = {}
+        self.windows = MovingWindowRateLimiter(MemoryStorage())
+
+    def now(self) -> float:
+        return time.time()
+
+    def has_line(self, limit: RateLimit) -> bool:
+        return max(self._booked.get(key, 0.0) for key in _keys(limit)) > self.now()
+
+    def place(self, limit: RateLimit, *, now: float, not_before: float, has_place: bool) -> float | None:
+        keys = _keys(limit)[1:] if has_place else _keys(limit)
+        free = max(not_before, *(self._booked.get(key, not_before) for key in keys))
+        if free > not_before + _LINE_SECONDS:
+            return None
+        self._booked[keys[0]] = free + _pace(limit)
+        return free
