@@ -4,6 +4,7 @@ import atexit
 import importlib.util
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ from sqlalchemy.schema import DDL, CreateSchema, DropSchema
 START_SECONDS = 30
 STOP_SECONDS = 20
 _POLL_SECONDS = 0.02
+_PORTS = range(15_000, 32_000)  # below every usual ephemeral range
 
 # Replaces itself by the server, as another user where the run is root's (database servers refuse root), and to be
 # signalled when the run dies. A program rather than a `preexec_fn`, which is unsafe in a process with threads; it
@@ -60,11 +62,16 @@ class ServerError(Exception):
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of 127.0.0.1 that nobody listens on at this moment, and that no outgoing connection is given.
+
+    The system takes the ports of its ephemeral range for connections: a server of that port could not start again, and
+    a client that calls while it is away may be connected to itself.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):  # not what `pytest-randomly` seeds
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerError("no port is free")
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
