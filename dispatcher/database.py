@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _RERUNS = 12
+_ISOLATION = "READ COMMITTED"
 _SQLITE_BUSY_MS = 30_000
 _IDLE_SECONDS = 1.0
 _DEADLOCK_STATES = {"40001", "40P01"}
@@ -206,9 +207,12 @@ class Database:
     def _make_engines(self) -> "_Engines":
         engine = self._make_engine()
         reading: dict[str, Any] = {"dispatcher_writes": False}
-        if self.dialect != "sqlite":
+        writing: dict[str, Any] = {"dispatcher_writes": True}
+        if self.dialect == "postgresql":  # its engine is in AUTOCOMMIT, so that a single statement changes nothing here
+            writing["isolation_level"] = _ISOLATION
+        elif self.dialect != "sqlite":
             reading["isolation_level"] = "AUTOCOMMIT"  # single statements need no BEGIN and no ROLLBACK
-        return _Engines(engine, engine.execution_options(**reading), engine.execution_options(dispatcher_writes=True))
+        return _Engines(engine, engine.execution_options(**reading), engine.execution_options(**writing))
 
     def _make_engine(self) -> Engine:
         arguments: dict[str, Any] = {}
@@ -223,13 +227,13 @@ class Database:
             arguments["application_name"] = "chain-dispatcher"
             # A server that vanished without a word is given up: keepalives while waiting, the timeout while sending.
             arguments.update(keepalives_idle=30, keepalives_interval=10, keepalives_count=3, tcp_user_timeout=60_000)
-            options["isolation_level"] = "READ COMMITTED"
+            options.update(isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
         else:
             arguments["connect_timeout"] = seconds
             arguments["read_timeout"] = arguments["write_timeout"] = 30
             if self.url.get_driver_name() == "pymysql" and self.url.password:
                 arguments["password"] = self.url.password.encode()  # the driver would encode it as Latin-1
-            options["isolation_level"] = "READ COMMITTED"
+            options["isolation_level"] = _ISOLATION
         if self.dialect != "sqlite":
             options.update(pool_timeout=self.connect_seconds, pool_recycle=1800)
         try:

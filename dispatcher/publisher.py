@@ -60,7 +60,7 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
         "broker_url": broker_url,
         "result_backend": None,
         "broker_connection_timeout": seconds,
-        "broker_transport_options": transport_options(broker_url, seconds),
+        "broker_transport_options": {**transport_options(broker_url, seconds), **_one_priority(broker_url)},
         "broker_connection_retry_on_startup": True,
         "task_publish_retry": True,
         "task_publish_retry_policy": _RETRY_POLICY,
@@ -82,6 +82,11 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
     }
 
 
+def _one_priority(broker_url: str | None) -> dict[str, Any]:
+    """Redis keeps a list for each queue and priority step, and a worker asks for all of them: here none is used."""
+    return {"priority_steps": [0]} if _is_redis(broker_url) else {}
+
+
 def declared_queues(own: Sequence[str] = ()) -> list[Queue]:
     """The queues of this package and the chain types' own ones, on-demand requests first."""
     names = dict.fromkeys([*QUEUES, *own])
@@ -90,8 +95,7 @@ def declared_queues(own: Sequence[str] = ()) -> list[Queue]:
 
 def transport_options(broker_url: str | None, seconds: float) -> dict[str, Any]:
     """What keeps a silent broker from blocking for ever, per transport."""
-    scheme = (broker_url or "").partition("://")[0]
-    if scheme.startswith(("redis", "valkey", "sentinel")):
+    if _is_redis(broker_url):
         return {
             "socket_timeout": seconds,
             "socket_connect_timeout": seconds,
@@ -101,7 +105,7 @@ def transport_options(broker_url: str | None, seconds: float) -> dict[str, Any]:
             "interval_start": 0,
             "visibility_timeout": 3600,
         }
-    if scheme in ("amqp", "amqps", "pyamqp"):
+    if (broker_url or "").startswith(("amqp", "pyamqp")):
         return {
             "confirm_publish": True,
             "max_retries": 1,
@@ -110,6 +114,10 @@ def transport_options(broker_url: str | None, seconds: float) -> dict[str, Any]:
             "write_timeout": seconds,
         }
     return {}
+
+
+def _is_redis(broker_url: str | None) -> bool:
+    return (broker_url or "").startswith(("redis", "valkey", "sentinel"))
 
 
 class Publisher:

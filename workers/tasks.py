@@ -3,6 +3,7 @@
 A message carries ids and an expected attempt, no decisions: whatever it holds, at most a chain is looked at.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -58,8 +59,9 @@ def install(app: Celery, dispatcher: Dispatcher) -> None:
     _add_tasks(app, dispatcher)
 
     @signals.worker_process_init.connect(weak=False)
-    def leave_parents_connections(**_: Any) -> None:
+    def begin_process(**_: Any) -> None:
         dispatcher.after_fork()
+        gc.freeze()  # what the parent made stays: neither looked through again and again, nor copied for that
 
 
 def _add_settings(app: Celery, dispatcher: Dispatcher) -> None:

@@ -396,7 +396,8 @@ def test_an_operation_waits_for_an_attempt_that_ends_without_a_deadlock(
     chain = new_chain(person)
     delivery = planned(worker, chain)
 
-    with worker.database.engine.begin() as connection:
+    engine = worker.database.engine.execution_options(isolation_level="READ COMMITTED")
+    with engine.begin() as connection:
         connection.execute(select(ChainRow.id).where(ChainRow.id == chain.id).with_for_update())
         made = blocked(lambda: attempt(worker, delivery))  # its callback has returned, and it has the delivery's row
         operated = blocked(lambda: OPERATIONS[name](chain), others=1)
