@@ -273,6 +273,9 @@ def run_statement(connection: Connection, statement: str, parameters: Mapping[st
         if gone:
             connection.invalidate(error)
         raise wrapped from error
+    except BaseException as error:  # in the midst of an answer: nobody may use this connection again
+        connection.invalidate(error)
+        raise
     finally:
         cursor.close()
 
