@@ -7,12 +7,13 @@ transaction of several.
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar
 
-from sqlalchemy import Table, bindparam, insert, select, tuple_, update
+from sqlalchemy import Table, insert, select, tuple_, update
 from sqlalchemy.engine import Connection
 
 from dispatcher import chains, deliveries, postgresql
@@ -82,6 +83,24 @@ def write_request(database: Database, chain_id: int, request: Request) -> None:
     now = database.clock() if database.clock is not None else None
     if not postgresql.write_request(database.write_statement, chain_id, request, now=now):
         raise ChainMissing(chain_id)
+
+
+def request_of_existing(
+    database: Database, chain_type: str, resources: Sequence[Resource], request: Request
+) -> int | None:
+    """The id of the chain with exactly these resources, once the request is in its row.
+
+    None where there is no such chain, or where a transaction, which can make one as well, costs no more.
+    """
+    if database.dialect != _POSTGRESQL:
+        return None
+    with database.read() as connection:
+        chain_id = chains.find_exact(connection, chain_type, resources)
+    if chain_id is not None:
+        with suppress(ChainMissing):  # erased meanwhile
+            write_request(database, chain_id, request)
+            return chain_id
+    return None
 
 
 def begin(database: Database, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
@@ -208,17 +227,12 @@ def _move(connection: Connection, moves: Sequence[Move], asleep: Mapping[int, bo
 
 
 def _rest(connection: Connection, rests: Sequence[Rest], *, now: datetime) -> None:
-    groups = _grouped(rests, lambda one: one.clear_request)
-    for clear_request, group in groups.items():
+    groups = _grouped(rests, lambda one: (one.due_at, one.failures, one.clear_request))
+    for (due_at, failures, clear_request), group in groups.items():
         connection.execute(
             update(CHAIN)
-            .where(CHAIN.c.id == bindparam("b_id"))
-            .values(
-                due_at=bindparam("b_due_at"),
-                failures=bindparam("b_failures"),
-                **({"request": None} if clear_request else {}),
-            ),
-            [{"b_id": one.record.id, "b_due_at": one.due_at, "b_failures": one.failures} for one in group],
+            .where(CHAIN.c.id.in_(sorted(one.record.id for one in group)))
+            .values(due_at=due_at, failures=failures, **({"request": None} if clear_request else {}))
         )
     add_events(
         connection,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Select, and_, case, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, case, delete, func, or_, select, update
 from sqlalchemy.engine import Connection
 
 from dispatcher import chains
@@ -511,9 +511,9 @@ def claim_overdue(
 
     Pending ones lost their message (left out with `pending=False`), running ones outlived their lease.
     """
-    query = select(*DELIVERY_COLUMNS).where(DELIVERY.c.publish_after <= clock_plus(0))
+    query = select(*DELIVERY_COLUMNS).where(_overdue())
     if not pending:
-        query = query.where(DELIVERY.c.status == DeliveryStatus.RUNNING)
+        query = query.where(DELIVERY.c.status == DeliveryStatus.RUNNING, DELIVERY.c.finished_at.is_(None))
     rows = connection.execute(
         query.order_by(DELIVERY.c.publish_after, DELIVERY.c.id).limit(limit).with_for_update(skip_locked=True)
     ).all()
@@ -524,6 +524,11 @@ def claim_overdue(
             update(DELIVERY).where(DELIVERY.c.id.in_(lost)).values(publish_after=clock_plus(grace_seconds))
         )
     return found
+
+
+def _overdue(seconds: float = 0) -> ColumnElement[bool]:
+    # The clock is read once, in a subquery: PostgreSQL's goes on within a statement, which no index can be searched by.
+    return DELIVERY.c.publish_after <= select(clock_plus(-seconds)).scalar_subquery()
 
 
 def look_later(connection: Connection, delivery: DeliveryRecord, *, seconds: float) -> None:
@@ -638,7 +643,7 @@ def count_stopped(connection: Connection) -> dict[str, int]:
 
 def late(connection: Connection, *, seconds: float, limit: int) -> list[str]:
     """Deliveries that the relay should have looked at `seconds` ago and has not."""
-    query = select(DELIVERY.c.id).where(DELIVERY.c.publish_after <= clock_plus(-seconds))
+    query = select(DELIVERY.c.id).where(_overdue(seconds))
     return list(connection.execute(query.order_by(DELIVERY.c.publish_after).limit(limit)).scalars())
 
 

@@ -30,6 +30,7 @@ from dispatcher.locks import ChainLocks
 from dispatcher.migrations import require_current
 from dispatcher.on_commit import run_after_commit
 from dispatcher.operations import MapCounts, Operations
+from dispatcher.pages import Pages
 from dispatcher.publisher import CeleryApp, Publisher, PublishFailed
 from dispatcher.requests import Requests, checked_request
 from dispatcher.resources import Resource, checked_json, clean_resources, is_text
@@ -93,7 +94,8 @@ class Dispatcher:
         self._executor = Executor(**parts, locks=self._locks)
         limiter = RateLimiter(self._locks.client, prefix=self.settings.prefix)
         self._attempts = Attempts(**parts, gate=Gate(limiter=limiter, own_clock=clock is not None))
-        self._sweeper = Sweeper(**parts, locks=self._locks)
+        self._pages = Pages(config=self.config, settings=self.settings, locks=self._locks, publisher=self._publisher)
+        self._sweeper = Sweeper(**parts, pages=self._pages)
         self._requests = Requests(database=self.database, publisher=self._publisher)
         self._operations = Operations(config=self.config, database=self.database)
         self._doctor = Doctor(**parts, locks=self._locks, operations=self._operations)
@@ -358,11 +360,23 @@ class Dispatcher:
     def sweep(self, *, tick: bool = False, dry_run: bool = False) -> dict[str, Any]:
         """Publish one execution per due chain: `{"due", "enqueued", "already_queued", "oldest_due_seconds"}`.
 
+        With `sweep_fanout` also `"handed_over"`: chains whose executions other workers publish (`fan_out`).
         `tick=True` is for beats: only the first within the interval does anything. Raises `ServiceUnavailable`.
         """
         self._ready()
         try:
             return self._sweeper.sweep(tick=tick, dry_run=dry_run or self.settings.dry_run)
+        except PublishFailed as error:
+            raise self._publisher.unavailable(error) from error
+
+    def fan_out(self, chain_type: str, chain_ids: Sequence[int]) -> dict[str, Any]:
+        """Publish the executions of a page that a sweep handed over: `{"chain_type", "enqueued"}`.
+
+        What the type's queue has no room for is left to the next sweep and counted as `"held_back"`; of an unknown type
+        nothing is published: `{"outcome": "unknown_definition", "enqueued": 0}`. Raises `ServiceUnavailable`.
+        """
+        try:
+            return self._pages.publish_handed_over(chain_type, chain_ids, dry_run=self.settings.dry_run)
         except PublishFailed as error:
             raise self._publisher.unavailable(error) from error
 

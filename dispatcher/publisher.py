@@ -21,6 +21,7 @@ CeleryApp: TypeAlias = Celery
 """The type of the app that an application may hand over."""
 
 SWEEP: Final = "dispatcher.sweep"
+FAN_OUT: Final = "dispatcher.fan_out"
 EXECUTE: Final = "dispatcher.execute_chain"
 DELIVER: Final = "dispatcher.deliver_callback"
 RELAY: Final = "dispatcher.relay"
@@ -74,7 +75,7 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
         "task_routes": {
             EXECUTE: {"queue": CHAINS_QUEUE},
             DELIVER: {"queue": CALLBACKS_QUEUE},
-            **{name: {"queue": SWEEPS_QUEUE} for name in (SWEEP, RELAY, PRUNE)},
+            **{name: {"queue": SWEEPS_QUEUE} for name in (SWEEP, FAN_OUT, RELAY, PRUNE)},
         },
         "beat_schedule": schedule,
         "timezone": "UTC",
@@ -189,6 +190,10 @@ class Publisher:
             group = owed[start : start + size]
             kwargs = {"deliveries": [[one.delivery_id, one.attempt] for one in group]}
             self._send(DELIVER, kwargs, CALLBACKS_QUEUE, producer)
+
+    def fan_out(self, chain_type: str, chain_ids: Sequence[int]) -> None:
+        """Hand a page of chains to another worker, which publishes their executions. Raises `PublishFailed`."""
+        self._send(FAN_OUT, {"chain_type": chain_type, "chain_ids": list(chain_ids)}, SWEEPS_QUEUE, None)
 
     @contextmanager
     def batch(self) -> Iterator[Producer]:

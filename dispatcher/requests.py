@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from dispatcher import batches, chains
 from dispatcher.chains import Request
 from dispatcher.config import Callback, ChainType
 from dispatcher.database import Database
-from dispatcher.errors import ChainMissing, ConfigurationError, EnqueueNotPublished
+from dispatcher.errors import ConfigurationError, EnqueueNotPublished
 from dispatcher.models import MAX_REQUESTED_BY
 from dispatcher.publisher import REQUESTS_QUEUE, Publisher, PublishFailed
 from dispatcher.resources import Resource, checked_json, is_text
@@ -64,12 +63,9 @@ class Requests:
 
     def write_committed(self, config: ChainType, resources: Sequence[Resource], request: Request) -> int:
         """As `write`, in a transaction of its own."""
-        with self._database.read() as connection:
-            chain_id = chains.find_exact(connection, config.chain_type, resources)
+        chain_id = batches.request_of_existing(self._database, config.chain_type, resources, request)
         if chain_id is not None:
-            with suppress(ChainMissing):  # erased meanwhile
-                batches.write_request(self._database, chain_id, request)
-                return chain_id
+            return chain_id
         return self._database.write(lambda connection: self.write(connection, config, resources, request))
 
     def publish(self, chain_id: int, *, best_effort: bool) -> str | None:

@@ -66,6 +66,9 @@ class Settings(BaseSettings):
     queued_seconds: float = Field(default=60, ge=1, le=86400)
     """How long a published message counts as under way before it is published again. Defaults to 60."""
 
+    sweep_fanout: int = Field(default=0, ge=0, le=10_000)
+    """Chains in a page that a sweep hands to another worker for publishing; 0: it publishes itself. Defaults to 0."""
+
     max_backlog: int = Field(default=100_000, ge=1)
     """A sweep adds nothing while its queue holds more messages than this. Defaults to 100000."""
 

@@ -6,7 +6,7 @@ Ticks are rows, so that any number of beats is safe; a pass that runs out of its
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -19,8 +19,17 @@ from dispatcher.chains import DuePosition
 from dispatcher.config import ChainType, DispatcherConfig
 from dispatcher.database import Database
 from dispatcher.deliveries import DeliveryRecord, Owed
-from dispatcher.locks import ChainLocks
-from dispatcher.publisher import CALLBACKS_QUEUE, CHAINS_QUEUE, PRUNE, RELAY, SWEEP, Publisher, PublishFailed
+from dispatcher.pages import Pages
+from dispatcher.publisher import (
+    CALLBACKS_QUEUE,
+    CHAINS_QUEUE,
+    PRUNE,
+    RELAY,
+    SWEEP,
+    SWEEPS_QUEUE,
+    Publisher,
+    PublishFailed,
+)
 from dispatcher.settings import Settings
 from dispatcher.settlement import settle_crashed
 from dispatcher.states import DeliveryStatus
@@ -28,6 +37,7 @@ from dispatcher.states import DeliveryStatus
 logger = logging.getLogger(__name__)
 
 _PAGE: Final = 1000
+_WAITING_PAGES: Final = 16
 _WAKE: Final = "dispatcher.wake"
 _RELAY_PAGE: Final = 500
 _PRUNE_PAGE: Final = 500
@@ -51,6 +61,7 @@ class SweepCounts:
 
     due: int = 0
     enqueued: int = 0
+    handed_over: int = 0
     already_queued: int = 0
     oldest: datetime | None = None
     backlog: dict[str, int] = field(default_factory=dict)
@@ -65,14 +76,14 @@ class Sweeper:
         config: DispatcherConfig,
         settings: Settings,
         database: Database,
-        locks: ChainLocks,
+        pages: Pages,
         publisher: Publisher,
         random: Callable[[], float] = random.random,
     ) -> None:
         self._config = config
         self._settings = settings
         self._database = database
-        self._locks = locks
+        self._pages = pages
         self._publisher = publisher
         self._random = random
 
@@ -80,6 +91,9 @@ class Sweeper:
 
     def sweep(self, *, tick: bool, dry_run: bool = False) -> dict[str, Any]:
         """Publish one execution per due chain: `{"due", "enqueued", "already_queued", "oldest_due_seconds"}`.
+
+        With `sweep_fanout` also `"handed_over"`: the chains whose executions other workers publish. Each due chain is
+        in one of these three counts.
 
         With `tick=True` it is one of possibly many beats', and only the first within the interval does anything
         (`{"claimed": False}` for the others). Raises `PublishFailed`.
@@ -116,6 +130,7 @@ class Sweeper:
         result: dict[str, Any] = {
             "due": counts.due,
             "enqueued": counts.enqueued,
+            **({"handed_over": counts.handed_over} if self._settings.sweep_fanout else {}),
             "already_queued": counts.already_queued,
             "oldest_due_seconds": round(max(age, 0.0), 3),
         }
@@ -127,6 +142,7 @@ class Sweeper:
         return result
 
     def _sweep_page(self, cursor: _Cursor, counts: SweepCounts, now: datetime, *, dry_run: bool) -> None:
+        name = cursor.chain_type.chain_type
         queue = cursor.chain_type.queue or CHAINS_QUEUE
         if queue not in counts.backlog:
             counts.backlog[queue] = self._publisher.backlog(queue)
@@ -138,10 +154,10 @@ class Sweeper:
         with self._database.read() as connection:
             page = chains.due_page(
                 connection,
-                chain_type=cursor.chain_type.chain_type,
+                chain_type=name,
                 now=now,
                 after=cursor.after,
-                limit=min(_PAGE, room * self._settings.chains_per_task),
+                limit=min(self._settings.sweep_fanout or _PAGE, room * self._settings.chains_per_task),
             )
         if not page:
             cursor.exhausted = (
@@ -152,28 +168,29 @@ class Sweeper:
         if counts.oldest is None or page[0].due_at < counts.oldest:
             counts.oldest = page[0].due_at
         ids = [position.chain_id for position in page]
-        fresh = ids if dry_run else self._locks.mark_queued(ids, seconds=self._settings.queued_seconds)
-        try:
-            sent = self._publish(fresh, queue, dry_run=dry_run)
-        except PublishFailed:
-            if not dry_run:
-                self._locks.unmark_queued(fresh)
-            raise
-        counts.backlog[queue] += sent
+        fresh = ids if dry_run else self._pages.mark(ids)
+        if fresh and not dry_run and self._may_hand_over(counts):
+            counts.backlog[queue] += self._pages.hand_over(name, fresh)
+            counts.backlog[SWEEPS_QUEUE] += 1
+            counts.handed_over += len(fresh)
+        else:
+            counts.backlog[queue] += self._pages.publish(fresh, queue, dry_run=dry_run)
+            counts.enqueued += len(fresh)
         counts.due += len(page)
-        counts.enqueued += len(fresh)
         counts.already_queued += len(page) - len(fresh)
         cursor.after = page[-1]
 
-    def _publish(self, chain_ids: Sequence[int], queue: str, *, dry_run: bool) -> int:
-        size = self._settings.chains_per_task
-        if not chain_ids:
-            return 0
-        with self._publisher.batch() as producer:
-            for start in range(0, len(chain_ids), size):
-                group = chain_ids[start : start + size]
-                self._publisher.execute(group, queue=queue, dry_run=dry_run, producer=producer)
-        return -(-len(chain_ids) // size)
+    def _may_hand_over(self, counts: SweepCounts) -> bool:
+        """Whether other workers publish the next page.
+
+        Not while many pages wait: then they are busy, and this process is as good as they are. Relays and sweeps come
+        through the same queue, and must not wait behind a million chains.
+        """
+        if not self._settings.sweep_fanout:
+            return False
+        if counts.backlog.get(SWEEPS_QUEUE, _WAITING_PAGES) >= _WAITING_PAGES:
+            counts.backlog[SWEEPS_QUEUE] = self._publisher.backlog(SWEEPS_QUEUE)
+        return counts.backlog[SWEEPS_QUEUE] < _WAITING_PAGES
 
     def _wake_changed_states(self, stop_at: float) -> None:
         """Make the chains resting in states whose candidates changed due again, in batches.

@@ -19,6 +19,7 @@ from dispatcher.publisher import (
     CALLBACKS_QUEUE,
     DELIVER,
     EXECUTE,
+    FAN_OUT,
     PRUNE,
     RELAY,
     REQUESTS_QUEUE,
@@ -32,6 +33,7 @@ from dispatcher.states import Outcome
 logger = logging.getLogger(__name__)
 
 MAX_IDS: Final = 1000
+_MAX_PAGE: Final = 10_000
 _BUSY_RETRIES: Final = 5
 _BUSY_COUNTDOWN: Final = 2
 _MAX_REASONS: Final = 10
@@ -92,6 +94,12 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
     def sweep(*_: Any, **__: Any) -> Any:
         return _named_outcome(lambda: dispatcher.sweep(tick=True))
 
+    @task(FAN_OUT, time_limit=600)
+    def fan_out(chain_type: Any = None, chain_ids: Any = ()) -> Any:
+        name = chain_type if isinstance(chain_type, str) else ""
+        ids = chain_ids_of(chain_ids, limit=_MAX_PAGE)
+        return _named_outcome(lambda: dispatcher.fan_out(name, ids))
+
     @task(RELAY, time_limit=600)
     def relay(*_: Any, **__: Any) -> Any:
         return _named_outcome(lambda: dispatcher.relay(tick=True))
@@ -140,13 +148,13 @@ class AttemptFailed(Exception):  # noqa: N818 - shown by Celery and Flower as th
     """An attempt failed; its text is the error as the delivery's row keeps it."""
 
 
-def chain_ids_of(raw: Any) -> list[int]:
-    """The chain ids in a message: distinct positive numbers, at most `MAX_IDS`; anything else is left out."""
+def chain_ids_of(raw: Any, *, limit: int = MAX_IDS) -> list[int]:
+    """The chain ids in a message: distinct positive numbers, at most `limit`; anything else is left out."""
     if isinstance(raw, int):
         raw = [raw]
     if not isinstance(raw, list | tuple):
         return []
-    ids = [one for one in raw[:MAX_IDS] if isinstance(one, int) and not isinstance(one, bool) and 0 < one < 2**63]
+    ids = [one for one in raw[:limit] if isinstance(one, int) and not isinstance(one, bool) and 0 < one < 2**63]
     return list(dict.fromkeys(ids))
 
 

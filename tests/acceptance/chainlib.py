@@ -18,6 +18,7 @@ from dispatcher import DONE, NEW, PermanentFailure, RetryPolicy, Transition
 
 SINK_VARIABLE: Final = "CHAIN_DISPATCHER_TEST_SINK"
 MAX_ATTEMPTS: Final = 3
+GUARD_SECONDS: Final = 0.005
 
 
 class Sink:
@@ -89,6 +90,18 @@ class Asked(Transition):
         return not self.errors
 
 
+class Unready(Transition):
+    """Never valid, and takes its time to say so."""
+
+    final_state = "ready"
+
+    def is_valid(self) -> bool:
+        _sink().write("asked", self)
+        time.sleep(GUARD_SECONDS)
+        self.errors.append("not ready")
+        return False
+
+
 def deliver(transition: Transition, **kwargs: Any) -> None:
     """The callback of all chains here."""
     sink, context = _sink(), transition.context
@@ -134,6 +147,7 @@ CONFIG = {
             "on_unknown": "hold",
             "transitions": {NEW: [First], "first_sent": []},
         },
+        {"chain_type": "unready", "callback": deliver, "transitions": {NEW: [Unready], "ready": []}},
         {
             "chain_type": "question",
             "callbacks": {"answer": deliver},

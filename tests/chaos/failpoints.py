@@ -31,9 +31,9 @@ from sqlalchemy.exc import OperationalError
 from dispatcher import database, deliveries, delivery, executor, retry
 from dispatcher.delivery import Attempts
 from dispatcher.locks import ChainLocks
+from dispatcher.pages import Pages
 from dispatcher.publisher import Publisher
 from dispatcher.states import AttemptOutcome
-from dispatcher.sweep import Sweeper
 from tests.chaos.sink import DIRECTORY_VARIABLE, own_sink
 
 FAILPOINTS_VARIABLE: Final = "CHAOS_FAILPOINTS"
@@ -142,7 +142,7 @@ class Failpoints:
         database.commit = committed  # type: ignore[assignment]
 
     def _wrap_messages(self) -> None:
-        send, publish_page = Publisher._send, Sweeper._publish
+        send, publish_page = Publisher._send, Pages.publish
         held_back: list[tuple[Any, ...]] = []
 
         def sent(publisher: Publisher, name: str, kwargs: Any, queue: str, producer: Any) -> str:
@@ -160,13 +160,13 @@ class Failpoints:
                 self.hit("after_publish")
             return result
 
-        def page_published(sweeper: Sweeper, *arguments: Any, **options: Any) -> int:
-            count = publish_page(sweeper, *arguments, **options)
+        def page_published(pages: Pages, *arguments: Any, **options: Any) -> int:
+            count = publish_page(pages, *arguments, **options)
             self.hit("after_publish")
             return count
 
         Publisher._send = sent  # type: ignore[method-assign]
-        Sweeper._publish = page_published  # type: ignore[method-assign]
+        Pages.publish = page_published  # type: ignore[method-assign]
 
     def _wrap_attempts(self) -> None:
         attempt, finish, delivered_many = Attempts._attempt, delivery.finish, Attempts._delivered_many

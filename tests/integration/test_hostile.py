@@ -35,7 +35,7 @@ from dispatcher import (
 from dispatcher.database import Database
 from dispatcher.locks import ChainLocks
 from dispatcher.models import ChainRow, ResourceRow
-from dispatcher.publisher import CHAINS_QUEUE, DELIVER, EXECUTE, PRUNE, RELAY, SWEEP, celery_settings
+from dispatcher.publisher import CHAINS_QUEUE, DELIVER, EXECUTE, FAN_OUT, PRUNE, RELAY, SWEEP, celery_settings
 from dispatcher.resources import clean_resources
 from tests.integration.transitions import (
     BOOKING,
@@ -60,7 +60,7 @@ pytestmark = pytest.mark.integration
 
 Make = Callable[..., Dispatcher]
 
-TASKS = [SWEEP, RELAY, PRUNE, EXECUTE, DELIVER]
+TASKS = [SWEEP, FAN_OUT, RELAY, PRUNE, EXECUTE, DELIVER]
 quick = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 slow = settings(quick, max_examples=40)
 
@@ -179,6 +179,7 @@ def messages(deployment: Deployment) -> st.SearchStrategy[tuple[str, Any, Any]]:
     )
     values = {
         "chain_ids": st.lists(ids | anything, max_size=5) | anything,
+        "chain_type": st.just(CHAIN_TYPE) | anything,
         "deliveries": st.lists(pairs | anything, max_size=5) | anything,
         "dry_run": st.booleans() | anything,
         "plan": plans | anything,
