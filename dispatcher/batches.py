@@ -42,13 +42,7 @@ def read(database: Database, chain_ids: Sequence[int]) -> tuple[dict[int, ChainR
         return chains.read_with_clock(connection, chain_ids)
 
 
-def write(
-    database: Database,
-    writes: Sequence[Write],
-    *,
-    now: datetime,
-    timing: Timing,
-) -> dict[int, str | None]:
+def write(database: Database, writes: Sequence[Write], *, now: datetime, timing: Timing) -> dict[int, str | None]:
     """Write what came of executions, in one transaction: `{chain id: id of its new delivery, if any}`.
 
     A chain that changed since it was read is left out, and so is one that only rests and was enqueued meanwhile.
@@ -65,9 +59,8 @@ def write(
 
     def statements(connection: Connection) -> dict[int, str | None]:
         run = partial(run_statement, connection)
-        postgresql.lock(
-            run, [one.record.id for one in writes]
-        )  # each statement has its own chains: in id order over all
+        # Each statement has chains of its own: in id order over all of them.
+        postgresql.lock(run, [one.record.id for one in writes])
         return _write_statements(run, writes, now=now, timing=timing)
 
     return database.write(statements)
@@ -137,12 +130,7 @@ def lock_unchanged(connection: Connection, records: Sequence[ChainRecord]) -> di
 
 
 def write_locked(
-    connection: Connection,
-    writes: Sequence[Write],
-    asleep: Mapping[int, bool],
-    *,
-    now: datetime,
-    timing: Timing,
+    connection: Connection, writes: Sequence[Write], asleep: Mapping[int, bool], *, now: datetime, timing: Timing
 ) -> dict[int, str | None]:
     """As `write`, for the chains that `lock_unchanged` has locked."""
     moves, rests, planned = _by_kind(
@@ -173,11 +161,7 @@ def _by_kind(writes: Iterable[Write]) -> tuple[list[Move], list[Rest], list[Plan
 
 
 def _write_statements(
-    run: postgresql.Run,
-    writes: Sequence[Write],
-    *,
-    now: datetime,
-    timing: Timing,
+    run: postgresql.Run, writes: Sequence[Write], *, now: datetime, timing: Timing
 ) -> dict[int, str | None]:
     moves, rests, planned = _by_kind(writes)
     done: dict[int, str | None] = {}
