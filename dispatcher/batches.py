@@ -42,6 +42,14 @@ def read(database: Database, chain_ids: Sequence[int]) -> tuple[dict[int, ChainR
         return chains.read_with_clock(connection, chain_ids)
 
 
+def read_one(database: Database, chain_id: int) -> ChainRecord:
+    """The chain with this id; `ChainMissing` if there is none."""
+    record = read(database, [chain_id])[0].get(chain_id)
+    if record is None:
+        raise ChainMissing(chain_id)
+    return record
+
+
 def write(database: Database, writes: Sequence[Write], *, now: datetime, timing: Timing) -> dict[int, str | None]:
     """Write what came of executions, in one transaction: `{chain id: id of its new delivery, if any}`.
 

@@ -140,8 +140,7 @@ class Chain:
     def refresh(self) -> "Chain":
         """This chain, read again. Raises `ChainMissing`."""
         if self.id is not None:
-            with self._services.database.read() as connection:
-                self._record = chains.read_one(connection, self.id)
+            self._record = batches.read_one(self._services.database, self.id)
         return self
 
     def execute(

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Insert,
     Table,
     and_,
+    bindparam,
     case,
     delete,
     func,
@@ -152,6 +153,11 @@ class DuePosition:
 
 CHAIN_COLUMNS: Final = tuple(CHAIN.c[name] for name in ChainRecord.__dataclass_fields__ if name != "resources")
 """What `records_of` reads of a chain, `request` last."""
+_READ: Final = (  # made once: making a statement costs more than executing it
+    select(*CHAIN_COLUMNS, RESOURCE.c.resource_type, RESOURCE.c.resource_id, clock_plus(0).label("machine_now"))
+    .select_from(CHAIN.outerjoin(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id))
+    .where(CHAIN.c.id.in_(bindparam("ids", expanding=True)))
+)
 _EVENT_COLUMNS: Final = tuple(EVENT.c[name] for name in ChainEvent.__dataclass_fields__)
 
 
@@ -171,12 +177,7 @@ def read_with_clock(connection: Connection, chain_ids: Sequence[int]) -> tuple[d
     """The chains with these ids, by id, and the database's clock from the same statement (None without any row)."""
     if not chain_ids:
         return {}, None
-    query = (
-        select(*CHAIN_COLUMNS, RESOURCE.c.resource_type, RESOURCE.c.resource_id, clock_plus(0).label("machine_now"))
-        .select_from(CHAIN.outerjoin(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id))
-        .where(CHAIN.c.id.in_(sorted(chain_ids)))
-    )
-    rows = connection.execute(query).all()
+    rows = connection.execute(_READ, {"ids": sorted(chain_ids)}).all()
     return records_of([row[:-1] for row in rows]), rows[0][-1] if rows else None
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, scoped_session
 
-from dispatcher import bookkeeping, chains, deliveries
+from dispatcher import batches, bookkeeping, chains, deliveries
 from dispatcher.bookkeeping import TypeRecord
 from dispatcher.chain import Chain, Services
 from dispatcher.chains import ChainRecord
@@ -190,8 +190,7 @@ class Dispatcher:
     def chain(self, chain_id: int) -> "Chain":
         """The chain with this id; `ChainMissing` if there is none."""
         self._ready()
-        with self.database.read() as connection:
-            return Chain(self._services, chains.read_one(connection, chain_id))
+        return Chain(self._services, batches.read_one(self.database, chain_id))
 
     def find_chains(
         self,
