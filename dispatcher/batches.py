@@ -1,4 +1,4 @@
-"""The hot paths, for any number of rows at once: executions written, attempts begun and finished, chains created.
+"""The hot paths, for any number of rows at once: chains read and made, executions and requests written, attempts begun.
 
 Rows are locked in id order and compared with what was read; those that changed meanwhile are left out. A batch costs a
 handful of statements, whatever its size. PostgreSQL has a way of its own (`postgresql`): one statement instead of a
@@ -86,12 +86,12 @@ def write_request(database: Database, chain_id: int, request: Request) -> None:
         raise ChainMissing(chain_id)
 
 
-def request_of_existing(
+def write_request_if_exists(
     database: Database, chain_type: str, resources: Sequence[Resource], request: Request
 ) -> int | None:
-    """The id of the chain with exactly these resources, once the request is in its row.
+    """Write a request to the chain with exactly these resources; its id.
 
-    None where there is no such chain, or where a transaction, which can make one as well, costs no more.
+    None without such a chain, and on databases where the transaction that can make one costs no more.
     """
     if database.dialect != _POSTGRESQL:
         return None

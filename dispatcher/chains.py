@@ -613,8 +613,8 @@ def prune_events(connection: Connection, *, before: datetime, limit: int) -> int
     ids = (
         connection.execute(
             select(EVENT.c.id)
-            .join(CHAIN, CHAIN.c.id == EVENT.c.chain_id)
-            .where(EVENT.c.created_at < before, EVENT.c.id < newest)
+            .outerjoin(CHAIN, CHAIN.c.id == EVENT.c.chain_id)
+            .where(EVENT.c.created_at < before, or_(CHAIN.c.id.is_(None), EVENT.c.id < newest))
             .order_by(EVENT.c.created_at, EVENT.c.id)
             .limit(limit)
         )

@@ -60,8 +60,8 @@ class ChainType:
     - `rate_limit`: how often the callbacks of this type may be called, by all workers together: "10/s", "100/m",
       "5000/h" or "20000/d". (A limit of a callback's own: the decorator `rate_limit`.) Defaults to None (no limit).
     - `delivery_hours`: when they may be called: "08:00-20:00", "22:00-06:00". Defaults to None (always).
-    - `time_zone`: the IANA name of the time zone of those hours; a chain's own, `"time_zone"` in its stored context,
-      wins. Defaults to "UTC".
+    - `time_zone`: the IANA name of the time zone of those hours; a chain's own, `"time_zone"` in its stored context
+      or its request, wins. Defaults to "UTC".
 
     Raises `ConfigurationError` naming chain type, state and transition.
     """
@@ -364,10 +364,10 @@ def _check_options(chain: ChainType, path: str) -> None:
         raise ConfigurationError('`on_dead` must be "hold" or "skip"', path)
     if not _is_plan_limit(chain.max_plans_per_hour):
         raise ConfigurationError('`max_plans_per_hour` must be a number of at least 1, or a share such as "5%"', path)
-    _check_when(chain, path)
+    _check_pacing(chain, path)
 
 
-def _check_when(chain: ChainType, path: str) -> None:
+def _check_pacing(chain: ChainType, path: str) -> None:
     for option, value in (("rate_limit", "rate"), ("delivery_hours", "hours"), ("time_zone", "zone")):
         try:
             getattr(chain, value)

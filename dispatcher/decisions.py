@@ -173,7 +173,7 @@ def evaluate_record(
     asked: Mapping[str, Any] | None,
     now: datetime,
 ) -> Evaluated:
-    """The plan for one chain, or what kept it from being made; user code runs here, with no session open."""
+    """The plan for one chain, or what kept it from being made; user code runs here, with no connection in use."""
     if chain is None:
         return Evaluated(None, UnknownDefinition(record.id, f"chain type {record.chain_type!r}"))
     if record.state not in chain.states:

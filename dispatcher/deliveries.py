@@ -104,7 +104,7 @@ class Owed:
     attempt: int
 
 
-DELIVERY_COLUMNS = tuple(DELIVERY.c[name] for name in DeliveryRecord.__dataclass_fields__)
+DELIVERY_COLUMNS: Final = tuple(DELIVERY.c[name] for name in DeliveryRecord.__dataclass_fields__)
 
 
 def new_id() -> str:
@@ -241,9 +241,12 @@ def renew_lease(connection: Connection, delivery: DeliveryRecord, *, lease_secon
 
 
 def postpone(
-    connection: Connection, delivery: DeliveryRecord, *, seconds: float, reason: str, grace_seconds: float = 0
+    connection: Connection, delivery: DeliveryRecord, *, seconds: float, reason: str | None, grace_seconds: float = 0
 ) -> bool:
-    """Take back the beginning of an attempt, without using it up; its message counts as lost `grace_seconds` later."""
+    """Take back the beginning of an attempt, without using it up; its message counts as lost `grace_seconds` later.
+
+    `reason` None keeps the last one, which says what the delivery waited for before.
+    """
     done = connection.execute(
         update(DELIVERY)
         .where(_running(delivery))
@@ -253,7 +256,7 @@ def postpone(
             lease_until=None,
             next_attempt_at=clock_plus(seconds),
             publish_after=_when_enabled(clock_plus(seconds + grace_seconds)),
-            last_error=reason[:MAX_ERROR],
+            **({} if reason is None else {"last_error": reason[:MAX_ERROR]}),
         )
     )
     return one_row(done)
@@ -287,22 +290,18 @@ def _when_enabled(moment: clock_plus) -> Any:
     return case((~disabled, moment))
 
 
-def close_and_move(
+def skip(
     connection: Connection,
     delivery: DeliveryRecord,
     *,
-    status: DeliveryStatus,
     next_update_at: datetime | None,
     due_at: datetime | None,
     now: datetime,
     requested_by: str | None = None,
     detail: str | None = None,
 ) -> bool:
-    """Close a delivery as delivered or skipped and move its chain, in this transaction; False when it is not ours.
-
-    A delivered one must be running, a skipped one running or dead or held or pending as the caller read it.
-    """
-    if not _close(connection, delivery, status=status, error=None):
+    """Close a delivery as skipped and move its chain, in this transaction; False when it changed since it was read."""
+    if not _close(connection, delivery, status=DeliveryStatus.SKIPPED, error=None):
         return False
     done = connection.execute(
         update(CHAIN)
@@ -312,29 +311,21 @@ def close_and_move(
     if not one_row(done):
         raise LostChain(delivery.chain_id)
     requested_by = requested_by if requested_by is not None else delivery.requested_by
-    if status == DeliveryStatus.SKIPPED:
+    for action, value, said in (
+        (EventAction.SKIPPED, delivery.transition, detail),
+        (EventAction.STATE_TRANSITION, delivery.final_state, delivery.transition),
+    ):
         chains.add_event_at_version(
             connection,
             delivery.chain_id,
-            EventAction.SKIPPED,
-            value=delivery.transition,
+            action,
+            value=value,
             from_state=delivery.from_state,
             to_state=delivery.final_state,
             requested_by=requested_by,
-            detail=detail,
+            detail=said,
             now=now,
         )
-    chains.add_event_at_version(
-        connection,
-        delivery.chain_id,
-        EventAction.STATE_TRANSITION,
-        value=delivery.final_state,
-        from_state=delivery.from_state,
-        to_state=delivery.final_state,
-        requested_by=requested_by,
-        detail=delivery.transition,
-        now=now,
-    )
     return True
 
 
@@ -608,10 +599,10 @@ def free_chain(connection: Connection, chain_id: int, *, now: datetime) -> None:
 
 
 def orphans(connection: Connection, *, limit: int) -> list[str]:
-    """Open deliveries whose chain does not wait for them."""
+    """Open deliveries whose chain is missing, or does not wait for them."""
     query = (
         select(DELIVERY.c.id)
-        .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
+        .outerjoin(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
         .where(
             DELIVERY.c.finished_at.is_(None),
             DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES]),
@@ -622,11 +613,12 @@ def orphans(connection: Connection, *, limit: int) -> list[str]:
 
 
 def close_orphan(connection: Connection, delivery_id: str, *, now: datetime) -> None:
-    """Close an open delivery, that does not run, as cancelled if its chain does not wait for it."""
+    """Close an open delivery as cancelled if its chain is missing, or does not wait for it and it does not run."""
     delivery = read(connection, delivery_id, lock=True)
-    if delivery is None or delivery.status not in (DeliveryStatus.PENDING, DeliveryStatus.DEAD, DeliveryStatus.HELD):
+    if delivery is None or delivery.status in CLOSED_STATUSES:
         return
-    if chains.read_one(connection, delivery.chain_id, lock=True).pending_delivery_id == delivery_id:
+    record = chains.read_many(connection, [delivery.chain_id], lock=True).get(delivery.chain_id)
+    if record is not None and (delivery.status == DeliveryStatus.RUNNING or record.pending_delivery_id == delivery_id):
         return
     if _close(connection, delivery, status=DeliveryStatus.CANCELLED, error="its chain does not wait for it"):
         _event(connection, delivery, EventAction.CANCELLED, now=now, detail="its chain does not wait for it")

@@ -1,8 +1,8 @@
-"""Attempts at deliveries: begin, last look, callback, finish.
+"""Attempts at deliveries: begin, ask the gate, look once more, call, finish.
 
-One attempt is two short transactions with the user's code between them and no session open meanwhile. A finish that
-fails is tried again until the lease ends; it never becomes a failed attempt. What a process that dies between the two
-leaves is an *unknown* effect, which the relay settles (see `settlement`).
+One attempt is two short transactions with the user's code between them and no connection in use meanwhile. A finish
+that fails is tried again until the lease ends; it never becomes a failed attempt. What a process that dies between the
+two leaves is an *unknown* effect, which the relay settles (see `settlement`).
 """
 
 import logging
@@ -26,7 +26,7 @@ from dispatcher.decisions import ChainResult, due_after_move, load_contexts, mer
 from dispatcher.deliveries import Begun, DeliveryRecord, Finished, LostChain, Owed
 from dispatcher.errors import PermanentFailure, ServiceUnavailable, ends_process
 from dispatcher.evaluation import GuardFailed, Plan, evaluate
-from dispatcher.gate import Deferral, Gate
+from dispatcher.gate import Gate
 from dispatcher.publisher import CHAINS_QUEUE, MAX_COUNTDOWN, Publisher, PublishFailed
 from dispatcher.retry import growing_interval
 from dispatcher.settings import Settings
@@ -88,11 +88,11 @@ class Attempts:
         gate: Gate,
         random: Callable[[], float] = random.random,
     ) -> None:
-        self._gate = gate
         self._config = config
         self._settings = settings
         self._database = database
         self._publisher = publisher
+        self._gate = gate
         self._random = random
 
     def deliver(self, owed: Sequence[Owed]) -> list[AttemptResult]:
@@ -118,7 +118,7 @@ class Attempts:
         attempt = self._defined(begun[0], finish_by)
         if attempt is None:
             return self._not_begun(delivery_id, owed.attempt, AttemptOutcome.UNKNOWN_DEFINITION)
-        ended = self._attempt(attempt)
+        ended = self._deferral(attempt) or self._attempt(attempt)
         result = ended if isinstance(ended, AttemptResult) else self._delivered(attempt, ended, "")
         self._log(result)
         return result
@@ -186,14 +186,21 @@ class Attempts:
         finish_by = time.monotonic() + self._settings.lease_seconds
         rows = batches.begin(self._database, owed, lease_seconds=self._settings.lease_seconds)
         defined = (self._defined(one, finish_by) for one in rows)
-        begun = [one for one in defined if one is not None]
+        results: list[AttemptResult] = []
+        begun = []
+        for attempt in (one for one in defined if one is not None):
+            deferred = self._deferral(attempt)
+            if deferred is None:
+                begun.append(attempt)
+            else:
+                self._log(deferred)
+                results.append(deferred)
         loaded: dict[int, Mapping[str, Any] | BaseException] = {}
         by_type: dict[str, list[_Attempt]] = {}
         for attempt in begun:
             by_type.setdefault(attempt.chain_type.chain_type, []).append(attempt)
         for group in by_type.values():
             loaded.update(load_contexts(group[0].chain_type, [attempt.begun.chain for attempt in group]))
-        results: list[AttemptResult] = []
         called: list[tuple[_Attempt, Transition]] = []
         since = time.monotonic()
         for number, attempt in enumerate(begun):
@@ -215,7 +222,7 @@ class Attempts:
 
     def _give_back(self, connection: Connection, left: Sequence[DeliveryRecord]) -> None:
         for delivery in left:
-            deliveries.postpone(connection, delivery, seconds=0, reason="the time of its group was used up")
+            deliveries.postpone(connection, delivery, seconds=0, reason=None)
 
     def _delivered_many(self, called: Sequence[tuple[_Attempt, Transition]]) -> list[AttemptResult]:
         """Record callbacks that returned, in one transaction; one by one, with all their retries, if that fails."""
@@ -282,16 +289,11 @@ class Attempts:
     def _attempt(
         self, attempt: _Attempt, loaded: Mapping[str, Any] | BaseException | None = None
     ) -> AttemptResult | Transition:
-        """Ask the gate, settle what an earlier attempt left, look once more, call.
-
-        User code and finishes never share a `try`.
+        """Settle what an earlier attempt left, look once more, call; user code and finishes never share a `try`.
 
         The transition whose callback has returned, which is still to be recorded, or the result of another end.
         `loaded` is what the batch's `load_context` gave; None loads it here.
         """
-        deferral = self._gate.ask(attempt.chain_type, attempt.begun, attempt.now)
-        if deferral is not None:
-            return self._deferred(attempt, deferral)
         delivery = attempt.delivery
         unknown = delivery.unknown
         if unknown:
@@ -365,7 +367,11 @@ class Attempts:
 
     # --- ends of an attempt ------------------------------------------------------------------------------------------
 
-    def _deferred(self, attempt: _Attempt, deferral: Deferral) -> AttemptResult:
+    def _deferral(self, attempt: _Attempt) -> AttemptResult | None:
+        """The result of an attempt that hours or rate limits keep waiting; None: it goes on."""
+        deferral = self._gate.ask(attempt.chain_type, attempt.begun, attempt.now)
+        if deferral is None:
+            return None
         by_celery = deferral.seconds <= MAX_COUNTDOWN
         grace = self._settings.queued_seconds if by_celery else 0.0
 
@@ -376,7 +382,7 @@ class Attempts:
 
         if not self._finish(attempt, work, (DeliveryStatus.PENDING,)):
             return self._result(attempt, AttemptOutcome.STALE)
-        result = self._result(attempt, AttemptOutcome.DEFERRED, deferral.reason)
+        result = self._result(attempt, AttemptOutcome.DEFERRED, deferral.why)
         return replace(result, retry_seconds=deferral.seconds if by_celery else None)
 
     def _delivered(
@@ -453,10 +459,9 @@ class Attempts:
         due_at = due_after_move(attempt.chain_type, delivery.final_state, next_update_at, attempt.now)
 
         def work(connection: Connection) -> bool:
-            return deliveries.close_and_move(
+            return deliveries.skip(
                 connection,
                 delivery,
-                status=DeliveryStatus.SKIPPED,
                 next_update_at=next_update_at,
                 due_at=due_at,
                 now=attempt.now,

@@ -1,7 +1,7 @@
 """One batch of chains executed: lock, read, evaluate, write guarded, unlock, publish.
 
-User code (`load_context`, guards) runs with no session open. What each chain gets is decided by pure functions from
-what was read (`decisions`); the decisions are written in one transaction, in id order, each guarded on its own.
+User code (`load_context`, guards) runs with no connection in use. What each chain gets is decided by pure functions
+from what was read (`decisions`); the decisions are written in one transaction, in id order, each guarded on its own.
 """
 
 import logging

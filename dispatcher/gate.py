@@ -22,8 +22,9 @@ _CLOCK_SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Deferral:
-    """Why an attempt waits, as its row keeps it, and for how many seconds of machine time."""
+    """Why an attempt waits, in its own words and as its row keeps it, and for how many seconds of machine time."""
 
+    why: str
     reason: str
     seconds: float
 
@@ -59,7 +60,7 @@ class Gate:
 
 def _deferral(why: str, seconds: float, before: str) -> Deferral:
     """The error of an attempt that failed stays beside the reason: it may be the last that is known."""
-    return Deferral(f"{_DEFERRED}{why}" + (f"{_BEFORE}{before}" if before else ""), seconds)
+    return Deferral(why, f"{_DEFERRED}{why}" + (f"{_BEFORE}{before}" if before else ""), seconds)
 
 
 def _zone(chain_type: ChainType, begun: Begun) -> ZoneInfo:
@@ -71,7 +72,7 @@ def _zone(chain_type: ChainType, begun: Begun) -> ZoneInfo:
         return zone_of(context["time_zone"])
     except ValueError:
         logger.warning(
-            "chain %s: the time zone in its context is none: that of its chain type is used",
+            "chain %s: the time zone in its context is not known: its chain type's is used",
             begun.chain.id,
             extra={"action": "time_zone_unknown", "chain_id": begun.chain.id},
         )

@@ -65,7 +65,8 @@ def had_place(reason: str) -> bool:
 class RateLimiter:
     """Counts the calls of one deployment (`prefix`) with its lock server's `client`; None: there is none.
 
-    `random` draws from [0, 1). `clock` gives seconds since 1970. Defaults to the server's clock.
+    `random` draws from [0, 1). `clock` gives seconds since 1970 in place of the server's; a process
+    that counts for itself goes by its own.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 Timestamps are aware UTC with microseconds. The chain's `context` and `request` stand at the end of a row whose
 indexes do not touch them; `version` orders a chain's history. Events and deliveries have no foreign key to their
 chain: each is written in the transaction of a guarded write of the chain, or of its delivery, so that checking once
-more would cost a fifth of a plan and find nothing.
+more would cost a fifth of a plan and find nothing. What a `DELETE` by hand leaves behind, the doctor finds.
 """
 
 from datetime import UTC, datetime

@@ -149,10 +149,9 @@ class Operations:
 
         def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
             config = self._config.get(record.chain_type)
-            deliveries.close_and_move(
+            deliveries.skip(
                 connection,
                 delivery,
-                status=DeliveryStatus.SKIPPED,
                 next_update_at=None,
                 due_at=due_after_move(config, delivery.final_state, None, now),
                 now=now,

@@ -66,7 +66,11 @@ class Pages:
         """
         config = self._config.by_type.get(chain_type)
         if config is None:
-            logger.warning("a page of a chain type that is not in this configuration", extra={"action": "unknown_page"})
+            logger.warning(
+                "a page of chain type %.100r, which is not in this configuration",
+                chain_type,
+                extra={"action": "unknown_page", "chain_type": chain_type[:100]},
+            )
             return {"outcome": str(Outcome.UNKNOWN_DEFINITION), "enqueued": 0}
         queue = config.queue or CHAINS_QUEUE
         with self._taken_back(chain_ids, dry_run=dry_run):

@@ -1,5 +1,8 @@
 """PostgreSQL's own way of the hot paths: one statement, which commits by itself, for what `batches` does in several.
 
+Where a batch has writes of several kinds they share a transaction, after one lock in id order; types with a budget are
+written by the statements of `batches`.
+
 Each statement takes a whole batch as arrays, one per column, in the order of the rows' ids. The guards are those of
 `batches`. A row that another transaction changed after the statement began is locked and its guard asked again as it
 then is; what a guard asks of *another* table's row is not asked again, so each guard that matters there stands in the
@@ -124,7 +127,7 @@ SELECT id FROM planned"""
 _REQUEST: Final = """
 WITH old AS (
   SELECT id, version, request, coalesce(%(now)s::timestamptz, clock_timestamp()) AS now
-  FROM chain_dispatcher_chain WHERE id = %(id)s FOR UPDATE
+  FROM chain_dispatcher_chain WHERE id = %(id)s FOR NO KEY UPDATE
 ), written AS (
   UPDATE chain_dispatcher_chain c
   SET wake = c.wake + 1, request = %(request)s::json,
@@ -137,7 +140,7 @@ WITH old AS (
 )
 SELECT id FROM old"""
 
-_DELIVERY_WIDTH: Final = 21
+_DELIVERY_WIDTH: Final = len(deliveries.DELIVERY_COLUMNS)
 
 # That a delivery is given to the relay is asked in a CASE, or its small index would be searched instead of its key.
 _BEGIN: Final = """

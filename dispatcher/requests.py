@@ -63,7 +63,7 @@ class Requests:
 
     def write_committed(self, config: ChainType, resources: Sequence[Resource], request: Request) -> int:
         """As `write`, in a transaction of its own."""
-        chain_id = batches.request_of_existing(self._database, config.chain_type, resources, request)
+        chain_id = batches.write_request_if_exists(self._database, config.chain_type, resources, request)
         if chain_id is not None:
             return chain_id
         return self._database.write(lambda connection: self.write(connection, config, resources, request))

@@ -62,10 +62,9 @@ def settle_crashed(
         if chain_type.on_dead == "hold":
             deliveries.stop(connection, delivery, status=DeliveryStatus.DEAD, unknown=True, error=error, now=now)
         else:
-            deliveries.close_and_move(
+            deliveries.skip(
                 connection,
                 delivery,
-                status=DeliveryStatus.SKIPPED,
                 next_update_at=None,
                 due_at=due_after_move(chain_type, delivery.final_state, None, now),
                 now=now,

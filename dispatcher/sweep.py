@@ -160,9 +160,8 @@ class Sweeper:
                 limit=min(self._settings.sweep_fanout or _PAGE, room * self._settings.chains_per_task),
             )
         if not page:
-            cursor.exhausted = (
-                not cursor.resumed
-            )  # it began where the last one stopped: what is due before that is left
+            # A pass that began where the last one stopped still has what is due before that.
+            cursor.exhausted = not cursor.resumed
             cursor.resumed, cursor.after = False, None
             return
         if counts.oldest is None or page[0].due_at < counts.oldest:
@@ -296,7 +295,21 @@ class Sweeper:
             now = self._database.now(connection)
             records = chains.read_many(connection, [delivery.chain_id for delivery in running])
             for delivery in sorted(running, key=lambda one: one.chain_id):
-                chain_type = self._config.by_type.get(records[delivery.chain_id].chain_type)
+                record = records.get(delivery.chain_id)
+                if record is None:  # deleted by hand: no foreign key keeps it
+                    logger.error(
+                        "delivery %s: its chain %s is missing",
+                        delivery.id,
+                        delivery.chain_id,
+                        extra={
+                            "action": "orphan_delivery",
+                            "chain_id": delivery.chain_id,
+                            "delivery_id": delivery.id,
+                        },
+                    )
+                    deliveries.look_later(connection, delivery, seconds=grace)
+                    continue
+                chain_type = self._config.by_type.get(record.chain_type)
                 settled = self._settle(connection, delivery, chain_type, now)
                 if settled is not None:
                     owed.append(settled)

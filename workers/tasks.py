@@ -33,7 +33,7 @@ from dispatcher.states import Outcome
 logger = logging.getLogger(__name__)
 
 MAX_IDS: Final = 1000
-_MAX_PAGE: Final = 10_000
+_MAX_PAGE: Final = 10_000  # as `sweep_fanout` allows
 _BUSY_RETRIES: Final = 5
 _BUSY_COUNTDOWN: Final = 2
 _MAX_REASONS: Final = 10
@@ -131,7 +131,7 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
                 args=(),
                 kwargs={"deliveries": [[one.delivery_id, one.next_attempt]]},
                 countdown=one.retry_seconds,
-                exc=AttemptFailed(one.detail),
+                exc=AttemptAgain(one.detail),
                 throw=False,
                 queue=CALLBACKS_QUEUE,
             )
@@ -144,8 +144,8 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
         return summary_of_attempts(results)
 
 
-class AttemptFailed(Exception):  # noqa: N818 - shown by Celery and Flower as the reason of a retry
-    """An attempt failed; its text is the error as the delivery's row keeps it."""
+class AttemptAgain(Exception):  # noqa: N818 - shown by Celery and Flower as the reason of a retry
+    """An attempt is made again; its text is the error as the delivery's row keeps it, or what it waits for."""
 
 
 def chain_ids_of(raw: Any, *, limit: int = MAX_IDS) -> list[int]:

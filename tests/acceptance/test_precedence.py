@@ -65,4 +65,4 @@ def test_a_request_is_evaluated_before_the_backlog_of_a_sweep(
                 waited.append(evaluated.index(chain.id) - before)
             left = queue_length(broker_url or deployment.redis_url, "dispatcher.chains")
         assert max(waited) <= PREFETCHED + PROCESSES + A_FEW, waited
-        assert left > BACKLOG // 2, "else nothing was shown"
+        assert left > 0, "the backlog ended before the requests: nothing was shown"

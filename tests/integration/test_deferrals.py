@@ -77,7 +77,7 @@ def test_what_is_over_the_limit_of_all_workers_waits_without_using_up_an_attempt
     results = [attempt(workers[number % 2], delivery) for number, delivery in enumerate(owed)]
 
     assert [str(result.outcome) for result in results] == ["delivered"] * 3 + ["deferred"] * 2
-    assert (len(sink), results[3].detail, results[3].retry_seconds) == (3, "deferred: rate limit 3/h", None)
+    assert (len(sink), results[3].detail, results[3].retry_seconds) == (3, "rate limit 3/h", None)
     deferred = delivery_of(workers[0], chains[3])
     assert (deferred.status, deferred.attempt, deferred.lease_until) == ("pending", 0, None)
     assert deferred.last_error == "deferred: rate limit 3/h" and is_the_relay_s(deferred)
@@ -319,3 +319,26 @@ def test_a_dead_delivery_that_is_retried_waits_for_its_hours_too(make_dispatcher
     assert attempt(dispatcher, delivery, 2).outcome == "deferred"
     reason = "deferred: delivery hours 08:00-20:00 UTC; before: PermanentFailure: no address"
     assert delivery_of(dispatcher, chain).last_error == reason
+
+
+def test_a_delivery_whose_group_ran_out_of_time_keeps_its_place_and_what_failed_before(
+    make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = 0.0
+    monkeypatch.setattr("dispatcher.delivery.time.monotonic", lambda: hours)
+
+    def take_an_hour(*_: Any, **__: Any) -> None:
+        nonlocal hours
+        hours += 3600
+
+    dispatcher = make_dispatcher(cart({NEW: [transition("Remind", "reminded")]}, callback=take_an_hour))
+    deliveries = [planned(dispatcher, new_chain(dispatcher, number)) for number in range(2)]
+    reason = "deferred: rate limit 3/h; before: OSError: no"
+    for delivery in deliveries:
+        change_delivery(dispatcher, delivery.id, last_error=reason)
+
+    dispatcher.deliver([Owed(delivery.id, 1) for delivery in deliveries])
+
+    rows = [row for delivery in deliveries for row in dispatcher.find_deliveries(chain_id=delivery.chain_id)]
+    assert sorted((row.status, row.attempt) for row in rows) == [("delivered", 1), ("pending", 0)]
+    assert {row.last_error for row in rows} == {reason}

@@ -8,12 +8,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis
-from sqlalchemy import update
+from sqlalchemy import delete, select, update
 
 from dispatcher import NEW, Chain, Dispatcher
 from dispatcher.doctor import repair
 from dispatcher.locks import ChainLocks, LockFacts
-from dispatcher.models import TickRow
+from dispatcher.models import ChainRow, EventRow, TickRow
 from tests.integration.transitions import (
     CHAIN_TYPE,
     LONG_AGO,
@@ -151,6 +151,32 @@ def test_an_orphan_that_runs_is_closed_only_once_its_attempt_is_over(
     make_dispatcher(cart(TRANSITIONS)).relay()
     gone, _ = repair(dispatcher.examine)
     assert len(gone) == 1 and delivery_of(dispatcher, chain).status == "cancelled"
+
+
+def test_what_a_deletion_by_hand_leaves_behind_stops_no_relay_and_is_closed(
+    dispatcher: Dispatcher, make_dispatcher: Make
+) -> None:
+    """No foreign key keeps a delivery's chain."""
+    others = [new_chain(dispatcher, number) for number in range(2)]
+    for chain in others:
+        crashed(dispatcher, planned(dispatcher, chain))
+    gone, owed = (new_chain(dispatcher, number) for number in (2, 3))
+    crashed(dispatcher, planned(dispatcher, gone))
+    change_delivery(dispatcher, planned(dispatcher, owed).id, publish_after=LONG_AGO)
+    erased = [gone.id, owed.id]
+    dispatcher.database.write(lambda connection: connection.execute(delete(ChainRow).where(ChainRow.id.in_(erased))))
+
+    worker = make_dispatcher(cart(TRANSITIONS))
+    assert worker.relay() == {"relayed": 1, "settled": 3}
+
+    mended, _ = repair(dispatcher.examine)
+    assert len(mended) == 2 and {delivery_of(dispatcher, chain).status for chain in (gone, owed)} == {"cancelled"}
+    assert {delivery_of(dispatcher, chain).status for chain in others} == {"pending"}
+    dispatcher.database.write(lambda connection: connection.execute(update(EventRow).values(created_at=LONG_AGO)))
+    dispatcher.prune(days=1)
+    with dispatcher.database.read() as connection:
+        kept = connection.execute(select(EventRow.chain_id).order_by(EventRow.id)).scalars().all()
+    assert kept == [chain.id for chain in others]
 
 
 def test_repairing_does_not_end_with_the_first_page(dispatcher: Dispatcher) -> None:

@@ -42,7 +42,8 @@ COSTS = {
     "10 delivered attempts": (2, 11, 11, 0, 0, 0),
 }
 _RUNS = 4
-"""How often each is measured. The least counts: the first opens connections, later ones may ping one that was idle."""
+"""How often each is measured. The cheapest run counts, by its statements first, and it must have exactly these numbers:
+the first opens connections, later ones may ping one that was idle."""
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------
@@ -284,9 +285,9 @@ def test_what_is_sent(
             assert {str(one.outcome) for one in result} == {work.outcome}
     postgresql, mariadb, sqlite, locks, broker, messages = COSTS[name]
     expected = {"postgresql": postgresql, "mariadb": mariadb, "sqlite": sqlite}[database_kind]
-    least = tuple(map(min, zip(*(one.counts for one in measured), strict=True)))
+    cheapest = min(measured, key=lambda one: one.counts)
 
-    assert least == (expected, locks, broker, messages), f"statements, locks, broker, messages:\n{measured[-1]}"
+    assert cheapest.counts == (expected, locks, broker, messages), f"statements, locks, broker, messages:\n{cheapest}"
 
 
 def test_the_counters_count(statements: Log, make_dispatcher: Callable[..., Dispatcher]) -> None:

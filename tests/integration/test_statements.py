@@ -1,5 +1,6 @@
 """PostgreSQL's statements that commit by themselves: rerun after a deadlock, and never left half read."""
 
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.integration
 
 WAIT_SECONDS = 30
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
+SLEEPING = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event = 'PgSleep'"
 
 
 class Interruption(BaseException):
@@ -45,17 +47,29 @@ def rows(postgres_url: str) -> Iterator[Database]:
     database.dispose()
 
 
-def test_a_statement_that_was_interrupted_leaves_no_connection_that_still_waits_for_its_answer(rows: Database) -> None:
+def test_a_statement_that_was_interrupted_leaves_no_connection_that_still_waits_for_its_answer(
+    rows: Database, postgres_server: PostgresServer
+) -> None:
     def interrupt(*_: object) -> None:
         raise Interruption
 
+    def send_signal() -> None:
+        with postgres_server.connect() as watching:
+            wait_until(
+                lambda: watching.execute(SLEEPING, [str(rows.url.database)]).fetchone() == (1,),
+                seconds=WAIT_SECONDS,
+                what="the statement runs",
+            )
+        os.kill(os.getpid(), signal.SIGALRM)
+
     previous = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with pytest.raises(Interruption):
-            rows.write_statement("SELECT pg_sleep(%(seconds)s)", {"seconds": WAIT_SECONDS})
+        with ThreadPoolExecutor() as pool:
+            sent = pool.submit(send_signal)
+            with pytest.raises(Interruption):
+                rows.write_statement("SELECT pg_sleep(%(seconds)s)", {"seconds": WAIT_SECONDS})
+            sent.result(WAIT_SECONDS)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
 
     assert rows.write_statement("SELECT %(one)s::int", {"one": 1}) == [(1,)]

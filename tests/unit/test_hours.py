@@ -4,7 +4,7 @@ from datetime import UTC, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dispatcher.hours import DeliveryHours, zone_of
@@ -100,6 +100,7 @@ def test_each_zone_has_its_own_hours():
     assert opens("08:00-13:00", noon.astimezone(ZoneInfo("Asia/Tokyo")), ZoneInfo("UTC")) == noon
 
 
+@settings(deadline=None)
 @given(
     elapsed=st.timedeltas(timedelta(0), timedelta(days=60 * 365)),
     start=st.integers(0, 1439),
