@@ -5,9 +5,11 @@ Configured by `DISPATCHER_*`; what a module named by `CELERY_CONFIG_MODULE` sets
 
 import os
 import sys
+from importlib import import_module
 from typing import Any, NoReturn
 
 from celery import Celery, signals
+from celery.app.defaults import DEFAULTS
 from pydantic import ValidationError
 
 from dispatcher import Dispatcher, DispatcherError, ServiceUnavailable, Settings
@@ -18,6 +20,16 @@ from workers.tasks import install
 def _fail(error: Exception) -> NoReturn:
     print(f"dispatcher: {error}", file=sys.stderr, flush=True)  # noqa: T201 - before any logging is set up
     raise SystemExit(1) from error
+
+
+def _lay_over(celery: Celery, module: str) -> None:
+    """Let a module's settings win. Celery's own way of loading it would let those win that were set before."""
+    try:
+        celery.config_from_object(module, force=True)
+        names = vars(import_module(module))
+    except ImportError as error:
+        _fail(error)
+    celery.conf.update({name: value for name, value in names.items() if name in DEFAULTS})
 
 
 def _make() -> tuple[Celery, Dispatcher]:
@@ -33,7 +45,7 @@ def _make() -> tuple[Celery, Dispatcher]:
     own = [chain.queue for chain in dispatcher.config.chains if chain.queue is not None]
     celery.conf.update(celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=own))
     if "CELERY_CONFIG_MODULE" in os.environ:
-        celery.config_from_envvar("CELERY_CONFIG_MODULE")
+        _lay_over(celery, os.environ["CELERY_CONFIG_MODULE"])
     install(celery, dispatcher)
     return celery, dispatcher
 

@@ -87,3 +87,19 @@ def test_a_server_database_without_tables_is_left_alone(
 @pytest.mark.parametrize("part", ["worker", "beat"])
 def test_a_wrong_configuration_is_told_in_one_line(bare_deployment: Deployment, part: str) -> None:
     assert_ends_with_one_line(bare_deployment, part, "no module", "nowhere", DISPATCHER_CONFIG="nowhere:CONFIG")
+
+
+def test_a_module_of_celery_settings_is_laid_over_the_dispatcher_s(bare_deployment: Deployment) -> None:
+    own = "timezone = 'Europe/Berlin'\nbroker_transport_options = {'priority_steps': [0, 5]}\n"
+    (bare_deployment.directory / "own_settings.py").write_text(own)
+
+    done, _ = bare_deployment.run("-A", "workers", "report", CELERY_CONFIG_MODULE="own_settings")
+
+    assert done.returncode == 0, done.stderr
+    assert "timezone: 'Europe/Berlin'" in done.stdout and "'priority_steps': [0, 5]" in done.stdout
+    assert "'dispatcher.sweep'" in done.stdout, "and what it does not set stays"
+
+
+@pytest.mark.parametrize("part", ["worker", "beat"])
+def test_a_missing_module_of_celery_settings_is_told_in_one_line(bare_deployment: Deployment, part: str) -> None:
+    assert_ends_with_one_line(bare_deployment, part, "nowhere", CELERY_CONFIG_MODULE="nowhere")
