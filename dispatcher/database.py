@@ -88,7 +88,7 @@ class Database:
             problem = "the database URL cannot be parsed: quote special characters, as in %40 for an @"
             raise ConfigurationError(problem) from None
         self.connect_seconds = connect_seconds
-        self.clock = clock
+        self.clock = _aware(clock) if clock is not None else None
         self._made: _Engines | None = None
         self._pid = 0
 
@@ -289,6 +289,18 @@ def is_conflict(error: DBAPIError) -> bool:
         return "locked" in str(original) or "busy" in str(original)
     arguments: tuple[Any, ...] = getattr(original, "args", ())
     return bool(arguments) and arguments[0] in _DEADLOCK_CODES
+
+
+def _aware(clock: Callable[[], datetime]) -> Callable[[], datetime]:
+    """`clock`, which must give aware datetimes: a naive one would be taken for the server's own zone somewhere."""
+
+    def now() -> datetime:
+        moment = clock()
+        if moment.tzinfo is None:
+            raise ValueError("the injected clock gave a naive datetime")
+        return moment
+
+    return now
 
 
 def _normal_url(url: str) -> URL:

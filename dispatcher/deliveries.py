@@ -588,6 +588,8 @@ def chains_astray(connection: Connection, *, limit: int) -> list[int]:
 
 def free_chain(connection: Connection, chain_id: int, *, now: datetime) -> None:
     """Make a chain due that waits for a delivery which is closed or missing; nothing if it does not."""
+    # Locked before it is asked what it waits for: a delivery planned while this waited for the row would seem missing.
+    chains.read_many(connection, [chain_id], lock=True)
     owed = select(DELIVERY.c.id).where(
         DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES])
     )

@@ -239,8 +239,8 @@ class Attempts:
         now = called[0][0].now
         try:
             done = batches.finish(self._database, finished, now=now)
-        except (ServiceUnavailable, DBAPIError) as error:
-            logger.warning("the end of %d deliveries is not written (%s), trying again", len(called), error)
+        except (ServiceUnavailable, DBAPIError, LostChain) as error:
+            logger.warning("the end of %d deliveries is not written (%r), trying again", len(called), error)
             return [self._delivered(attempt, transition, "", seen_error=True) for attempt, transition in called]
         results = []
         for (attempt, _), one in zip(called, finished, strict=True):
@@ -369,7 +369,10 @@ class Attempts:
 
     def _deferral(self, attempt: _Attempt) -> AttemptResult | None:
         """The result of an attempt that hours or rate limits keep waiting; None: it goes on."""
-        deferral = self._gate.ask(attempt.chain_type, attempt.begun, attempt.now)
+        try:
+            deferral = self._gate.ask(attempt.chain_type, attempt.begun, attempt.now)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the attempt must not stay begun
+            return self._failed(attempt, error)
         if deferral is None:
             return None
         by_celery = deferral.seconds <= MAX_COUNTDOWN
@@ -380,7 +383,7 @@ class Attempts:
                 connection, attempt.delivery, seconds=deferral.seconds, reason=deferral.reason, grace_seconds=grace
             )
 
-        if not self._finish(attempt, work, (DeliveryStatus.PENDING,)):
+        if not self._finish(attempt, work, (DeliveryStatus.PENDING,), attempt_then=attempt.delivery.attempt - 1):
             return self._result(attempt, AttemptOutcome.STALE)
         result = self._result(attempt, AttemptOutcome.DEFERRED, deferral.why)
         return replace(result, retry_seconds=deferral.seconds if by_celery else None)
@@ -496,10 +499,24 @@ class Attempts:
                 "chain %s: follow-up not published (%s): the sweep does it", attempt.delivery.chain_id, error
             )
 
-    def _finish(self, attempt: _Attempt, work: Callable[[Connection], bool], written: Sequence[DeliveryStatus]) -> bool:
+    def _finish(
+        self,
+        attempt: _Attempt,
+        work: Callable[[Connection], bool],
+        written: Sequence[DeliveryStatus],
+        *,
+        attempt_then: int | None = None,
+    ) -> bool:
         """Whether the end of an attempt is committed; tried again until the lease ends while the database is away."""
         write = partial(self._database.write, work)
-        return finish(self._database, attempt.delivery, write, written, finish_by=attempt.finish_by)
+        return finish(
+            self._database,
+            attempt.delivery,
+            write,
+            written,
+            finish_by=attempt.finish_by,
+            attempt_then=attempt_then,
+        )
 
     # --- in this process ---------------------------------------------------------------------------------------------
 
@@ -586,12 +603,13 @@ def finish(
     *,
     finish_by: float,
     seen_error: bool = False,
+    attempt_then: int | None = None,
 ) -> bool:
     """Whether `write()` has committed, tried again while the database is away until `finish_by` (monotonic seconds).
 
-    A commit may succeed while its caller sees an error: after one, a row whose status is among `written` is ours;
-    `seen_error` says that there was one before. Raises the database's error when the time is over: the relay then
-    settles the attempt as unknown.
+    A commit may succeed while its caller sees an error: after one, a row whose status is among `written`, with the
+    attempt `attempt_then` (None: this one), is ours; `seen_error` says that there was one before. Raises the
+    database's error when the time is over: the relay then settles the attempt as unknown.
     """
     pause = 0.05
     while True:
@@ -602,7 +620,8 @@ def finish(
                 return False
             with database.read() as connection:
                 row = deliveries.read(connection, delivery.id)
-            return row is not None and row.attempt == delivery.attempt and row.status in written
+            expected = delivery.attempt if attempt_then is None else attempt_then
+            return row is not None and row.attempt == expected and row.status in written
         except LostChain:
             return False
         except (ServiceUnavailable, DBAPIError) as error:

@@ -84,8 +84,10 @@ _SET_ASIDE: Final = _Script("""
 local prefix, token = ARGV[1], ARGV[2]
 for id in string.gmatch(ARGV[3], '%d+') do
   local lock = prefix .. ':lock:' .. id
-  if redis.call('GET', lock) == token then redis.call('DEL', lock) end
-  redis.call('DECR', prefix .. ':crash:' .. id)
+  if redis.call('GET', lock) == token then
+    redis.call('DEL', lock)
+    redis.call('DECR', prefix .. ':crash:' .. id)
+  end
 end
 return 0
 """)

@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
 
+from sqlalchemy.exc import DBAPIError
+
 from dispatcher import deliveries
 from dispatcher.chains import MAX_DETAIL, ChainRecord, Move, Request, Rest
-from dispatcher.deliveries import Begun, DeliveryRecord, Finished, Owed, PlannedDelivery, Timing
+from dispatcher.deliveries import Begun, DeliveryRecord, Finished, LostChain, Owed, PlannedDelivery, Timing
 from dispatcher.models import storable
 
 Run: TypeAlias = Callable[[str, Mapping[str, Any]], list[Any]]
@@ -165,6 +167,8 @@ RETURNING
         FROM chain_dispatcher_resource r WHERE r.chain_id = c.id),
   clock_timestamp()"""
 
+# Fewer moved than closed must undo the whole statement: dividing by zero is how a statement says so itself.
+_DIVISION_BY_ZERO: Final = "22012"
 _FINISH: Final = """
 WITH i AS (
   SELECT * FROM unnest(
@@ -195,7 +199,8 @@ WITH i AS (
     transition, %(now)s
   FROM moved
 )
-SELECT id::text FROM moved"""
+SELECT (SELECT array_agg(id::text) FROM moved),
+  1 / (CASE WHEN (SELECT count(*) FROM closed) = (SELECT count(*) FROM moved) THEN 1 ELSE 0 END)"""
 
 
 def read(run: Run, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
@@ -310,19 +315,25 @@ def begin(run: Run, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun
 
 
 def finish(run: Run, finished: Sequence[Finished], *, now: datetime) -> set[str]:
-    """Record delivered attempts and move their chains; the ids of those that were still this process's to finish."""
+    """Record delivered attempts and move their chains; the ids of those that were still this process's to finish.
+
+    None of them is recorded, and `LostChain` raised, when a chain was taken from its delivery meanwhile.
+    """
     finished = sorted(finished, key=lambda one: one.delivery.id)
-    rows = run(
-        _FINISH,
-        {
-            "ids": [one.delivery.id for one in finished],
-            "attempts": [one.delivery.attempt for one in finished],
-            "rests": [one.next_update_at for one in finished],
-            "dues": [one.due_at for one in finished],
-            "now": now,
-        },
-    )
-    return {row[0] for row in rows}
+    parameters = {
+        "ids": [one.delivery.id for one in finished],
+        "attempts": [one.delivery.attempt for one in finished],
+        "rests": [one.next_update_at for one in finished],
+        "dues": [one.due_at for one in finished],
+        "now": now,
+    }
+    try:
+        rows = run(_FINISH, parameters)
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) == _DIVISION_BY_ZERO:
+            raise LostChain from error
+        raise
+    return set(rows[0][0] or ())
 
 
 def _read_as(records: Iterable[ChainRecord]) -> dict[str, list[int]]:

@@ -61,7 +61,7 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
         "broker_url": broker_url,
         "result_backend": None,
         "broker_connection_timeout": seconds,
-        "broker_transport_options": {**transport_options(broker_url, seconds), **_one_priority(broker_url)},
+        "broker_transport_options": transport_options(broker_url, seconds),
         "broker_connection_retry_on_startup": True,
         "task_publish_retry": True,
         "task_publish_retry_policy": _RETRY_POLICY,
@@ -81,11 +81,6 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
         "timezone": "UTC",
         "enable_utc": True,
     }
-
-
-def _one_priority(broker_url: str | None) -> dict[str, Any]:
-    """Redis keeps a list for each queue and priority step, and a worker asks for all of them: here none is used."""
-    return {"priority_steps": [0]} if _is_redis(broker_url) else {}
 
 
 def declared_queues(own: Sequence[str] = ()) -> list[Queue]:
@@ -239,7 +234,7 @@ class Publisher:
             self._app = None
 
     def _send(self, name: str, kwargs: Mapping[str, Any], queue: str, producer: Producer | None) -> str:
-        """As `app.send_task`, signals and events included, without what it looks up for each message anew."""
+        """Much as `app.send_task`, signals and events included; the queue is ours, so routes are not asked."""
         with self._failures():
             if producer is None:
                 seconds = self._settings.connect_seconds
@@ -270,10 +265,13 @@ class Publisher:
             serializer="json",
             retry=retry,
             retry_policy=_RETRY_POLICY,
-            # On Redis a queue is there as soon as a message is in it.
-            declare=[] if self._on_redis else None,
+            declare=self._to_declare(queue),
         )
         return task_id
+
+    def _to_declare(self, queue: str) -> list[Queue] | None:
+        """None: what Celery declares before each message. On Redis a direct queue is there once a message is in it."""
+        return [] if self._on_redis and self.app.amqp.queues[queue].exchange.type == "direct" else None
 
     @contextmanager
     def _connected(self) -> Iterator[Connection]:

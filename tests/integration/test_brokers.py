@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from kombu import pools
+from celery import Celery
+from kombu import Exchange, Queue, pools
 
 from dispatcher import DONE, NEW, Dispatcher, EnqueueNotPublished, RetryPolicy, ServiceUnavailable, Settings
 from dispatcher.publisher import QUEUES
@@ -172,6 +173,17 @@ def test_a_chain_type_s_own_queue_is_made_with_its_first_message(make_dispatcher
     (message,) = take_messages(broker_url, OWN_QUEUE)
     assert message.kwargs == {"chain_ids": [chain.id]}
     assert queue_length(broker_url, CHAINS) == 0
+
+
+def test_a_queue_on_a_topic_exchange_gets_its_first_message(make_dispatcher: Make, broker_url: str) -> None:
+    """Before any worker has declared it: on Redis, too, such a queue is found through its binding only."""
+    app = Celery("shop", broker=broker_url, set_as_current=False)
+    app.conf.task_queues = [Queue("slow", Exchange("tasks", type="topic"), routing_key="slow.#")]
+    dispatcher = make_dispatcher(cart({NEW: [Remind]}, callback=Sink(), queue="slow"), celery_app=app)
+    new_chain(dispatcher)
+
+    assert dispatcher.sweep()["enqueued"] == 1
+    assert len(take_messages(broker_url, "slow")) == 1
 
 
 def test_batches_arrive_whole(make_dispatcher: Make, broker_url: str) -> None:

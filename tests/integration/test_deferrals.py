@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
-from dispatcher import NEW, Dispatcher, PermanentFailure, RetryPolicy, rate_limit
+from dispatcher import NEW, Dispatcher, PermanentFailure, RetryPolicy, database, rate_limit
 from dispatcher.deliveries import DeliveryRecord, Owed
 from dispatcher.hours import DeliveryHours
 from tests.integration.conftest import DispatcherFactory
@@ -342,3 +343,27 @@ def test_a_delivery_whose_group_ran_out_of_time_keeps_its_place_and_what_failed_
     rows = [row for delivery in deliveries for row in dispatcher.find_deliveries(chain_id=delivery.chain_id)]
     assert sorted((row.status, row.attempt) for row in rows) == [("delivered", 1), ("pending", 0)]
     assert {row.last_error for row in rows} == {reason}
+
+
+def test_a_deferral_whose_commit_reported_an_error_is_read_back(
+    make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatcher = make_dispatcher(cart({NEW: [transition("Remind", "reminded")]}, callback=Sink(), rate_limit="1/m"))
+    first, second = (new_chain(dispatcher, number) for number in range(2))
+    assert attempt(dispatcher, planned(dispatcher, first)).outcome == "delivered"
+    owed = planned(dispatcher, second)
+    commits: list[object] = []
+
+    def lose_answer(step: Callable[[], Any]) -> Any:
+        answer = step()
+        commits.append(step)
+        if len(commits) == 2:
+            raise OperationalError("COMMIT", None, OSError("connection reset by peer"), connection_invalidated=True)
+        return answer
+
+    monkeypatch.setattr(database, "commit", lose_answer)
+    result = attempt(dispatcher, owed)
+
+    assert (result.outcome, result.attempt) == ("deferred", 1) and result.retry_seconds
+    row = delivery_of(dispatcher, second)
+    assert (row.status, row.attempt) == ("pending", 0)

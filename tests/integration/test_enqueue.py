@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -701,3 +701,14 @@ def test_several_enqueues_in_one_transaction_all_take_effect(
 
     assert count_rows(dispatcher, ChainRow) == 4
     assert len(take_messages(broker_url, REQUESTS)) == 4
+
+
+def test_a_clock_that_gives_naive_moments_is_refused_on_every_database(make_dispatcher: Make) -> None:
+    naive = datetime(2030, 7, 1, 12)  # noqa: DTZ001 - on purpose
+    dispatcher = make_dispatcher(cart({NEW: [transition("Asked", "asked")]}), clock=lambda: naive)
+    before = dump_rows(dispatcher)
+
+    with pytest.raises(ValueError, match="naive"):
+        dispatcher.enqueue(CHAIN_TYPE, BOOKING, best_effort=True)
+
+    assert dump_rows(dispatcher) == before

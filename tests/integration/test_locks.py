@@ -339,3 +339,19 @@ def test_a_guard_that_kills_its_process_backs_off(
     with pytest.raises(KeyboardInterrupt):
         dispatcher.execute_chains([other.id])
     assert row_of(dispatcher, other.id).failures == 0
+
+
+def test_setting_aside_what_is_no_longer_held_counts_no_crash_down(make_locks: Locks, redis_url: str) -> None:
+    """A counter below zero would say that the lock is another's, and nobody would release it."""
+    locks = make_locks()
+    locks.acquire([7])  # its process died
+    with redis.Redis.from_url(redis_url) as client:
+        client.delete("test:lock:7")
+        held = locks.acquire([7, 8])
+        assert held.crashes == {7: 1}
+        client.flushall()
+
+    locks.set_aside(held, [7])
+
+    assert dump_keys(redis_url) == {}
+    assert locks.acquire([7]).held == (7,)

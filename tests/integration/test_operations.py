@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select
+from sqlalchemy import event, select, update
 
 from dispatcher import (
     NEW,
@@ -21,6 +21,8 @@ from dispatcher import (
     Dispatcher,
     NoOpenDelivery,
     RetryPolicy,
+    batches,
+    chains,
     database,
     deliveries,
 )
@@ -409,6 +411,57 @@ def test_an_operation_waits_for_an_attempt_that_ends_without_a_deadlock(
         assert operated.result().state == NEW
     assert "rerun" not in caplog.text
     assert_consistent(person)
+
+
+@on_postgresql
+def test_an_end_whose_chain_was_taken_away_while_it_waited_is_not_written(
+    make_dispatcher: Make, blocked: Blocked
+) -> None:
+    """No writer here does that: a delivery must not be `delivered` without its move all the same."""
+    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
+    chain, other = (new_chain(dispatcher, number) for number in range(2))
+    owed = [Owed(planned(dispatcher, one).id, 1) for one in (chain, other)]
+    engine = dispatcher.database.engine.execution_options(isolation_level="READ COMMITTED")
+
+    with engine.begin() as connection:
+        connection.execute(update(ChainRow).where(ChainRow.id == chain.id).values(pending_delivery_id=None))
+        made = blocked(lambda: dispatcher.deliver(owed))
+
+    assert sorted(result.outcome for result in made.result()) == ["delivered", "stale"]
+    assert delivery_of(dispatcher, chain).status == "running" and chain.refresh().state == NEW
+    assert delivery_of(dispatcher, other).status == "delivered" and other.refresh().state == "reminded"
+
+
+@on_postgresql
+def test_a_chain_that_got_a_new_delivery_meanwhile_is_not_freed(make_dispatcher: Make, blocked: Blocked) -> None:
+    first, second = (make_dispatcher(cart(TRANSITIONS, callback=Sink())) for _ in range(2))
+    chain = new_chain(first)
+    change_delivery(first, planned(first, chain).id, status="cancelled", finished_at=LONG_AGO, publish_after=None)
+    now = datetime.now(UTC)
+
+    def mend_and_plan() -> Any:
+        def work(connection: Any) -> None:
+            deliveries.free_chain(connection, chain.id, now=now)
+            record = chains.read_one(connection, chain.id)
+            plan = deliveries.PlannedDelivery(
+                record=record, transition="Remind", final_state="reminded", callback="type", max_attempts=5,
+                kwargs=None, context=None, requested_by=None,
+            )  # fmt: skip
+            asleep = batches.lock_unchanged(connection, [record])
+            batches.write_locked(connection, [plan], asleep, now=now, timing=deliveries.Timing(60))
+
+        return first.database.write(work)
+
+    with uncommitted(mend_and_plan) as mended:
+        freed = blocked(
+            lambda: second.database.write(lambda connection: deliveries.free_chain(connection, chain.id, now=now))
+        )
+
+    mended.result()
+    freed.result()
+    row = row_of(first, chain.id)
+    assert row.pending_delivery_id is not None and row.due_at is None
+    assert_consistent(first)
 
 
 # --- a resource: unsubscribe -----------------------------------------------------------------------------------------
