@@ -129,9 +129,8 @@ class RateLimiter:
 
     def _note_away(self, error: BaseException) -> None:
         now = time.monotonic()
-        if self._away_since is None or now > self._away_until + 2 * _AWAY_WAIT_SECONDS:  # the last error was long ago
-            self._away_since = now
         self._away_until = now + _AWAY_SECONDS
+        self._away_since = now if self._away_since is None else self._away_since
         logger.warning(
             "the lock server does not count for rate limits (%s)",
             type(error).__name__,
