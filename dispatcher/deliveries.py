@@ -184,11 +184,6 @@ def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
     }
 
 
-def stored_json(value: Mapping[str, Any] | None) -> str | None:
-    """The text of a JSON column for a delivery's `kwargs` or `context`."""
-    return json.dumps(dict(value)) if value else None
-
-
 # --- attempts --------------------------------------------------------------------------------------------------------
 
 

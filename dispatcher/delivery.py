@@ -229,12 +229,7 @@ class Attempts:
         if len(called) < 2:  # noqa: PLR2004 - a batch has several
             return [self._delivered(attempt, transition, "") for attempt, transition in called]
         finished = [
-            Finished(
-                attempt.delivery,
-                rest_until := next_update(transition),
-                due_after_move(attempt.chain_type, attempt.delivery.final_state, rest_until, attempt.now),
-            )
-            for attempt, transition in called
+            _finished(attempt.delivery, transition, attempt.chain_type, attempt.now) for attempt, transition in called
         ]
         now = called[0][0].now
         try:
@@ -392,19 +387,17 @@ class Attempts:
         self, attempt: _Attempt, transition: Transition, detail: str, *, seen_error: bool = False
     ) -> AttemptResult:
         delivery = attempt.delivery
-        next_update_at = next_update(transition)
-        due_at = due_after_move(attempt.chain_type, delivery.final_state, next_update_at, attempt.now)
-
+        finished = _finished(delivery, transition, attempt.chain_type, attempt.now)
         if not finish(
             self._database,
             delivery,
-            lambda: bool(batches.finish(self._database, [Finished(delivery, next_update_at, due_at)], now=attempt.now)),
+            lambda: bool(batches.finish(self._database, [finished], now=attempt.now)),
             (DeliveryStatus.DELIVERED,),
             finish_by=attempt.finish_by,
             seen_error=seen_error,
         ):
             return self._result(attempt, AttemptOutcome.STALE, "the delivery was taken over while the callback ran")
-        if attempt.chain_type.continue_ and due_at is not None:
+        if attempt.chain_type.continue_ and finished.due_at is not None:
             self._continue(attempt)
         return self._result(attempt, AttemptOutcome.DELIVERED, detail)
 
@@ -555,13 +548,11 @@ class Attempts:
                 except (ServiceUnavailable, DBAPIError):  # the caller is to see what the callback raised
                     logger.exception("delivery %s: that it is cancelled is not written", delivery.id)
                 raise
-            chain_type = self._config.get(transition.chain.chain_type)
-            next_update_at = next_update(transition)
-            due_at = due_after_move(chain_type, delivery.final_state, next_update_at, now)
+            finished = _finished(delivery, transition, self._config.get(transition.chain.chain_type), now)
             done = finish(
                 self._database,
                 delivery,
-                lambda: bool(batches.finish(self._database, [Finished(delivery, next_update_at, due_at)], now=now)),
+                lambda: bool(batches.finish(self._database, [finished], now=now)),
                 (DeliveryStatus.DELIVERED,),
                 finish_by=time.monotonic() + self._settings.lease_seconds,
             )
@@ -593,6 +584,13 @@ class Attempts:
         finally:
             ended.set()
             thread.join()
+
+
+def _finished(delivery: DeliveryRecord, transition: Transition, chain_type: ChainType, now: datetime) -> Finished:
+    """A delivered attempt as it is to be recorded: with the rest that its transition asks for, and when it is due."""
+    next_update_at = next_update(transition)
+    due_at = due_after_move(chain_type, delivery.final_state, next_update_at, now)
+    return Finished(delivery, next_update_at, due_at)
 
 
 def finish(

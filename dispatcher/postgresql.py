@@ -274,8 +274,8 @@ def plan(
             "final_states": [one.final_state for one in planned],
             "callbacks": [one.callback for one in planned],
             "max_attempts": [one.max_attempts for one in planned],
-            "kwargs": [deliveries.stored_json(one.kwargs) for one in planned],
-            "contexts": [deliveries.stored_json(one.context) for one in planned],
+            "kwargs": [_json(one.kwargs) for one in planned],
+            "contexts": [_json(one.context) for one in planned],
             "by": [one.requested_by for one in planned],
             "now": now,
             "publish_seconds": timing.publish_seconds,
@@ -334,6 +334,10 @@ def finish(run: Run, finished: Sequence[Finished], *, now: datetime) -> set[str]
             raise LostChain from error
         raise
     return set(rows[0][0] or ())
+
+
+def _json(value: Mapping[str, Any] | None) -> str | None:
+    return json.dumps(dict(value)) if value else None
 
 
 def _read_as(records: Iterable[ChainRecord]) -> dict[str, list[int]]:

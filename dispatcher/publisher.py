@@ -91,7 +91,8 @@ def declared_queues(own: Sequence[str] = ()) -> list[Queue]:
 
 def transport_options(broker_url: str | None, seconds: float) -> dict[str, Any]:
     """What keeps a silent broker from blocking for ever, per transport."""
-    if _is_redis(broker_url):
+    scheme = (broker_url or "").partition("://")[0]
+    if scheme.startswith(("redis", "valkey", "sentinel")):
         return {
             "socket_timeout": seconds,
             "socket_connect_timeout": seconds,
@@ -101,7 +102,7 @@ def transport_options(broker_url: str | None, seconds: float) -> dict[str, Any]:
             "interval_start": 0,
             "visibility_timeout": 3600,
         }
-    if (broker_url or "").startswith(("amqp", "pyamqp")):
+    if scheme in ("amqp", "amqps", "pyamqp"):
         return {
             "confirm_publish": True,
             "max_retries": 1,
@@ -110,10 +111,6 @@ def transport_options(broker_url: str | None, seconds: float) -> dict[str, Any]:
             "write_timeout": seconds,
         }
     return {}
-
-
-def _is_redis(broker_url: str | None) -> bool:
-    return (broker_url or "").startswith(("redis", "valkey", "sentinel"))
 
 
 class Publisher:
