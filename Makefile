@@ -6,7 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-CORE := dispatcher/errors.py,dispatcher/states.py,dispatcher/graph.py,dispatcher/hours.py,dispatcher/rates.py,dispatcher/retry.py,dispatcher/transition.py,dispatcher/evaluation.py,dispatcher/config.py
+CORE := dispatcher/domain/*,dispatcher/errors.py,dispatcher/states.py,dispatcher/rates.py,dispatcher/retry.py,dispatcher/transition.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

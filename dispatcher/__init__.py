@@ -1,8 +1,8 @@
 """A logic engine that determines what to execute next, on Celery."""
 
 from dispatcher.chain import Chain
-from dispatcher.config import ChainType, DispatcherConfig
 from dispatcher.dispatcher import Dispatcher
+from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.errors import (
     AmbiguousChain,
     ChainDisabled,

@@ -11,25 +11,36 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Table, insert, select, tuple_, update
 from sqlalchemy.engine import Connection
 
 from dispatcher import chains, deliveries, postgresql
-from dispatcher.chains import ChainRecord, Move, Request, Rest, insert_or_ignore
+from dispatcher.chains import insert_or_ignore
 from dispatcher.database import Database, clock_plus, run_statement
-from dispatcher.deliveries import Begun, Finished, Owed, PlannedDelivery, Timing
+from dispatcher.domain.records import (
+    Begun,
+    ChainRecord,
+    Finished,
+    Move,
+    Owed,
+    PlannedDelivery,
+    Request,
+    Rest,
+    Timing,
+    Write,
+    begun_of,
+    by_kind,
+)
+from dispatcher.domain.resources import Resource, resource_key
 from dispatcher.errors import ChainMissing
 from dispatcher.models import CHAIN, DELIVERY, EVENT, RESOURCE
-from dispatcher.resources import Resource, resource_key
 from dispatcher.states import NEW, DeliveryStatus, EventAction
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 
-Write: TypeAlias = Move | Rest | PlannedDelivery
-"""What an execution writes for one chain."""
 
 _POSTGRESQL: Final = "postgresql"
 
@@ -141,7 +152,7 @@ def write_locked(
     connection: Connection, writes: Sequence[Write], asleep: Mapping[int, bool], *, now: datetime, timing: Timing
 ) -> dict[int, str | None]:
     """As `write`, for the chains that `lock_unchanged` has locked."""
-    moves, rests, planned = _by_kind(
+    moves, rests, planned = by_kind(
         [one for one in writes if one.record.id in asleep and (asleep[one.record.id] or not isinstance(one, Rest))]
     )
     done: dict[int, str | None] = dict.fromkeys([one.record.id for one in moves] + [one.record.id for one in rests])
@@ -154,24 +165,10 @@ def write_locked(
     return done
 
 
-def _by_kind(writes: Iterable[Write]) -> tuple[list[Move], list[Rest], list[PlannedDelivery]]:
-    moves: list[Move] = []
-    rests: list[Rest] = []
-    planned: list[PlannedDelivery] = []
-    for one in writes:
-        if isinstance(one, Move):
-            moves.append(one)
-        elif isinstance(one, Rest):
-            rests.append(one)
-        else:
-            planned.append(one)
-    return moves, rests, planned
-
-
 def _write_statements(
     run: postgresql.Run, writes: Sequence[Write], *, now: datetime, timing: Timing
 ) -> dict[int, str | None]:
-    moves, rests, planned = _by_kind(writes)
+    moves, rests, planned = by_kind(writes)
     done: dict[int, str | None] = {}
     if moves:
         done.update(dict.fromkeys(postgresql.move(run, moves, now=now)))
@@ -349,7 +346,7 @@ def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float
         )
     )
     read = [deliveries.begun_from(group) for group in of_delivery.values()]
-    return [replace(one, delivery=deliveries.begun_of(one.delivery)) for one in read]
+    return [replace(one, delivery=begun_of(one.delivery)) for one in read]
 
 
 def _finish(connection: Connection, finished: Sequence[Finished], *, now: datetime) -> set[str]:

@@ -4,14 +4,14 @@ On the caller's connection; nothing here commits.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.engine import Connection
 
-from dispatcher.chains import MAX_DETAIL, insert_or_ignore, one_row
+from dispatcher.chains import insert_or_ignore, one_row
+from dispatcher.domain.records import MAX_DETAIL, Budget, TypeRecord
 from dispatcher.models import TYPE, ChainRow, TickRow, TypeRow
 
 _BUDGET_WINDOW: Final = timedelta(hours=1)
@@ -66,35 +66,7 @@ def set_paused(connection: Connection, name: str, *, paused: bool, reason: str |
     return one_row(done)
 
 
-@dataclass(frozen=True, slots=True)
-class TypeRecord:
-    """What is remembered of a chain type, as it was read."""
-
-    name: str
-    paused: bool
-    paused_reason: str | None
-    fingerprints: dict[str, dict[str, str]] | None
-    window_at: datetime | None
-    window_plans: int
-    chains_estimate: int | None
-    estimated_at: datetime | None
-
-
 _TYPE_COLUMNS: Final = tuple(TYPE.c[name] for name in TypeRecord.__dataclass_fields__)
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How many more plans a chain type may have in the hour that began at `window_at`."""
-
-    window_at: datetime
-    plans: int
-    limit: int
-
-    @property
-    def left(self) -> int:
-        """Plans that may still be written."""
-        return max(0, self.limit - self.plans)
 
 
 def lock_budget(

@@ -6,25 +6,18 @@ from datetime import datetime
 from typing import Any, Final
 
 from dispatcher import batches, chains, deliveries
-from dispatcher.chains import ChainEvent, ChainRecord
-from dispatcher.config import Callback, DispatcherConfig
 from dispatcher.database import Database
-from dispatcher.decisions import ChainResult, LocalCall, choose_local, unsaved_record
-from dispatcher.deliveries import DeliveryRecord
 from dispatcher.delivery import Attempts
-from dispatcher.errors import (
-    ChainDisabled,
-    ChainLocked,
-    ChainMissing,
-    ChainNotDue,
-    ConfigurationError,
-    DeliveryPending,
-)
-from dispatcher.evaluation import GuardFailed
+from dispatcher.domain.callbacks import LocalCall, choose_local
+from dispatcher.domain.config import Callback, DispatcherConfig
+from dispatcher.domain.evaluation import GuardFailed
+from dispatcher.domain.records import ChainEvent, ChainRecord, DeliveryRecord, unsaved_record
+from dispatcher.domain.resources import Resource
+from dispatcher.domain.results import ChainResult
+from dispatcher.errors import ChainDisabled, ChainLocked, ChainMissing, ChainNotDue, ConfigurationError, DeliveryPending
 from dispatcher.executor import Executor
 from dispatcher.operations import Operations
 from dispatcher.requests import Requests, checked_request, checked_requester, registered_name
-from dispatcher.resources import Resource
 from dispatcher.settings import Settings
 from dispatcher.states import NEW, EventAction, Outcome
 

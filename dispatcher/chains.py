@@ -5,7 +5,6 @@ function says so. Every plan, move, close and operator action increments `versio
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
@@ -30,125 +29,13 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from dispatcher.database import clock_plus
+from dispatcher.domain.records import MAX_DETAIL, ChainEvent, ChainRecord, DuePosition, Request
+from dispatcher.domain.resources import Resource, resource_key
 from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending
 from dispatcher.models import CHAIN, DELIVERY, EVENT, RESOURCE, Base
-from dispatcher.resources import Resource, resource_key
 from dispatcher.states import NEW, DeliveryStatus, EventAction
-from dispatcher.transition import ChainSnapshot
 
-MAX_DETAIL: Final = 4000
 _PARAMETERS: Final = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What an application asked with `enqueue`."""
-
-    context: Mapping[str, Any] | None = None
-    callback: str | None = None
-    kwargs: Mapping[str, Any] | None = None
-    requested_by: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The form in which the chain's row keeps it."""
-        return {
-            "context": self.context,
-            "callback": self.callback,
-            "kwargs": self.kwargs,
-            "requested_by": self.requested_by,
-        }
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any] | None) -> "Request | None":
-        """The request in a chain's row, or None."""
-        if raw is None:
-            return None
-        return cls(raw.get("context"), raw.get("callback"), raw.get("kwargs"), raw.get("requested_by"))
-
-
-@dataclass(frozen=True, slots=True)
-class ChainRecord:
-    """A chain's row as it was read, with its resources."""
-
-    id: int
-    chain_type: str
-    state: str
-    disabled: bool
-    next_update_at: datetime | None
-    due_at: datetime | None
-    version: int
-    wake: int
-    moves: int
-    pending_delivery_id: str | None
-    failures: int
-    created_at: datetime
-    updated_at: datetime
-    context: dict[str, Any] | None
-    request: Request | None
-    resources: tuple[Resource, ...]
-
-    def snapshot(self) -> ChainSnapshot:
-        """What a transition may see of this chain."""
-        return ChainSnapshot(self.id, self.chain_type, self.state, self.resources, self.created_at)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
-    """A chain goes to `to_state` without a callback."""
-
-    record: ChainRecord
-    transition: str
-    to_state: str
-    next_update_at: datetime | None
-    due_at: datetime | None
-    requested_by: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rest:
-    """A chain stays; it is due again at `due_at` (None: not by itself)."""
-
-    record: ChainRecord
-    due_at: datetime | None
-    failures: int = 0
-    clear_request: bool = False
-    event: EventAction | None = None
-    detail: str | None = None
-
-    @property
-    def learns_nothing(self) -> bool:
-        """Whether writing it would change nothing that matters: then nothing is written."""
-        return (
-            self.event is None
-            and self.failures == self.record.failures
-            and not (self.clear_request and self.record.request is not None)
-            and self.due_at == self.record.due_at
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ChainEvent:
-    """One line of a chain's history: `action` is of `EventAction`, `move_version` set for state transitions."""
-
-    id: int
-    chain_id: int
-    chain_version: int
-    move_version: int | None
-    action: str
-    value: str | None
-    from_state: str | None
-    to_state: str | None
-    requested_by: str | None
-    detail: str | None
-    created_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class DuePosition:
-    """The keyset position after which the next page of due chains begins."""
-
-    due_at: datetime
-    chain_id: int
 
 
 CHAIN_COLUMNS: Final = tuple(CHAIN.c[name] for name in ChainRecord.__dataclass_fields__ if name != "resources")

@@ -4,12 +4,10 @@ Nothing here commits. Machine time (leases, next attempts, what the relay looks 
 database's clock inside the statements.
 """
 
-import json
 import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -17,92 +15,11 @@ from sqlalchemy import ColumnElement, Select, and_, case, delete, func, or_, sel
 from sqlalchemy.engine import Connection
 
 from dispatcher import chains
-from dispatcher.chains import ChainRecord, one_row
+from dispatcher.chains import one_row
 from dispatcher.database import clock_plus
+from dispatcher.domain.records import MAX_ERROR, Begun, DeliveryRecord, PlannedDelivery, idempotency_key
 from dispatcher.models import CHAIN, DELIVERY, RESOURCE
-from dispatcher.states import CLOSED_STATUSES, OPEN_STATUSES, AttemptOutcome, CallbackKind, DeliveryStatus, EventAction
-
-MAX_ERROR: Final = 2000
-_KEY_SPACE: Final = uuid.UUID("6c7e1f0a-6f3c-5f0e-9d53-7b8a3c1e2d40")
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryRecord:
-    """A delivery's row as it was read."""
-
-    id: str
-    idempotency_key: str
-    chain_id: int
-    chain_version: int
-    transition: str
-    from_state: str
-    final_state: str
-    callback: str
-    status: str
-    attempt: int
-    max_attempts: int
-    unknown: bool
-    next_attempt_at: datetime | None
-    publish_after: datetime | None
-    lease_until: datetime | None
-    planned_at: datetime
-    finished_at: datetime | None
-    requested_by: str | None
-    last_error: str | None
-    kwargs: dict[str, Any] | None
-    context: dict[str, Any] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedDelivery:
-    """A delivery that is to be written with its chain's plan."""
-
-    record: ChainRecord
-    transition: str
-    final_state: str
-    callback: str
-    max_attempts: int
-    kwargs: Mapping[str, Any] | None
-    context: Mapping[str, Any] | None
-    requested_by: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """When new deliveries are looked at: pending ones by the relay `publish_seconds` from now.
-
-    With `lease_seconds` they are begun at once by the caller instead (an in-process execution).
-    """
-
-    publish_seconds: float
-    lease_seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """An attempt that this process has begun: the delivery and its chain as they now stand."""
-
-    delivery: DeliveryRecord
-    chain: ChainRecord
-    machine_now: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """One delivered attempt that is to be recorded, and where its chain goes."""
-
-    delivery: DeliveryRecord
-    next_update_at: datetime | None
-    due_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Owed:
-    """A delivery message that is to be published."""
-
-    delivery_id: str
-    attempt: int
-
+from dispatcher.states import CLOSED_STATUSES, OPEN_STATUSES, AttemptOutcome, DeliveryStatus, EventAction
 
 DELIVERY_COLUMNS: Final = tuple(DELIVERY.c[name] for name in DeliveryRecord.__dataclass_fields__)
 
@@ -114,21 +31,6 @@ def new_id() -> str:
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     return str(uuid.UUID(int=value))
-
-
-def idempotency_key(chain_id: int, moves: int, transition: str) -> str:
-    """The UUID5 of chain, number of its moves so far and transition: the same for every attempt and re-plan."""
-    return str(uuid.uuid5(_KEY_SPACE, f"{chain_id}:{moves}:{transition}"))
-
-
-def valid_id(value: object) -> str | None:
-    """`value` as the canonical text of a delivery id, or None when it is none."""
-    if not isinstance(value, str) or len(value) > 40:  # noqa: PLR2004 - a UUID with braces
-        return None
-    try:
-        return str(uuid.UUID(value))
-    except ValueError:
-        return None
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -444,11 +346,6 @@ def moved_values(
     }
 
 
-def begun_of(delivery: DeliveryRecord) -> DeliveryRecord:
-    """A pending delivery as it stands once its next attempt has begun."""
-    return replace(delivery, status=DeliveryStatus.RUNNING, attempt=delivery.attempt + 1)
-
-
 def _close(connection: Connection, delivery: DeliveryRecord, *, status: DeliveryStatus, error: str | None) -> bool:
     values: dict[str, Any] = {"status": status, **CLOSED_VALUES}
     if error is not None:
@@ -654,13 +551,3 @@ def prune(connection: Connection, *, before: datetime, limit: int) -> int:
     if ids:
         connection.execute(delete(DELIVERY).where(DELIVERY.c.id.in_(sorted(ids))))
     return len(ids)
-
-
-def reasons(errors: Mapping[str, Sequence[str]]) -> str:
-    """The rejections `{str(transition): [reasons]}` as one line of text."""
-    return json.dumps(errors, ensure_ascii=False)[: chains.MAX_DETAIL]
-
-
-def is_local(delivery: DeliveryRecord) -> bool:
-    """Whether only the process that planned it could have called it."""
-    return delivery.callback == CallbackKind.LOCAL

@@ -20,12 +20,16 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from dispatcher import batches, chains, deliveries
-from dispatcher.config import Callback, ChainType, DispatcherConfig, resolve_callback
 from dispatcher.database import Database
-from dispatcher.decisions import ChainResult, due_after_move, load_contexts, merged_context, next_update
-from dispatcher.deliveries import Begun, DeliveryRecord, Finished, LostChain, Owed
+from dispatcher.deliveries import LostChain
+from dispatcher.domain.callbacks import resolve_callback
+from dispatcher.domain.config import Callback, ChainType, DispatcherConfig
+from dispatcher.domain.contexts import load_contexts, merged_context
+from dispatcher.domain.decisions import due_after_move, next_update
+from dispatcher.domain.evaluation import GuardFailed, Plan, evaluate
+from dispatcher.domain.records import Begun, DeliveryRecord, Finished, Owed, valid_id
+from dispatcher.domain.results import AttemptResult, ChainResult, describe, reasons_text
 from dispatcher.errors import PermanentFailure, ServiceUnavailable, ends_process
-from dispatcher.evaluation import GuardFailed, Plan, evaluate
 from dispatcher.gate import Gate
 from dispatcher.publisher import CHAINS_QUEUE, MAX_COUNTDOWN, Publisher, PublishFailed
 from dispatcher.retry import growing_interval
@@ -39,24 +43,6 @@ _UNKNOWN_DEFINITION: Final = "unknown definition: "
 _FINISH_PAUSE_SECONDS: Final = 2.0
 _GROUP: Final = 10
 _GROUP_SECONDS: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptResult:
-    """What came of one attempt. `retry_seconds` is set where the next one is near enough for Celery's own retry."""
-
-    delivery_id: str
-    attempt: int
-    outcome: AttemptOutcome
-    chain_id: int | None = None
-    transition: str | None = None
-    detail: str = ""
-    retry_seconds: float | None = None
-
-    @property
-    def next_attempt(self) -> int:
-        """The number of the attempt that follows; a deferred one was not used up."""
-        return self.attempt if self.outcome == AttemptOutcome.DEFERRED else self.attempt + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +90,7 @@ class Attempts:
     # --- in a worker -------------------------------------------------------------------------------------------------
 
     def _deliver_one(self, owed: Owed) -> AttemptResult:
-        delivery_id = deliveries.valid_id(owed.delivery_id)
+        delivery_id = valid_id(owed.delivery_id)
         if delivery_id is None or isinstance(owed.attempt, bool) or not 0 < owed.attempt < 2**31:
             return AttemptResult(str(owed.delivery_id)[:40], owed.attempt, AttemptOutcome.MISSING)
         finish_by = time.monotonic() + self._settings.lease_seconds
@@ -161,7 +147,7 @@ class Attempts:
         results: dict[str, AttemptResult] = {}
         todo = []
         for one in owed:
-            delivery_id = deliveries.valid_id(one.delivery_id)
+            delivery_id = valid_id(one.delivery_id)
             if delivery_id is None or not 0 < one.attempt < 2**31:
                 results[one.delivery_id] = AttemptResult(one.delivery_id[:40], one.attempt, AttemptOutcome.MISSING)
             else:
@@ -403,7 +389,7 @@ class Attempts:
 
     def _cancelled(self, attempt: _Attempt, plan: Plan) -> AttemptResult:
         won = type(plan.winner).__name__ if plan.winner is not None else "none"
-        reason = f"last look: {won} wins now; {deliveries.reasons(plan.errors)}"
+        reason = f"last look: {won} wins now; {reasons_text(plan.errors)}"
 
         def work(connection: Connection) -> bool:
             return deliveries.close_and_stay(connection, attempt.delivery, now=attempt.now, reason=reason)
@@ -643,8 +629,3 @@ def verified(transition: Transition) -> bool | None:
         return None
     answer = verify()
     return None if answer is None else bool(answer)
-
-
-def describe(error: BaseException) -> str:
-    """The error as it is kept in a row: its type and its text."""
-    return f"{type(error).__name__}: {error}"[: deliveries.MAX_ERROR]

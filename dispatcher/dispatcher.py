@@ -11,15 +11,14 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, scoped_session
 
 from dispatcher import batches, bookkeeping, chains, deliveries
-from dispatcher.bookkeeping import TypeRecord
 from dispatcher.chain import Chain, Services
-from dispatcher.chains import ChainRecord
-from dispatcher.config import Callback, ChainType, DispatcherConfig
 from dispatcher.database import Database
-from dispatcher.decisions import ChainResult
-from dispatcher.deliveries import DeliveryRecord, Owed
-from dispatcher.delivery import AttemptResult, Attempts
+from dispatcher.delivery import Attempts
 from dispatcher.doctor import Doctor, Finding
+from dispatcher.domain.config import Callback, ChainType, DispatcherConfig
+from dispatcher.domain.records import ChainRecord, DeliveryRecord, Owed, TypeRecord
+from dispatcher.domain.resources import Resource, checked_json, clean_resources, is_text
+from dispatcher.domain.results import AttemptResult, ChainResult
 from dispatcher.embedded import default_database_url, find_running
 from dispatcher.errors import ConfigurationError
 from dispatcher.executor import Executor
@@ -33,7 +32,6 @@ from dispatcher.operations import MapCounts, Operations
 from dispatcher.pages import Pages
 from dispatcher.publisher import CeleryApp, Publisher, PublishFailed
 from dispatcher.requests import Requests, checked_request
-from dispatcher.resources import Resource, checked_json, clean_resources, is_text
 from dispatcher.settings import Settings, broker_url_from_redis, embedded_directory
 from dispatcher.states import AttemptOutcome, DeliveryStatus
 from dispatcher.sweep import Sweeper

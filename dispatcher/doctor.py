@@ -10,8 +10,8 @@ from typing import Final
 from sqlalchemy.engine import Connection
 
 from dispatcher import bookkeeping, chains, deliveries, migrations
-from dispatcher.config import ChainType, DispatcherConfig
 from dispatcher.database import Database
+from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.errors import DispatcherError
 from dispatcher.locks import ChainLocks
 from dispatcher.operations import Operations

@@ -15,28 +15,18 @@ from typing import Any, Final
 
 from sqlalchemy.engine import Connection
 
-from dispatcher import batches, bookkeeping, chains, deliveries
-from dispatcher.bookkeeping import Budget
-from dispatcher.chains import ChainRecord, Request, Rest
-from dispatcher.config import ChainType, DispatcherConfig
+from dispatcher import batches, bookkeeping, chains
 from dispatcher.database import Database
-from dispatcher.decisions import (
-    ChainResult,
-    Decision,
-    Evaluated,
-    LocalCall,
-    decide,
-    dry_result,
-    evaluate_record,
-    load_contexts,
-    standing_of,
-    unsaved_record,
-)
-from dispatcher.deliveries import Owed, Timing
-from dispatcher.evaluation import GuardFailed
+from dispatcher.domain.callbacks import LocalCall
+from dispatcher.domain.config import ChainType, DispatcherConfig
+from dispatcher.domain.contexts import Evaluated, evaluate_record, load_contexts
+from dispatcher.domain.decisions import Decision, decide, dry_result, standing_of
+from dispatcher.domain.evaluation import GuardFailed
+from dispatcher.domain.records import Budget, ChainRecord, Owed, Request, Rest, Timing, Write, unsaved_record
+from dispatcher.domain.resources import Resource
+from dispatcher.domain.results import ChainResult, reasons_text
 from dispatcher.locks import ChainLocks, Held
 from dispatcher.publisher import CHAINS_QUEUE, Publisher, PublishFailed
-from dispatcher.resources import Resource
 from dispatcher.retry import growing_interval
 from dispatcher.settings import Settings
 from dispatcher.states import EventAction, Outcome
@@ -321,7 +311,7 @@ class Executor:
         spent: Counter[str] = Counter()
         wanted: Counter[str] = Counter()
         refused: set[int] = set()
-        writes: list[batches.Write] = []
+        writes: list[Write] = []
         for decision in wished:
             assert decision.write is not None
             record = decision.write.record
@@ -456,7 +446,7 @@ def _log_plan(record: ChainRecord, result: ChainResult, standing: Outcome | None
             record.chain_type,
             record.state,
             result.outcome,
-            deliveries.reasons(result.errors),
+            reasons_text(result.errors),
             blocked,
             extra=extra,
         )

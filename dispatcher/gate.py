@@ -8,9 +8,10 @@ from datetime import datetime
 from typing import Any, Final
 from zoneinfo import ZoneInfo
 
-from dispatcher.config import ChainType, limits_of
-from dispatcher.deliveries import Begun
-from dispatcher.hours import zone_of
+from dispatcher.domain.callbacks import limits_of
+from dispatcher.domain.config import ChainType
+from dispatcher.domain.hours import zone_of
+from dispatcher.domain.records import Begun
 from dispatcher.limiter import RateLimiter, had_place
 
 logger = logging.getLogger(__name__)

@@ -31,8 +31,8 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from dispatcher.config import MAX_NAME
-from dispatcher.resources import MAX_RESOURCE_ID, MAX_RESOURCE_TYPE
+from dispatcher.domain.config import MAX_NAME
+from dispatcher.domain.resources import MAX_RESOURCE_ID, MAX_RESOURCE_TYPE
 from dispatcher.states import DeliveryStatus, EventAction
 
 MAX_REQUESTED_BY = 255

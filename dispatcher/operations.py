@@ -14,14 +14,13 @@ from typing import Final
 from sqlalchemy.engine import Connection
 
 from dispatcher import bookkeeping, chains, deliveries
-from dispatcher.chains import ChainRecord
-from dispatcher.config import DispatcherConfig
 from dispatcher.database import Database
-from dispatcher.decisions import due_after_move
-from dispatcher.deliveries import DeliveryRecord
+from dispatcher.domain.config import DispatcherConfig
+from dispatcher.domain.decisions import due_after_move
+from dispatcher.domain.records import ChainRecord, DeliveryRecord, is_local
+from dispatcher.domain.resources import Resource, is_text
 from dispatcher.errors import ChainMissing, ConfigurationError, DeliveryPending, NoOpenDelivery
 from dispatcher.requests import checked_requester
-from dispatcher.resources import Resource, is_text
 from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction
 
 logger = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ class Operations:
         """
 
         def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
-            if deliveries.is_local(delivery):
+            if is_local(delivery):
                 deliveries.close_and_stay(connection, delivery, now=now, reason=_ANEW, requested_by=requested_by)
                 return
             known = self._config.by_type.get(record.chain_type)

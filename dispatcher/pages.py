@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dispatcher.config import DispatcherConfig
+from dispatcher.domain.config import DispatcherConfig
 from dispatcher.locks import ChainLocks
 from dispatcher.publisher import CHAINS_QUEUE, Publisher, PublishFailed
 from dispatcher.settings import Settings

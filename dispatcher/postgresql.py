@@ -23,8 +23,21 @@ from typing import Any, Final, TypeAlias
 from sqlalchemy.exc import DBAPIError
 
 from dispatcher import deliveries
-from dispatcher.chains import MAX_DETAIL, ChainRecord, Move, Request, Rest
-from dispatcher.deliveries import Begun, DeliveryRecord, Finished, LostChain, Owed, PlannedDelivery, Timing
+from dispatcher.deliveries import LostChain
+from dispatcher.domain.records import (
+    MAX_DETAIL,
+    Begun,
+    ChainRecord,
+    DeliveryRecord,
+    Finished,
+    Move,
+    Owed,
+    PlannedDelivery,
+    Request,
+    Rest,
+    Timing,
+    idempotency_key,
+)
 from dispatcher.models import storable
 
 Run: TypeAlias = Callable[[str, Mapping[str, Any]], list[Any]]
@@ -269,7 +282,7 @@ def plan(
             **_read_as(one.record for one in planned),
             "from_states": [one.record.state for one in planned],
             "delivery_ids": ids,
-            "keys": [deliveries.idempotency_key(one.record.id, one.record.moves, one.transition) for one in planned],
+            "keys": [idempotency_key(one.record.id, one.record.moves, one.transition) for one in planned],
             "names": [one.transition for one in planned],
             "final_states": [one.final_state for one in planned],
             "callbacks": [one.callback for one in planned],

@@ -11,7 +11,7 @@ from celery import Celery
 from kombu import Connection, Exchange, Producer, Queue, pools
 from kombu.exceptions import KombuError
 
-from dispatcher.deliveries import Owed
+from dispatcher.domain.records import Owed
 from dispatcher.errors import ServiceUnavailable
 from dispatcher.settings import Settings, require_plain, without_password
 

@@ -8,13 +8,13 @@ from typing import Any
 from sqlalchemy.engine import URL, Connection
 
 from dispatcher import batches, chains
-from dispatcher.chains import Request
-from dispatcher.config import Callback, ChainType
 from dispatcher.database import Database
+from dispatcher.domain.config import Callback, ChainType
+from dispatcher.domain.records import Request
+from dispatcher.domain.resources import Resource, checked_json, is_text
 from dispatcher.errors import ConfigurationError, EnqueueNotPublished
 from dispatcher.models import MAX_REQUESTED_BY
 from dispatcher.publisher import REQUESTS_QUEUE, Publisher, PublishFailed
-from dispatcher.resources import Resource, checked_json, is_text
 from dispatcher.states import NEW
 
 logger = logging.getLogger(__name__)

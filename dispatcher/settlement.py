@@ -7,9 +7,9 @@ from datetime import datetime
 from sqlalchemy.engine import Connection
 
 from dispatcher import chains, deliveries
-from dispatcher.config import ChainType
-from dispatcher.decisions import due_after_move
-from dispatcher.deliveries import DeliveryRecord, Owed
+from dispatcher.domain.config import ChainType
+from dispatcher.domain.decisions import due_after_move
+from dispatcher.domain.records import DeliveryRecord, Owed, is_local
 from dispatcher.states import DeliveryStatus
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def settle_crashed(
         deliveries.mark_unknown(connection, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
         return None
     known = chain_type.by_name.get(delivery.transition)
-    local = deliveries.is_local(delivery)
+    local = is_local(delivery)
     can_verify = not local and delivery.attempt <= delivery.max_attempts and callable(getattr(known, "verify", None))
     if known is None and not local:
         deliveries.mark_unknown(connection, delivery, seconds=0, grace_seconds=0, error=error)

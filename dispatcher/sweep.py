@@ -15,10 +15,10 @@ from typing import Any, Final
 from sqlalchemy.engine import Connection
 
 from dispatcher import bookkeeping, chains, deliveries
-from dispatcher.chains import DuePosition
-from dispatcher.config import ChainType, DispatcherConfig
 from dispatcher.database import Database
-from dispatcher.deliveries import DeliveryRecord, Owed
+from dispatcher.domain.config import ChainType, DispatcherConfig
+from dispatcher.domain.fingerprints import fingerprint
+from dispatcher.domain.records import DeliveryRecord, DuePosition, Owed
 from dispatcher.pages import Pages
 from dispatcher.publisher import (
     CALLBACKS_QUEUE,
@@ -230,7 +230,7 @@ class Sweeper:
     def _wake_state(self, chain_type: ChainType, state: str, stop_at: float) -> bool:
         """Whether all chains resting in a state are due; it goes on where an earlier sweep stopped."""
         name, done = chain_type.chain_type, -1
-        key = f"{name}/{state}/{chain_type.fingerprint(state)}"
+        key = f"{name}/{state}/{fingerprint(chain_type, state)}"
 
         def work(connection: Connection) -> int:
             positions = bookkeeping.read_position(connection, _WAKE)
@@ -377,7 +377,7 @@ def _seen_now(
     return {
         state: {
             **{mark: seen for mark, seen in states.get(state, {}).items() if now - _time(seen) < forget},
-            chain_type.fingerprint(state): now.astimezone(UTC).isoformat(),
+            fingerprint(chain_type, state): now.astimezone(UTC).isoformat(),
         }
         for state in sorted(chain_type.states)
     }
@@ -387,7 +387,7 @@ def _changed(
     chain_type: ChainType, state: str, states: Mapping[str, Mapping[str, str]], now: datetime, forget: timedelta
 ) -> bool:
     seen = states.get(state, {})
-    if chain_type.fingerprint(state) in seen and (
+    if fingerprint(chain_type, state) in seen and (
         len(seen) == 1 or all(now - _time(last) < forget for last in seen.values())
     ):
         return False
@@ -398,7 +398,7 @@ def _needs_refresh(
     chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime, forget: timedelta
 ) -> bool:
     for state in chain_type.states:
-        own = states.get(state, {}).get(chain_type.fingerprint(state))
+        own = states.get(state, {}).get(fingerprint(chain_type, state))
         if own is None or now - _time(own) > forget / 4:
             return True
     return False

@@ -12,9 +12,8 @@ from celery import Celery, Task, signals
 from kombu import Exchange, Queue
 
 from dispatcher import Dispatcher, DispatcherError
-from dispatcher.decisions import ChainResult
-from dispatcher.deliveries import Owed
-from dispatcher.delivery import AttemptResult
+from dispatcher.domain.records import Owed
+from dispatcher.domain.results import AttemptResult, ChainResult
 from dispatcher.publisher import (
     CALLBACKS_QUEUE,
     DELIVER,

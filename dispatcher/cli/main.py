@@ -24,9 +24,10 @@ from dispatcher.cli.output import (
     text,
 )
 from dispatcher.cli.output import resources as resource_words
-from dispatcher.config import NO_CALLBACK_FOUND, ChainType, choose_callback
 from dispatcher.database import Database
 from dispatcher.dev import run_dev
+from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, choose_callback
+from dispatcher.domain.config import ChainType
 from dispatcher.embedded import default_database_url
 from dispatcher.errors import DispatcherError, ServiceUnavailable
 from dispatcher.settings import Settings, embedded_directory

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dispatcher import Chain, Dispatcher
-from dispatcher.deliveries import DeliveryRecord, Owed
+from dispatcher.domain.records import DeliveryRecord, Owed
 from tests.acceptance.chainlib import SINK_VARIABLE
 from tests.acceptance.nodes import Deployment, RedisNode, make_fifo, open_fifo
 

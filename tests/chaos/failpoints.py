@@ -28,8 +28,9 @@ from typing import Any, Final
 import psycopg
 from sqlalchemy.exc import OperationalError
 
-from dispatcher import database, deliveries, delivery, executor, retry
+from dispatcher import database, delivery, executor, retry
 from dispatcher.delivery import Attempts
+from dispatcher.domain.records import DeliveryRecord
 from dispatcher.locks import ChainLocks
 from dispatcher.pages import Pages
 from dispatcher.publisher import Publisher
@@ -179,7 +180,7 @@ class Failpoints:
             self.sink.write("begun", delivery=row.id, attempt=row.attempt, **facts)
             return attempt(attempts, begun, *arguments)
 
-        def finished(rows: Any, row: deliveries.DeliveryRecord, *arguments: Any, **options: Any) -> bool:
+        def finished(rows: Any, row: DeliveryRecord, *arguments: Any, **options: Any) -> bool:
             self.hit("before_finish")
             ok = finish(rows, row, *arguments, **options)
             self.sink.write("finished", delivery=row.id, attempt=row.attempt, ok=ok)

@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from dispatcher import NEW, Dispatcher, PermanentFailure, RetryPolicy, database, rate_limit
-from dispatcher.deliveries import DeliveryRecord, Owed
-from dispatcher.hours import DeliveryHours
+from dispatcher.domain.hours import DeliveryHours
+from dispatcher.domain.records import DeliveryRecord, Owed
 from tests.integration.conftest import DispatcherFactory
 from tests.integration.transitions import (
     LONG_AGO,

@@ -11,7 +11,7 @@ from sqlalchemy import delete
 from sqlalchemy.exc import OperationalError
 
 from dispatcher import DONE, NEW, Chain, Dispatcher, PermanentFailure, RetryPolicy, Transition, database
-from dispatcher.deliveries import Owed
+from dispatcher.domain.records import Owed
 from dispatcher.models import ChainRow
 from tests.integration.conftest import DispatcherFactory
 from tests.integration.transitions import (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dispatcher import DONE, NEW, Chain, Dispatcher
-from dispatcher.deliveries import Owed
+from dispatcher.domain.records import Owed
 from dispatcher.locks import ChainLocks
 from dispatcher.models import ChainRow
 from tests.integration.conftest import DispatcherFactory

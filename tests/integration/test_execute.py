@@ -21,7 +21,7 @@ from dispatcher import (
     Settings,
     Transition,
 )
-from dispatcher.decisions import ChainResult
+from dispatcher.domain.results import ChainResult
 from dispatcher.models import ChainRow
 from tests.integration.transitions import (
     CHAIN_TYPE,

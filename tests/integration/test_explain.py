@@ -16,8 +16,8 @@ import pytest
 from sqlalchemy import Connection, event
 
 from dispatcher import NEW, chains, deliveries
-from dispatcher.chains import DuePosition
 from dispatcher.database import Database
+from dispatcher.domain.records import DuePosition
 from dispatcher.models import CHAIN, DELIVERY
 from tests.integration.transitions import CHAIN_TYPE, LONG_AGO, START
 

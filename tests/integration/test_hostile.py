@@ -33,10 +33,10 @@ from dispatcher import (
     Settings,
 )
 from dispatcher.database import Database
+from dispatcher.domain.resources import clean_resources
 from dispatcher.locks import ChainLocks
 from dispatcher.models import ChainRow, ResourceRow
 from dispatcher.publisher import CHAINS_QUEUE, DELIVER, EXECUTE, FAN_OUT, PRUNE, RELAY, SWEEP, celery_settings
-from dispatcher.resources import clean_resources
 from tests.integration.transitions import (
     BOOKING,
     CHAIN_TYPE,

@@ -27,7 +27,7 @@ from dispatcher import (
     deliveries,
 )
 from dispatcher.database import Database
-from dispatcher.deliveries import Owed
+from dispatcher.domain.records import Owed, PlannedDelivery, Timing
 from dispatcher.models import ChainRow, DeliveryRow, EventRow, ResourceRow
 from dispatcher.operations import MapCounts
 from tests.integration.transitions import (
@@ -443,12 +443,12 @@ def test_a_chain_that_got_a_new_delivery_meanwhile_is_not_freed(make_dispatcher:
         def work(connection: Any) -> None:
             deliveries.free_chain(connection, chain.id, now=now)
             record = chains.read_one(connection, chain.id)
-            plan = deliveries.PlannedDelivery(
+            plan = PlannedDelivery(
                 record=record, transition="Remind", final_state="reminded", callback="type", max_attempts=5,
                 kwargs=None, context=None, requested_by=None,
             )  # fmt: skip
             asleep = batches.lock_unchanged(connection, [record])
-            batches.write_locked(connection, [plan], asleep, now=now, timing=deliveries.Timing(60))
+            batches.write_locked(connection, [plan], asleep, now=now, timing=Timing(60))
 
         return first.database.write(work)
 

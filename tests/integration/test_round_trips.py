@@ -19,7 +19,7 @@ from psycopg import sql
 from sqlalchemy import Engine, NullPool, create_engine, event, text
 
 from dispatcher import DONE, NEW, Dispatcher
-from dispatcher.deliveries import Owed
+from dispatcher.domain.records import Owed
 from tests.conftest import running
 from tests.integration.transitions import Sink, transition
 from tests.servers import MariaDbServer, PostgresServer, RedisServer

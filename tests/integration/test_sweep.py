@@ -9,6 +9,7 @@ import redis
 from sqlalchemy import select, update
 
 from dispatcher import DONE, NEW, Chain, Dispatcher, RetryPolicy, ServiceUnavailable, Transition
+from dispatcher.domain.fingerprints import fingerprint
 from dispatcher.locks import ChainLocks
 from dispatcher.models import ChainRow, DeliveryRow, EventRow, TickRow, TypeRow
 from tests.integration.transitions import (
@@ -450,7 +451,7 @@ def test_a_state_is_woken_once_more_when_the_old_workers_are_gone(make_dispatche
 
     with new.database.read() as connection:
         seen = connection.execute(select(TypeRow.fingerprints)).scalar_one()
-    seen[NEW][old.config.get(CHAIN_TYPE).fingerprint(NEW)] = LONG_AGO.isoformat()
+    seen[NEW][fingerprint(old.config.get(CHAIN_TYPE), NEW)] = LONG_AGO.isoformat()
     new.database.write(lambda connection: connection.execute(update(TypeRow).values(fingerprints=seen)))
     new.sweep()
     assert rests(new, chain) == [False]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dispatcher import NEW, Chain, Dispatcher, PermanentFailure, RetryPolicy, Transition
-from dispatcher.deliveries import DeliveryRecord
+from dispatcher.domain.records import DeliveryRecord
 from tests.integration.transitions import (
     LONG_AGO,
     Gate,

@@ -14,7 +14,7 @@ from kombu import Connection, Exchange, Queue
 from sqlalchemy import Row, func, select, update
 
 from dispatcher import Chain, Dispatcher, Transition
-from dispatcher.deliveries import DeliveryRecord, Owed
+from dispatcher.domain.records import DeliveryRecord, Owed
 from dispatcher.models import Base, ChainRow, DeliveryRow
 from dispatcher.states import OPEN_STATUSES
 

@@ -9,20 +9,18 @@ from functools import cached_property
 
 import pytest
 
-from dispatcher.config import (
-    MAX_NAME,
+from dispatcher.domain import fingerprints
+from dispatcher.domain.callbacks import (
     MOVE_WITHOUT,
     NO_CALLBACK_FOUND,
-    NOT_GIVEN,
     CallbackChoice,
-    ChainType,
-    DispatcherConfig,
     choose_callback,
     limits_of,
     resolve_callback,
 )
+from dispatcher.domain.config import MAX_NAME, NOT_GIVEN, ChainType, DispatcherConfig
+from dispatcher.domain.hours import DeliveryHours
 from dispatcher.errors import ConfigurationError
-from dispatcher.hours import DeliveryHours
 from dispatcher.rates import RateLimit, rate_limit
 from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy
 from dispatcher.states import DONE, NEW
@@ -188,7 +186,7 @@ class TestAccepted:
         assert cart({longest: [variant(final_state=longest)]}, chain_type=longest, callbacks={longest: send})
 
     def test_an_own_callback_on_the_way_to_done_is_warned_about(self, caplog):
-        with caplog.at_level(logging.WARNING, logger="dispatcher.config"):
+        with caplog.at_level(logging.WARNING, logger="dispatcher.domain.config"):
             cart({NEW: [variant(WithOwn, final_state=DONE)]})
         assert "chain type 'abandoned_cart', state 'new', transition WithOwn" in caplog.text
 
@@ -464,7 +462,7 @@ class TestResolvingADeliverysCallback:
 
 
 def fingerprint(candidates, state=NEW, **options):
-    return cart({state: candidates, "x": []}, **options).fingerprint(state)
+    return fingerprints.fingerprint(cart({state: candidates, "x": []}, **options), state)
 
 
 class TestFingerprints:
@@ -509,14 +507,14 @@ class TestFingerprints:
 
     @pytest.mark.parametrize("options", [{"recheck_seconds": 60}, {"callback": send}])
     def test_a_terminal_state_keeps_it_so_that_finished_chains_are_not_woken(self, options):
-        assert cart(**options).fingerprint(DONE) == cart().fingerprint(DONE)
+        assert fingerprints.fingerprint(cart(**options), DONE) == fingerprints.fingerprint(cart(), DONE)
 
     @pytest.mark.parametrize("options", [{"queue": "q"}, {"on_dead": "skip"}, {"callbacks": {"sms": send_sms}}])
     def test_other_options_do_not_change_it(self, options):
         assert fingerprint([Complete, Reminder], **options) == fingerprint([Complete, Reminder])
 
     def test_candidates_of_other_states_do_not_change_it(self):
-        assert cart({NEW: [Reminder], "x": [Offer]}).fingerprint(NEW) == cart({NEW: [Reminder]}).fingerprint(NEW)
+        assert fingerprints.fingerprint(cart({NEW: [Reminder], "x": [Offer]}), NEW) == fingerprint([Reminder])
 
     def test_another_function_as_callback_or_a_redefined_class_does_not_change_it(self):
         assert fingerprint([Reminder], callback=send) == fingerprint([Reminder], callback=send_sms)
@@ -529,11 +527,12 @@ class TestFingerprints:
 
     def test_it_is_short_and_the_same_in_every_process_whatever_the_hash_seed(self):
         program = (
-            "from dispatcher.config import ChainType\n"
+            "from dispatcher.domain.config import ChainType\n"
+            "from dispatcher.domain.fingerprints import fingerprint\n"
             "from dispatcher.transition import Transition\n"
             "def make(name): return type(name, (Transition,), {'final_state': name, 'is_valid': lambda self: True})\n"
             "chain = ChainType(chain_type='a', transitions={'new': [make(n) for n in 'ABCDE']}, callback=print)\n"
-            "print(chain.fingerprint('new'))\n"
+            "print(fingerprint(chain, 'new'))\n"
         )
         found = {
             subprocess.run(

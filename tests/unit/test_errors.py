@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from dispatcher import config, evaluation, settings  # noqa: F401 - their errors count as well
+from dispatcher.domain.evaluation import GuardFailed
 from dispatcher.errors import (
     AmbiguousChain,
     ChainDisabled,
@@ -26,7 +26,6 @@ from dispatcher.errors import (
     ServiceUnavailable,
     ends_process,
 )
-from dispatcher.evaluation import GuardFailed
 
 
 def below(error: type[DispatcherError]) -> list[type[DispatcherError]]:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dispatcher.domain.evaluation import GuardFailed, Plan, Verdict, evaluate
 from dispatcher.errors import DispatcherError
-from dispatcher.evaluation import GuardFailed, Plan, Verdict, evaluate
 from dispatcher.states import DONE, NEW
 from dispatcher.transition import ChainSnapshot, Transition
 

@@ -5,7 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.graph import Edge, StateGraph
+from dispatcher.domain.graph import Edge, StateGraph
 from dispatcher.states import DONE, NEW
 
 CART = StateGraph.build(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.evaluation import evaluate
+from dispatcher.domain.evaluation import evaluate
 from dispatcher.states import DONE, NEW
 from dispatcher.transition import ChainSnapshot
 from examples.win_back import clock, sink

@@ -1,49 +1,21 @@
 """What becomes of a chain that was evaluated: pure decisions from what was read, for `executor` and `delivery`."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
-from dispatcher.chains import ChainRecord, Move, Request, Rest
-from dispatcher.config import NO_CALLBACK_FOUND, Callback, CallbackChoice, ChainType, choose_callback
-from dispatcher.deliveries import PlannedDelivery
-from dispatcher.errors import UnknownDefinition, ends_process
-from dispatcher.evaluation import GuardFailed, Plan, evaluate
-from dispatcher.resources import Resource
+from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, LocalCall, choose_for
+from dispatcher.domain.config import ChainType
+from dispatcher.domain.contexts import Evaluated
+from dispatcher.domain.evaluation import GuardFailed, Plan
+from dispatcher.domain.records import ChainRecord, Move, PlannedDelivery, Request, Rest
+from dispatcher.domain.results import ChainResult
+from dispatcher.errors import UnknownDefinition
 from dispatcher.retry import growing_interval
-from dispatcher.states import DONE, NEW, CallbackKind, EventAction, Outcome
+from dispatcher.states import EventAction, Outcome
 from dispatcher.transition import Transition, as_utc
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LocalCall:
-    """What an in-process `execute` brings along: never serialised."""
-
-    callback: Callback | None
-    kwargs: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ChainResult:
-    """What came of executing one chain.
-
-    `transition` is the winner, if there was one; `delivery_id` the delivery that was planned for it; `error` what a
-    guard raised.
-    """
-
-    chain_id: int | None
-    outcome: Outcome
-    state: str = ""
-    transition: Transition | None = None
-    errors: Mapping[str, list[str]] = field(default_factory=dict)
-    delivery_id: str | None = None
-    callback: str | None = None
-    error: BaseException | None = None
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +29,6 @@ class Decision:
     def plans(self) -> bool:
         """Whether a transition is taken: what a type's budget is about."""
         return isinstance(self.write, Move | PlannedDelivery)
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """One chain's evaluation: a plan, or the error that a guard, a loader or an unknown name raised."""
-
-    plan: Plan | None
-    error: Exception | None = None
 
 
 def decide(
@@ -88,7 +52,7 @@ def decide(
         return Decision(result, None if rest.learns_nothing else rest)
     name = type(winner).__name__
     try:
-        choice = _choose(chain, winner, asked, call)
+        choice = choose_for(chain, winner, asked, call)
     except KeyError as error:
         return _failed(record, UnknownDefinition(record.id, f"callback {error.args[0]!r}"), now)
     if choice is NO_CALLBACK_FOUND:
@@ -137,60 +101,6 @@ def next_update(transition: Transition) -> datetime | None:
         return None
 
 
-def load_contexts(chain: ChainType, records: Sequence[ChainRecord]) -> dict[int, Mapping[str, Any] | BaseException]:
-    """What the type's `load_context` gives for these chains; an exception for each chain it fails for.
-
-    A loader that fails for the batch is asked once more per chain, so that one chain's failure is its own.
-    """
-    loader = chain.load_context
-    if loader is None or not records:
-        return {}
-    try:
-        loaded = loader([record.snapshot() for record in records])
-        return {record.id: dict(loaded.get(record.id) or {}) for record in records}
-    except BaseException as error:
-        if ends_process(error):
-            raise
-        if len(records) == 1:
-            return {records[0].id: error}
-    results: dict[int, Mapping[str, Any] | BaseException] = {}
-    for record in records:
-        results.update(load_contexts(chain, [record]))
-    return results
-
-
-def merged_context(
-    loaded: Mapping[str, Any], stored: Mapping[str, Any] | None, asked: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The context for the guards; later ones win. (A class's own `initial_context` is added per transition.)"""
-    return {**loaded, **(stored or {}), **(asked or {})}
-
-
-def evaluate_record(
-    record: ChainRecord,
-    chain: ChainType | None,
-    loaded: Mapping[str, Any] | BaseException,
-    asked: Mapping[str, Any] | None,
-    now: datetime,
-) -> Evaluated:
-    """The plan for one chain, or what kept it from being made; user code runs here, with no connection in use."""
-    if chain is None:
-        return Evaluated(None, UnknownDefinition(record.id, f"chain type {record.chain_type!r}"))
-    if record.state not in chain.states:
-        return Evaluated(None, UnknownDefinition(record.id, f"state {record.state!r}"))
-    if isinstance(loaded, BaseException):
-        failure = GuardFailed("load_context", f"{type(loaded).__name__}: {loaded}")
-        failure.__cause__ = loaded
-        return Evaluated(None, failure)
-    context = merged_context(loaded, record.context, asked)
-    candidates = chain.candidates(record.state)
-    try:
-        plan = evaluate(record.snapshot(), candidates, context, now, recheck_seconds=chain.recheck_seconds)
-    except GuardFailed as error:
-        return Evaluated(None, error)
-    return Evaluated(plan)
-
-
 def _failed(record: ChainRecord, error: Exception | None, now: datetime) -> Decision:
     failures = record.failures + 1
     is_guard = isinstance(error, GuardFailed)
@@ -204,27 +114,6 @@ def _failed(record: ChainRecord, error: Exception | None, now: datetime) -> Deci
     outcome = Outcome.GUARD_FAILED if is_guard else Outcome.UNKNOWN_DEFINITION
     cause = error.__cause__ if error is not None and is_guard else None
     return Decision(ChainResult(record.id, outcome, record.state, error=cause, detail=str(error)), rest)
-
-
-def _choose(chain: ChainType, winner: Transition, asked: Request, call: LocalCall | None) -> CallbackChoice:
-    """The callback of a winner. In this process any callback at all is `local`; nothing found moves with a warning."""
-    if call is None:
-        return choose_callback(chain, type(winner), asked.callback)
-    return choose_local(chain, winner, call)
-
-
-def choose_local(chain: ChainType, winner: Transition, call: LocalCall) -> CallbackChoice:
-    """The callback of a winner in an in-process execution; `kind` is "" for a move without one."""
-    choice = choose_callback(chain, type(winner), None)
-    if choice.kind == CallbackKind.OWN:
-        return CallbackChoice(CallbackKind.LOCAL, choice.call)
-    own_says_none = getattr(winner, "callback", choice) is None
-    if call.callback is not None and winner.final_state != DONE and not own_says_none:
-        return CallbackChoice(CallbackKind.LOCAL, call.callback)
-    if choice is NO_CALLBACK_FOUND:
-        logger.warning("nothing is configured to be called for %s: moving without a callback", winner)
-        return CallbackChoice("", None)
-    return CallbackChoice(CallbackKind.LOCAL if choice.kind else "", choice.call)
 
 
 def _rest_until(record: ChainRecord, plan: Plan, now: datetime) -> datetime | None:
@@ -245,30 +134,6 @@ def standing_of(record: ChainRecord, now: datetime) -> Outcome | None:
     return None
 
 
-def unsaved_record(
-    chain_type: str, resources: tuple[Resource, ...], context: Mapping[str, Any] | None, now: datetime
-) -> ChainRecord:
-    """A chain in NEW that is not in the database: its id is 0."""
-    return ChainRecord(
-        id=0,
-        chain_type=chain_type,
-        state=NEW,
-        disabled=False,
-        next_update_at=None,
-        due_at=now,
-        version=0,
-        wake=0,
-        moves=0,
-        pending_delivery_id=None,
-        failures=0,
-        created_at=now,
-        updated_at=now,
-        context=dict(context) if context else None,
-        request=None,
-        resources=resources,
-    )
-
-
 def dry_result(
     record: ChainRecord, chain: ChainType, plan: Plan, asked: Request, local: LocalCall | None
 ) -> ChainResult:
@@ -278,7 +143,7 @@ def dry_result(
         outcome = Outcome.TERMINAL if plan.terminal else Outcome.NONE
         return ChainResult(chain_id, outcome, record.state, errors=plan.errors)
     try:
-        choice = _choose(chain, plan.winner, asked, local)
+        choice = choose_for(chain, plan.winner, asked, local)
     except KeyError as error:
         return ChainResult(
             chain_id, Outcome.UNKNOWN_DEFINITION, record.state, plan.winner, plan.errors, detail=f"callback {error}"

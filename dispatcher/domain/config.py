@@ -1,6 +1,5 @@
 """The configuration as typed values, validated as a whole when it is made."""
 
-import hashlib
 import inspect
 import logging
 import math
@@ -12,13 +11,13 @@ from functools import cached_property
 from typing import Any, Final, Literal, TypeGuard
 from zoneinfo import ZoneInfo
 
+from dispatcher.domain.graph import StateGraph
+from dispatcher.domain.hours import DeliveryHours, zone_of
 from dispatcher.errors import ConfigurationError
-from dispatcher.graph import StateGraph
-from dispatcher.hours import DeliveryHours, zone_of
 from dispatcher.rates import RateLimit, limit_of
 from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy
-from dispatcher.states import DONE, CallbackKind
-from dispatcher.transition import TYPE_DEFAULT, Transition, TypeDefault
+from dispatcher.states import DONE
+from dispatcher.transition import Transition, TypeDefault
 
 logger = logging.getLogger(__name__)
 
@@ -154,19 +153,6 @@ class ChainType:
         """`time_zone` as a value."""
         return zone_of(self.time_zone)
 
-    def fingerprint(self, state: str) -> str:
-        """A short digest of the candidates of `state` and the options that count for them; it changes when they do."""
-        parts = [
-            (
-                candidate.__name__,
-                candidate.final_state,
-                candidate.recheck_seconds if candidate.recheck_seconds is not TYPE_DEFAULT else self.recheck_seconds,
-                choose_callback(self, candidate, None).kind,
-            )
-            for candidate in self.candidates(state)
-        ]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], path: str) -> "ChainType":
         """The typed form of one entry of the ancestor's `chains` list."""
@@ -235,68 +221,6 @@ class DispatcherConfig:
             known = ", ".join(map(repr, self.by_type)) or "none"
             raise ConfigurationError(f"unknown chain type (configured: {known})", f"chain type {chain_type!r}")
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class CallbackChoice:
-    """Which callback a winner gets: `kind` as it stands in a delivery's row ("" for a move without one).
-
-    `call` is the function to be called with the transition first, None when nothing is called.
-    """
-
-    kind: str
-    call: Callback | None
-
-
-NO_CALLBACK_FOUND: Final = CallbackChoice("missing", None)
-MOVE_WITHOUT: Final = CallbackChoice("", None)
-
-
-def choose_callback(chain_type: ChainType, transition: type[Transition], requested: str | None) -> CallbackChoice:
-    """The callback for `transition`: its own, else the one the request names, else the type's.
-
-    Gives `MOVE_WITHOUT` for DONE and wherever `callback = None` says so, and `NO_CALLBACK_FOUND` where nobody says
-    anything. Raises `KeyError` with the name when the request names a callback that is not registered here.
-    """
-    if transition.final_state == DONE:
-        return MOVE_WITHOUT
-    own = getattr(transition, "callback", NOT_GIVEN)
-    if own is None:
-        return MOVE_WITHOUT
-    if own is not NOT_GIVEN:
-        return CallbackChoice(CallbackKind.OWN, _call_own)
-    if requested is not None:
-        return CallbackChoice(f"{CallbackKind.NAMED}:{requested}", chain_type.callbacks[requested])
-    if isinstance(chain_type.callback, NoCallbackGiven):
-        return NO_CALLBACK_FOUND
-    if chain_type.callback is None:
-        return MOVE_WITHOUT
-    return CallbackChoice(CallbackKind.TYPE, chain_type.callback)
-
-
-def resolve_callback(chain_type: ChainType, transition: type[Transition], kind: str) -> Callback:
-    """The function that a delivery's row means by `kind`; `KeyError` when this configuration has none."""
-    if kind == CallbackKind.OWN and callable(getattr(transition, "callback", None)):
-        return _call_own
-    if kind == CallbackKind.TYPE and callable(chain_type.callback):
-        return chain_type.callback
-    name = kind.removeprefix(f"{CallbackKind.NAMED}:")
-    if name != kind:
-        return chain_type.callbacks[name]
-    raise KeyError(kind)
-
-
-def limits_of(chain_type: ChainType, transition: type[Transition], kind: str) -> tuple[RateLimit, ...]:
-    """The rate limits of a delivery: its chain type's and its callback's, where they have one; `kind` as in its row."""
-    own = kind == CallbackKind.OWN
-    function = transition.callback if own else resolve_callback(chain_type, transition, kind)
-    return tuple(limit for limit in (chain_type.rate, limit_of(function)) if limit is not None)
-
-
-def _call_own(transition: Transition, **callback_kwargs: Any) -> Any:
-    own = transition.callback
-    assert own is not None  # resolve_callback and choose_callback looked
-    return own(**callback_kwargs)
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:

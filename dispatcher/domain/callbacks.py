@@ -1,0 +1,105 @@
+"""Which callback a winner gets: pure, from its class, the request and its chain type."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dispatcher.domain.config import NOT_GIVEN, Callback, ChainType, NoCallbackGiven
+from dispatcher.domain.records import Request
+from dispatcher.rates import RateLimit, limit_of
+from dispatcher.states import DONE, CallbackKind
+from dispatcher.transition import Transition
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackChoice:
+    """Which callback a winner gets: `kind` as it stands in a delivery's row ("" for a move without one).
+
+    `call` is the function to be called with the transition first, None when nothing is called.
+    """
+
+    kind: str
+    call: Callback | None
+
+
+NO_CALLBACK_FOUND: Final = CallbackChoice("missing", None)
+MOVE_WITHOUT: Final = CallbackChoice("", None)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCall:
+    """What an in-process `execute` brings along: never serialised."""
+
+    callback: Callback | None
+    kwargs: Mapping[str, Any]
+
+
+def choose_callback(chain_type: ChainType, transition: type[Transition], requested: str | None) -> CallbackChoice:
+    """The callback for `transition`: its own, else the one the request names, else the type's.
+
+    Gives `MOVE_WITHOUT` for DONE and wherever `callback = None` says so, and `NO_CALLBACK_FOUND` where nobody says
+    anything. Raises `KeyError` with the name when the request names a callback that is not registered here.
+    """
+    if transition.final_state == DONE:
+        return MOVE_WITHOUT
+    own = getattr(transition, "callback", NOT_GIVEN)
+    if own is None:
+        return MOVE_WITHOUT
+    if own is not NOT_GIVEN:
+        return CallbackChoice(CallbackKind.OWN, _call_own)
+    if requested is not None:
+        return CallbackChoice(f"{CallbackKind.NAMED}:{requested}", chain_type.callbacks[requested])
+    if isinstance(chain_type.callback, NoCallbackGiven):
+        return NO_CALLBACK_FOUND
+    if chain_type.callback is None:
+        return MOVE_WITHOUT
+    return CallbackChoice(CallbackKind.TYPE, chain_type.callback)
+
+
+def choose_for(chain: ChainType, winner: Transition, asked: Request, call: LocalCall | None) -> CallbackChoice:
+    """The callback of a winner. In this process any callback at all is `local`; nothing found moves with a warning."""
+    if call is None:
+        return choose_callback(chain, type(winner), asked.callback)
+    return choose_local(chain, winner, call)
+
+
+def choose_local(chain: ChainType, winner: Transition, call: LocalCall) -> CallbackChoice:
+    """The callback of a winner in an in-process execution; `kind` is "" for a move without one."""
+    choice = choose_callback(chain, type(winner), None)
+    if choice.kind == CallbackKind.OWN:
+        return CallbackChoice(CallbackKind.LOCAL, choice.call)
+    own_says_none = getattr(winner, "callback", choice) is None
+    if call.callback is not None and winner.final_state != DONE and not own_says_none:
+        return CallbackChoice(CallbackKind.LOCAL, call.callback)
+    if choice is NO_CALLBACK_FOUND:
+        logger.warning("nothing is configured to be called for %s: moving without a callback", winner)
+        return CallbackChoice("", None)
+    return CallbackChoice(CallbackKind.LOCAL if choice.kind else "", choice.call)
+
+
+def resolve_callback(chain_type: ChainType, transition: type[Transition], kind: str) -> Callback:
+    """The function that a delivery's row means by `kind`; `KeyError` when this configuration has none."""
+    if kind == CallbackKind.OWN and callable(getattr(transition, "callback", None)):
+        return _call_own
+    if kind == CallbackKind.TYPE and callable(chain_type.callback):
+        return chain_type.callback
+    name = kind.removeprefix(f"{CallbackKind.NAMED}:")
+    if name != kind:
+        return chain_type.callbacks[name]
+    raise KeyError(kind)
+
+
+def limits_of(chain_type: ChainType, transition: type[Transition], kind: str) -> tuple[RateLimit, ...]:
+    """The rate limits of a delivery: its chain type's and its callback's, where they have one; `kind` as in its row."""
+    own = kind == CallbackKind.OWN
+    function = transition.callback if own else resolve_callback(chain_type, transition, kind)
+    return tuple(limit for limit in (chain_type.rate, limit_of(function)) if limit is not None)
+
+
+def _call_own(transition: Transition, **callback_kwargs: Any) -> Any:
+    own = transition.callback
+    assert own is not None  # resolve_callback and choose_callback looked
+    return own(**callback_kwargs)

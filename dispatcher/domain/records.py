@@ -1,0 +1,307 @@
+"""The frozen values that storage, decisions and faces exchange: rows as they were read, and what may be written.
+
+Nothing here reads or writes anything.
+"""
+
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Final, TypeAlias
+
+from dispatcher.domain.resources import Resource
+from dispatcher.states import NEW, CallbackKind, DeliveryStatus, EventAction
+from dispatcher.transition import ChainSnapshot
+
+MAX_DETAIL: Final = 4000
+"""The longest detail of an event, in characters."""
+
+MAX_ERROR: Final = 2000
+"""The longest error of a delivery, in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an application asked with `enqueue`."""
+
+    context: Mapping[str, Any] | None = None
+    callback: str | None = None
+    kwargs: Mapping[str, Any] | None = None
+    requested_by: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The form in which the chain's row keeps it."""
+        return {
+            "context": self.context,
+            "callback": self.callback,
+            "kwargs": self.kwargs,
+            "requested_by": self.requested_by,
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any] | None) -> "Request | None":
+        """The request in a chain's row, or None."""
+        if raw is None:
+            return None
+        return cls(raw.get("context"), raw.get("callback"), raw.get("kwargs"), raw.get("requested_by"))
+
+
+@dataclass(frozen=True, slots=True)
+class ChainRecord:
+    """A chain's row as it was read, with its resources."""
+
+    id: int
+    chain_type: str
+    state: str
+    disabled: bool
+    next_update_at: datetime | None
+    due_at: datetime | None
+    version: int
+    wake: int
+    moves: int
+    pending_delivery_id: str | None
+    failures: int
+    created_at: datetime
+    updated_at: datetime
+    context: dict[str, Any] | None
+    request: Request | None
+    resources: tuple[Resource, ...]
+
+    def snapshot(self) -> ChainSnapshot:
+        """What a transition may see of this chain."""
+        return ChainSnapshot(self.id, self.chain_type, self.state, self.resources, self.created_at)
+
+
+def unsaved_record(
+    chain_type: str, resources: tuple[Resource, ...], context: Mapping[str, Any] | None, now: datetime
+) -> ChainRecord:
+    """A chain in NEW that is not in the database: its id is 0."""
+    return ChainRecord(
+        id=0,
+        chain_type=chain_type,
+        state=NEW,
+        disabled=False,
+        next_update_at=None,
+        due_at=now,
+        version=0,
+        wake=0,
+        moves=0,
+        pending_delivery_id=None,
+        failures=0,
+        created_at=now,
+        updated_at=now,
+        context=dict(context) if context else None,
+        request=None,
+        resources=resources,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRecord:
+    """A delivery's row as it was read."""
+
+    id: str
+    idempotency_key: str
+    chain_id: int
+    chain_version: int
+    transition: str
+    from_state: str
+    final_state: str
+    callback: str
+    status: str
+    attempt: int
+    max_attempts: int
+    unknown: bool
+    next_attempt_at: datetime | None
+    publish_after: datetime | None
+    lease_until: datetime | None
+    planned_at: datetime
+    finished_at: datetime | None
+    requested_by: str | None
+    last_error: str | None
+    kwargs: dict[str, Any] | None
+    context: dict[str, Any] | None
+
+
+def is_local(delivery: DeliveryRecord) -> bool:
+    """Whether only the process that planned it could have called it."""
+    return delivery.callback == CallbackKind.LOCAL
+
+
+def begun_of(delivery: DeliveryRecord) -> DeliveryRecord:
+    """A pending delivery as it stands once its next attempt has begun."""
+    return replace(delivery, status=DeliveryStatus.RUNNING, attempt=delivery.attempt + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A chain goes to `to_state` without a callback."""
+
+    record: ChainRecord
+    transition: str
+    to_state: str
+    next_update_at: datetime | None
+    due_at: datetime | None
+    requested_by: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rest:
+    """A chain stays; it is due again at `due_at` (None: not by itself)."""
+
+    record: ChainRecord
+    due_at: datetime | None
+    failures: int = 0
+    clear_request: bool = False
+    event: EventAction | None = None
+    detail: str | None = None
+
+    @property
+    def learns_nothing(self) -> bool:
+        """Whether writing it would change nothing that matters: then nothing is written."""
+        return (
+            self.event is None
+            and self.failures == self.record.failures
+            and not (self.clear_request and self.record.request is not None)
+            and self.due_at == self.record.due_at
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedDelivery:
+    """A delivery that is to be written with its chain's plan."""
+
+    record: ChainRecord
+    transition: str
+    final_state: str
+    callback: str
+    max_attempts: int
+    kwargs: Mapping[str, Any] | None
+    context: Mapping[str, Any] | None
+    requested_by: str | None
+
+
+Write: TypeAlias = Move | Rest | PlannedDelivery
+"""What an execution writes for one chain."""
+
+
+def by_kind(writes: Iterable[Write]) -> tuple[list[Move], list[Rest], list[PlannedDelivery]]:
+    moves: list[Move] = []
+    rests: list[Rest] = []
+    planned: list[PlannedDelivery] = []
+    for one in writes:
+        if isinstance(one, Move):
+            moves.append(one)
+        elif isinstance(one, Rest):
+            rests.append(one)
+        else:
+            planned.append(one)
+    return moves, rests, planned
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When new deliveries are looked at: pending ones by the relay `publish_seconds` from now.
+
+    With `lease_seconds` they are begun at once by the caller instead (an in-process execution).
+    """
+
+    publish_seconds: float
+    lease_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """A delivery message that is to be published."""
+
+    delivery_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An attempt that this process has begun: the delivery and its chain as they now stand."""
+
+    delivery: DeliveryRecord
+    chain: ChainRecord
+    machine_now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One delivered attempt that is to be recorded, and where its chain goes."""
+
+    delivery: DeliveryRecord
+    next_update_at: datetime | None
+    due_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChainEvent:
+    """One line of a chain's history: `action` is of `EventAction`, `move_version` set for state transitions."""
+
+    id: int
+    chain_id: int
+    chain_version: int
+    move_version: int | None
+    action: str
+    value: str | None
+    from_state: str | None
+    to_state: str | None
+    requested_by: str | None
+    detail: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class DuePosition:
+    """The keyset position after which the next page of due chains begins."""
+
+    due_at: datetime
+    chain_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class TypeRecord:
+    """What is remembered of a chain type, as it was read."""
+
+    name: str
+    paused: bool
+    paused_reason: str | None
+    fingerprints: dict[str, dict[str, str]] | None
+    window_at: datetime | None
+    window_plans: int
+    chains_estimate: int | None
+    estimated_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many more plans a chain type may have in the hour that began at `window_at`."""
+
+    window_at: datetime
+    plans: int
+    limit: int
+
+    @property
+    def left(self) -> int:
+        """Plans that may still be written."""
+        return max(0, self.limit - self.plans)
+
+
+_KEY_SPACE: Final = uuid.UUID("6c7e1f0a-6f3c-5f0e-9d53-7b8a3c1e2d40")
+
+
+def idempotency_key(chain_id: int, moves: int, transition: str) -> str:
+    """The UUID5 of chain, number of its moves so far and transition: the same for every attempt and re-plan."""
+    return str(uuid.uuid5(_KEY_SPACE, f"{chain_id}:{moves}:{transition}"))
+
+
+def valid_id(value: object) -> str | None:
+    """`value` as the canonical text of a delivery id, or None when it is none."""
+    if not isinstance(value, str) or len(value) > 40:  # noqa: PLR2004 - a UUID with braces
+        return None
+    try:
+        return str(uuid.UUID(value))
+    except ValueError:
+        return None

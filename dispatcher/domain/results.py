@@ -1,0 +1,56 @@
+"""What came of executing a chain and of an attempt at a delivery, as values."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dispatcher.domain.records import MAX_DETAIL, MAX_ERROR
+from dispatcher.states import AttemptOutcome, Outcome
+from dispatcher.transition import Transition
+
+
+@dataclass(frozen=True, slots=True)
+class ChainResult:
+    """What came of executing one chain.
+
+    `transition` is the winner, if there was one; `delivery_id` the delivery that was planned for it; `error` what a
+    guard raised.
+    """
+
+    chain_id: int | None
+    outcome: Outcome
+    state: str = ""
+    transition: Transition | None = None
+    errors: Mapping[str, list[str]] = field(default_factory=dict)
+    delivery_id: str | None = None
+    callback: str | None = None
+    error: BaseException | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptResult:
+    """What came of one attempt. `retry_seconds` is set where the next one is near enough for Celery's own retry."""
+
+    delivery_id: str
+    attempt: int
+    outcome: AttemptOutcome
+    chain_id: int | None = None
+    transition: str | None = None
+    detail: str = ""
+    retry_seconds: float | None = None
+
+    @property
+    def next_attempt(self) -> int:
+        """The number of the attempt that follows; a deferred one was not used up."""
+        return self.attempt if self.outcome == AttemptOutcome.DEFERRED else self.attempt + 1
+
+
+def reasons_text(errors: Mapping[str, Sequence[str]]) -> str:
+    """The rejections `{str(transition): [reasons]}` as one line of text."""
+    return json.dumps(errors, ensure_ascii=False)[:MAX_DETAIL]
+
+
+def describe(error: BaseException) -> str:
+    """The error as it is kept in a row: its type and its text."""
+    return f"{type(error).__name__}: {error}"[:MAX_ERROR]
