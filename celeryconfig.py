@@ -4,9 +4,10 @@ The names below are those that `dispatcher.publisher.celery_settings` gives; wha
 the wheel: copy this file into the directory from which a deployment starts its workers, and edit it there.
 """
 
-from dispatcher.embedded import find_running
-from dispatcher.publisher import celery_settings
-from dispatcher.settings import Settings, broker_url_from_redis, embedded_directory
+from dispatcher.embedded.state import embedded_directory, find_running
+from dispatcher.messages.queues import celery_settings
+from dispatcher.settings import Settings
+from dispatcher.urls import broker_url_from_redis
 
 _settings = Settings()
 _redis_url = _settings.redis_url or find_running(embedded_directory())

@@ -10,7 +10,7 @@ from celery import Celery
 
 from benchmarks import chains
 from dispatcher import Dispatcher, Settings
-from dispatcher.publisher import CHAINS_QUEUE, EXECUTE, celery_settings
+from dispatcher.messages.queues import CHAINS_QUEUE, EXECUTE, celery_settings
 
 _STATUS = Path("/proc/self/status")
 

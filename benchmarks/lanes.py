@@ -20,9 +20,9 @@ from benchmarks.fleet import Fleet, StalledError
 from benchmarks.population import RESOURCE_TYPE, add_chains, anything_in, bytes_per_chain, count_in
 from benchmarks.servers import ROOT, Servers, cpu_seconds
 from dispatcher import NEW, Dispatcher, Settings
-from dispatcher.database import Database
-from dispatcher.migrations import upgrade
-from dispatcher.publisher import CHAINS_QUEUE
+from dispatcher.messages.queues import CHAINS_QUEUE
+from dispatcher.storage.database import Database
+from dispatcher.storage.migrations import upgrade
 
 _WAIT_SECONDS: Final = 180
 _WARM_UP: Final = 400

@@ -5,9 +5,9 @@ from typing import Final
 
 from sqlalchemy import DateTime, Text, cast, func, insert, literal, null, select, text
 
-from dispatcher.database import Database
-from dispatcher.models import ChainRow, DeliveryRow, EventRow, ResourceRow
 from dispatcher.states import NEW, EventAction
+from dispatcher.storage.database import Database
+from dispatcher.storage.models import ChainRow, DeliveryRow, EventRow, ResourceRow
 
 RESOURCE_TYPE: Final = "benchmark"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import redis
 
-from dispatcher.database import Database
-from dispatcher.migrations import upgrade
+from dispatcher.storage.database import Database
+from dispatcher.storage.migrations import upgrade
 from tests.servers import PostgresServer, RedisServer
 
 ROOT = Path(__file__).parents[1]

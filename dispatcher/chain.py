@@ -1,25 +1,21 @@
 """`Chain`: one chain as applications and operators use it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any, Final
 
-from dispatcher import batches, chains, deliveries
-from dispatcher.database import Database
-from dispatcher.delivery import Attempts
 from dispatcher.domain.callbacks import LocalCall, choose_local
-from dispatcher.domain.config import Callback, DispatcherConfig
+from dispatcher.domain.config import Callback
 from dispatcher.domain.evaluation import GuardFailed
 from dispatcher.domain.records import ChainEvent, ChainRecord, DeliveryRecord, unsaved_record
 from dispatcher.domain.resources import Resource
 from dispatcher.domain.results import ChainResult
 from dispatcher.errors import ChainDisabled, ChainLocked, ChainMissing, ChainNotDue, ConfigurationError, DeliveryPending
-from dispatcher.executor import Executor
-from dispatcher.operations import Operations
-from dispatcher.requests import Requests, checked_request, checked_requester, registered_name
-from dispatcher.settings import Settings
+from dispatcher.requests.checks import checked_request, checked_requester, registered_name
+from dispatcher.services import Services
 from dispatcher.states import NEW, EventAction, Outcome
+from dispatcher.storage import deliveries, history, overview, store
 
 _RAISED: Final = {
     Outcome.LOCKED: ChainLocked,
@@ -28,19 +24,6 @@ _RAISED: Final = {
     Outcome.PENDING: DeliveryPending,
     Outcome.MISSING: ChainMissing,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Services:
-    """The parts of one deployment that its chains use."""
-
-    config: DispatcherConfig
-    settings: Settings
-    database: Database
-    requests: Requests
-    executor: Executor
-    attempts: Attempts
-    operations: Operations
 
 
 class Chain:
@@ -113,13 +96,13 @@ class Chain:
     def events(self) -> list[ChainEvent]:
         """Its history, oldest first, read now."""
         with self._services.database.read() as connection:
-            return chains.events(connection, self._record.id)
+            return history.events(connection, self._record.id)
 
     @property
     def deliveries(self) -> list[DeliveryRecord]:
         """Its deliveries, newest first, read now."""
         with self._services.database.read() as connection:
-            return deliveries.listing(connection, chain_id=self._record.id, limit=1000)
+            return overview.listing(connection, chain_id=self._record.id, limit=1000)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Chain) and other.id is not None and other.id == self.id
@@ -133,7 +116,7 @@ class Chain:
     def refresh(self) -> "Chain":
         """This chain, read again. Raises `ChainMissing`."""
         if self.id is not None:
-            self._record = batches.read_one(self._services.database, self.id)
+            self._record = store.read_one(self._services.database, self.id)
         return self
 
     def execute(
@@ -197,7 +180,7 @@ class Chain:
         if dry_run or services.settings.dry_run or self.id is None:
             return services.requests.publish_dry_run(self.id, self.chain_type, self.resources, request)
         chain_id = self.id
-        batches.write_request(services.database, chain_id, request)
+        store.write_request(services.database, chain_id, request)
         return services.requests.publish(chain_id, best_effort=best_effort)
 
     def disable(self, requested_by: str | None = None) -> "Chain":

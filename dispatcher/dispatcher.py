@@ -10,31 +10,33 @@ from typing import Any, Self
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, scoped_session
 
-from dispatcher import batches, bookkeeping, chains, deliveries
-from dispatcher.chain import Chain, Services
-from dispatcher.database import Database
-from dispatcher.delivery import Attempts
-from dispatcher.doctor import Doctor, Finding
+from dispatcher.chain import Chain
+from dispatcher.coordination.limiter import RateLimiter
+from dispatcher.coordination.locks import ChainLocks
+from dispatcher.delivery.attempts import Attempts
+from dispatcher.delivery.pacing import Gate
 from dispatcher.domain.config import Callback, ChainType, DispatcherConfig
 from dispatcher.domain.records import ChainRecord, DeliveryRecord, Owed, TypeRecord
 from dispatcher.domain.resources import Resource, checked_json, clean_resources, is_text
 from dispatcher.domain.results import AttemptResult, ChainResult
-from dispatcher.embedded import default_database_url, find_running
+from dispatcher.embedded.state import default_database_url, embedded_directory, find_running
 from dispatcher.errors import ConfigurationError
-from dispatcher.executor import Executor
-from dispatcher.gate import Gate
-from dispatcher.limiter import RateLimiter
-from dispatcher.loading import load_object
-from dispatcher.locks import ChainLocks
-from dispatcher.migrations import require_current
-from dispatcher.on_commit import run_after_commit
-from dispatcher.operations import MapCounts, Operations
-from dispatcher.pages import Pages
-from dispatcher.publisher import CeleryApp, Publisher, PublishFailed
-from dispatcher.requests import Requests, checked_request
-from dispatcher.settings import Settings, broker_url_from_redis, embedded_directory
+from dispatcher.execution.executor import Executor
+from dispatcher.messages.publisher import CeleryApp, Publisher, PublishFailed
+from dispatcher.operators.doctor import Doctor, Finding
+from dispatcher.operators.operations import MapCounts, Operations
+from dispatcher.passes.pages import Pages
+from dispatcher.passes.sweep import Sweeper
+from dispatcher.requests.checks import checked_request
+from dispatcher.requests.on_commit import run_after_commit
+from dispatcher.requests.requests import Requests
+from dispatcher.services import Services
+from dispatcher.settings import Settings, load_object
 from dispatcher.states import AttemptOutcome, DeliveryStatus
-from dispatcher.sweep import Sweeper
+from dispatcher.storage import chain_types, chains, overview, store
+from dispatcher.storage.database import Database
+from dispatcher.storage.migrations import require_current
+from dispatcher.urls import broker_url_from_redis
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +190,7 @@ class Dispatcher:
     def chain(self, chain_id: int) -> "Chain":
         """The chain with this id; `ChainMissing` if there is none."""
         self._ready()
-        return Chain(self._services, batches.read_one(self.database, chain_id))
+        return Chain(self._services, store.read_one(self.database, chain_id))
 
     def find_chains(
         self,
@@ -231,7 +233,7 @@ class Dispatcher:
         if not is_text(f"{chain_type}"):  # nothing can have been named so
             return []
         with self.database.read() as connection:
-            return deliveries.listing(
+            return overview.listing(
                 connection, chain_id=chain_id, chain_type=chain_type, statuses=statuses, limit=limit
             )
 
@@ -239,7 +241,7 @@ class Dispatcher:
         """Counts `{"chains", "due", "next_due_at", "open_deliveries", "deliveries": {status: n}}`; reads all chains."""
         self._ready()
         with self.database.read() as connection:
-            return chains.statistics(connection, now=self.database.now(connection))
+            return overview.statistics(connection, now=self.database.now(connection))
 
     # --- on demand ---------------------------------------------------------------------------------------------------
 
@@ -447,7 +449,7 @@ class Dispatcher:
         """What is remembered of each chain type that was paused, limited or fingerprinted, by name."""
         self._ready()
         with self.database.read() as connection:
-            return bookkeeping.read_types(connection)
+            return chain_types.read_types(connection)
 
     def examine(self) -> list[Finding]:
         """What is wrong with this deployment, each finding with what mends it; empty when all is well."""

@@ -1,21 +1,14 @@
 """The deployment's settings, from `DISPATCHER_*` environment variables, then `.env`, then defaults."""
 
-import re
+import importlib
+import sys
 from pathlib import Path
-from typing import Final, Self
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dispatcher.errors import ConfigurationError
-
-EMBEDDED_DIRECTORY = ".dispatcher"
-"""Where `dispatcher dev` keeps its database, socket, pid and log files, below the current directory."""
-
-_PLAIN_URL: Final = re.compile(
-    r"(?P<scheme>[\w+.-]+)://(?:[^/?#\[\]]*@)?(?P<place>(?:\[[\w:.%]*\]|[^@/?#:\[\]]*)(?::\d*)?(?:/[^@?#]*)?)(?:[?#][^@]*)?"
-)
 
 
 class Settings(BaseSettings):
@@ -114,48 +107,24 @@ class Settings(BaseSettings):
         return self.lock_seconds * 0.8
 
 
-def broker_url_from_redis(redis_url: str) -> str:
-    """The Celery broker URL of a redis-py URL: the same server, user and database in kombu's spelling.
+def load_object(path: str, setting: str) -> Any:
+    """The object that `path` names, with the current directory importable; `ConfigurationError` names `setting`.
 
-    `unix:///path?db=1` becomes `redis+socket:///path?virtual_host=1`. Of the query, which kombu would refuse, only
-    user, password, database and the `ssl_*` options are kept.
+    An import error inside the module goes on unchanged.
     """
-    parts = urlsplit(redis_url)
-    options = dict(parse_qsl(parts.query))
-    user = parts.netloc.rpartition("@")[0]
-    if not user and "password" in options:
-        user = f"{quote(options.get('username', ''), safe='')}:{quote(options['password'], safe='')}"
-    server = (f"{user}@" if user else "") + parts.netloc.rpartition("@")[2]
-    if parts.scheme == "unix":
-        return f"redis+socket://{server}{quote(unquote(parts.path))}?virtual_host={options.get('db', '0')}"
-    path = f"/{options['db']}" if "db" in options else parts.path
-    ssl_options = urlencode({name: value for name, value in options.items() if name.startswith("ssl_")})
-    return f"{parts.scheme}://{server}{path}" + (f"?{ssl_options}" if ssl_options else "")
-
-
-def without_password(url: str) -> str:
-    """`url` as it may be logged: no user information and no query.
-
-    Of a URL that is not plain (a password with an unquoted "/", "?" or "#" is cut elsewhere by every parser) only the
-    scheme is shown.
-    """
-    plain = _PLAIN_URL.fullmatch(url)
-    if plain is None:
-        return f"{url.partition('://')[0] if '://' in url else ''}://..."
-    return f"{plain['scheme']}://{plain['place']}"
-
-
-def require_plain(url: str, what: str) -> str:
-    """`url`, if every parser cuts it at the same places; `ConfigurationError` otherwise, which does not show it.
-
-    An unquoted "/", "?", "#", "[", "]" or ";" in a password ends up in the host, port or database of some parser, and
-    so in its errors and logs. Several brokers are separated by ";".
-    """
-    if not all(_PLAIN_URL.fullmatch(part) for part in url.split(";")):
-        raise ConfigurationError(f"the {what} URL cannot be parsed: quote special characters, as in %2F for a /")
-    return url
-
-
-def embedded_directory() -> Path:
-    """The directory of the embedded default, absolute; it need not exist."""
-    return Path.cwd() / EMBEDDED_DIRECTORY
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise ConfigurationError(f"must be package.module:ATTRIBUTE, not {path!r}", setting)
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise ConfigurationError(f"there is no module {error.name!r}", setting) from error
+        raise
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        raise ConfigurationError(f"module {module_name!r} has no {attribute!r}", setting) from error

@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import inspect
 from sqlalchemy.exc import NoSuchTableError
 
-from dispatcher.database import Database
-from dispatcher.migrations import current, head, upgrade
-from dispatcher.models import Base
+from dispatcher.storage.database import Database
+from dispatcher.storage.migrations import current, head, upgrade
+from dispatcher.storage.models import Base
 from tests.servers import MariaDbServer, MissingBinaryError, PostgresServer, RabbitMqServer, RedisServer, Server
 
 AnyServer = TypeVar("AnyServer", bound=Server)

@@ -13,7 +13,7 @@ from celery.app.defaults import DEFAULTS
 from pydantic import ValidationError
 
 from dispatcher import Dispatcher, DispatcherError, ServiceUnavailable, Settings
-from dispatcher.publisher import celery_settings
+from dispatcher.messages.queues import celery_settings
 from workers.tasks import install
 
 

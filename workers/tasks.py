@@ -14,7 +14,7 @@ from kombu import Exchange, Queue
 from dispatcher import Dispatcher, DispatcherError
 from dispatcher.domain.records import Owed
 from dispatcher.domain.results import AttemptResult, ChainResult
-from dispatcher.publisher import (
+from dispatcher.messages.queues import (
     CALLBACKS_QUEUE,
     DELIVER,
     EXECUTE,

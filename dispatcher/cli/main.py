@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 from pydantic import ValidationError
 
-from dispatcher import Chain, Dispatcher, migrations
+from dispatcher import Chain, Dispatcher
 from dispatcher.cli.operations import add_operations
 from dispatcher.cli.output import (
     dry_run_option,
@@ -24,13 +24,14 @@ from dispatcher.cli.output import (
     text,
 )
 from dispatcher.cli.output import resources as resource_words
-from dispatcher.database import Database
-from dispatcher.dev import run_dev
 from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, choose_callback
 from dispatcher.domain.config import ChainType
-from dispatcher.embedded import default_database_url
+from dispatcher.embedded.state import default_database_url, embedded_directory
+from dispatcher.embedded.terminal import run_dev
 from dispatcher.errors import DispatcherError, ServiceUnavailable
-from dispatcher.settings import Settings, embedded_directory
+from dispatcher.settings import Settings
+from dispatcher.storage import migrations
+from dispatcher.storage.database import Database
 
 _EVENT_FIELDS = ("created_at", "action", "value", "from_state", "to_state", "requested_by", "detail")
 _LEVELS = ("debug", "info", "warning", "error")

@@ -8,9 +8,9 @@ import click
 from dispatcher.chain import Chain
 from dispatcher.cli.output import dry_run_option, json_option, moment, pairs, print_json, print_table
 from dispatcher.dispatcher import Dispatcher
-from dispatcher.doctor import repair as repair_findings
 from dispatcher.domain.records import DeliveryRecord
 from dispatcher.errors import DispatcherError
+from dispatcher.operators.doctor import repair as repair_findings
 from dispatcher.states import DeliveryStatus
 
 _STATUSES = [str(status) for status in DeliveryStatus]

@@ -132,24 +132,3 @@ def standing_of(record: ChainRecord, now: datetime) -> Outcome | None:
     if record.next_update_at is not None and record.next_update_at > now:
         return Outcome.RESTING
     return None
-
-
-def dry_result(
-    record: ChainRecord, chain: ChainType, plan: Plan, asked: Request, local: LocalCall | None
-) -> ChainResult:
-    """What a dry run says of a plan."""
-    chain_id = record.id or None
-    if plan.winner is None:
-        outcome = Outcome.TERMINAL if plan.terminal else Outcome.NONE
-        return ChainResult(chain_id, outcome, record.state, errors=plan.errors)
-    try:
-        choice = choose_for(chain, plan.winner, asked, local)
-    except KeyError as error:
-        return ChainResult(
-            chain_id, Outcome.UNKNOWN_DEFINITION, record.state, plan.winner, plan.errors, detail=f"callback {error}"
-        )
-    if choice is NO_CALLBACK_FOUND:
-        return ChainResult(chain_id, Outcome.NO_CALLBACK, record.state, plan.winner, plan.errors, callback="missing")
-    return ChainResult(
-        chain_id, Outcome.DRY_RUN, record.state, plan.winner, plan.errors, callback=choice.kind or "none"
-    )

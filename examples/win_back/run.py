@@ -8,7 +8,7 @@ from typing import Final
 from rich.console import Console
 
 from dispatcher import Chain, Dispatcher
-from dispatcher.dev import Stack
+from dispatcher.embedded.stack import Stack
 from dispatcher.states import EventAction
 from examples.win_back import clock, sink
 from examples.win_back.config import CONFIG

@@ -8,7 +8,7 @@ from datetime import time as time_of_day
 from typing import Any, Final
 
 from dispatcher import DONE, Chain, Dispatcher
-from dispatcher.dev import Stack
+from dispatcher.embedded.stack import Stack
 from examples.win_back import clock
 from examples.win_back.config import CHAIN_TYPE
 from examples.win_back.progress import DayProgress

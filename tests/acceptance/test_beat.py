@@ -10,7 +10,7 @@ from pytest_celery import CeleryTestSetup
 from sqlalchemy import select
 
 from dispatcher import Chain, Dispatcher
-from dispatcher.models import Base
+from dispatcher.storage.models import Base
 from tests.acceptance.nodes import Deployment, results
 
 pytestmark = pytest.mark.acceptance

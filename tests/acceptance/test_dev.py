@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 import dispatcher
-from dispatcher.dev import Stack, StackError
-from dispatcher.embedded import find_running
+from dispatcher.embedded.stack import Stack, StackError
+from dispatcher.embedded.state import find_running
 
 MARKER = "CHAIN_DISPATCHER_TEST_RUN"
 

@@ -8,7 +8,7 @@ import pytest
 import redis
 from kombu import pools
 
-from dispatcher.publisher import FAN_OUT, QUEUES
+from dispatcher.messages.queues import FAN_OUT, QUEUES
 from tests.acceptance.nodes import Deployment, results
 from tests.servers import RabbitMqServer
 

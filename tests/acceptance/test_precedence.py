@@ -7,7 +7,7 @@ import pytest
 from kombu import pools
 
 from dispatcher import Chain, Dispatcher
-from dispatcher.publisher import QUEUES
+from dispatcher.messages.queues import QUEUES
 from tests.acceptance.nodes import Deployment
 from tests.integration.transitions import queue_length
 from tests.servers import RabbitMqServer

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from kombu import Connection, Exchange, Queue, pools
 
-from dispatcher.publisher import QUEUES
+from dispatcher.messages.queues import QUEUES
 from tests.acceptance.nodes import Deployment
 from tests.conftest import running
 from tests.servers import RabbitMqServer

@@ -14,8 +14,8 @@ from typing import Final
 import psutil
 
 from dispatcher import Dispatcher, Settings
-from dispatcher.database import Database
-from dispatcher.migrations import upgrade
+from dispatcher.storage.database import Database
+from dispatcher.storage.migrations import upgrade
 from tests.chaos import skew, workload
 from tests.chaos.failpoints import FAILPOINTS_VARIABLE, FLAG, NODE_VARIABLE, SEED_VARIABLE, VERSION_VARIABLE
 from tests.chaos.proxy import Proxy

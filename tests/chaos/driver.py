@@ -25,9 +25,9 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import DBAPIError
 
 from dispatcher import DispatcherError
-from dispatcher.database import Database
-from dispatcher.models import Base, ChainRow, DeliveryRow, EventRow, ResourceRow
-from dispatcher.publisher import QUEUES
+from dispatcher.messages.queues import QUEUES
+from dispatcher.storage.database import Database
+from dispatcher.storage.models import Base, ChainRow, DeliveryRow, EventRow, ResourceRow
 from tests.chaos import faults as fault_list
 from tests.chaos import workload
 from tests.chaos.deployment import SETTINGS, Deployment

@@ -28,13 +28,16 @@ from typing import Any, Final
 import psycopg
 from sqlalchemy.exc import OperationalError
 
-from dispatcher import database, delivery, executor, retry
-from dispatcher.delivery import Attempts
+from dispatcher import retry
+from dispatcher.coordination.locks import ChainLocks
+from dispatcher.delivery import attempts
+from dispatcher.delivery.attempts import Attempts
 from dispatcher.domain.records import DeliveryRecord
-from dispatcher.locks import ChainLocks
-from dispatcher.pages import Pages
-from dispatcher.publisher import Publisher
+from dispatcher.execution import executor
+from dispatcher.messages.publisher import Publisher
+from dispatcher.passes.pages import Pages
 from dispatcher.states import AttemptOutcome
+from dispatcher.storage import database
 from tests.chaos.sink import DIRECTORY_VARIABLE, own_sink
 
 FAILPOINTS_VARIABLE: Final = "CHAOS_FAILPOINTS"
@@ -170,7 +173,7 @@ class Failpoints:
         Pages.publish = page_published  # type: ignore[method-assign]
 
     def _wrap_attempts(self) -> None:
-        attempt, finish, delivered_many = Attempts._attempt, delivery.finish, Attempts._delivered_many
+        attempt, finish, delivered_many = Attempts._attempt, attempts.finish, Attempts._delivered_many
 
         def attempted(attempts: Attempts, begun: Any, *arguments: Any) -> Any:
             row = begun.delivery
@@ -197,7 +200,7 @@ class Failpoints:
 
         Attempts._attempt = attempted  # type: ignore[method-assign]
         Attempts._delivered_many = all_finished  # type: ignore[method-assign]
-        delivery.finish = finished
+        attempts.finish = finished
 
 
 def shorten_backoff() -> None:

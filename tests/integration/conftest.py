@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dispatcher import Dispatcher, Settings
-from dispatcher.database import Database
+from dispatcher.storage.database import Database
 from tests.servers import DatabaseServer
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from dispatcher import DONE, NEW, ChainNotDue, ConfigurationError, Dispatcher, Transition
-from dispatcher.models import ChainRow
+from dispatcher.storage.models import ChainRow
 from tests.integration.transitions import count_rows
 
 pytestmark = pytest.mark.integration

@@ -13,7 +13,7 @@ from celery import Celery
 from kombu import Exchange, Queue, pools
 
 from dispatcher import DONE, NEW, Dispatcher, EnqueueNotPublished, RetryPolicy, ServiceUnavailable, Settings
-from dispatcher.publisher import QUEUES
+from dispatcher.messages.queues import QUEUES
 from tests.conftest import running
 from tests.integration.transitions import (
     BOOKING,

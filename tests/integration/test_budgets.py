@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import event, update
 
 from dispatcher import DONE, NEW, Chain, ChainDisabled, Dispatcher
-from dispatcher.models import TypeRow
+from dispatcher.storage.models import TypeRow
 from tests.integration.transitions import (
     CHAIN_TYPE,
     Sink,

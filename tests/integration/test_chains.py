@@ -22,7 +22,7 @@ from dispatcher import (
     PermanentFailure,
     RetryPolicy,
 )
-from dispatcher.models import ChainRow, EventRow, ResourceRow
+from dispatcher.storage.models import ChainRow, EventRow, ResourceRow
 from tests.integration.transitions import (
     BOOKING,
     CHAIN_TYPE,

@@ -20,7 +20,7 @@ from dispatcher import (
     InvalidResource,
     Transition,
 )
-from dispatcher.models import ChainRow, ResourceRow
+from dispatcher.storage.models import ChainRow, ResourceRow
 from tests.integration.transitions import (
     START,
     Clock,

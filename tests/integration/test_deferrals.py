@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from dispatcher import NEW, Dispatcher, PermanentFailure, RetryPolicy, database, rate_limit
+from dispatcher import NEW, Dispatcher, PermanentFailure, RetryPolicy, rate_limit
 from dispatcher.domain.hours import DeliveryHours
 from dispatcher.domain.records import DeliveryRecord, Owed
+from dispatcher.storage import database
 from tests.integration.conftest import DispatcherFactory
 from tests.integration.transitions import (
     LONG_AGO,
@@ -300,10 +301,10 @@ def test_a_chain_s_time_zone_that_is_none_is_warned_about_and_the_type_s_holds(
     )
     chain = new_chain(dispatcher, initial_context={"time_zone": bad})
 
-    with caplog.at_level(logging.WARNING, logger="dispatcher.gate"):
+    with caplog.at_level(logging.WARNING, logger="dispatcher.delivery.pacing"):
         assert attempt(dispatcher, planned(dispatcher, chain)).outcome == "delivered"
 
-    (record,) = [record for record in caplog.records if record.name == "dispatcher.gate"]
+    (record,) = [record for record in caplog.records if record.name == "dispatcher.delivery.pacing"]
     assert (record.__dict__["action"], record.__dict__["chain_id"]) == ("time_zone_unknown", chain.id)
     assert "Mars" not in record.getMessage(), "a context is not logged"
 
@@ -326,7 +327,7 @@ def test_a_delivery_whose_group_ran_out_of_time_keeps_its_place_and_what_failed_
     make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hours = 0.0
-    monkeypatch.setattr("dispatcher.delivery.time.monotonic", lambda: hours)
+    monkeypatch.setattr("dispatcher.delivery.attempts.time.monotonic", lambda: hours)
 
     def take_an_hour(*_: Any, **__: Any) -> None:
         nonlocal hours

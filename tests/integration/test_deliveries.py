@@ -10,9 +10,10 @@ from psycopg import sql
 from sqlalchemy import delete
 from sqlalchemy.exc import OperationalError
 
-from dispatcher import DONE, NEW, Chain, Dispatcher, PermanentFailure, RetryPolicy, Transition, database
+from dispatcher import DONE, NEW, Chain, Dispatcher, PermanentFailure, RetryPolicy, Transition
 from dispatcher.domain.records import Owed
-from dispatcher.models import ChainRow
+from dispatcher.storage import database
+from dispatcher.storage.models import ChainRow
 from tests.integration.conftest import DispatcherFactory
 from tests.integration.transitions import (
     LONG_AGO,
@@ -925,7 +926,7 @@ def test_an_end_is_written_again_and_again_while_the_database_is_away(
 
     handler = Reopen()
     sink.effect = close_database
-    logger = logging.getLogger("dispatcher.delivery")
+    logger = logging.getLogger("dispatcher.delivery.attempts")
     logger.addHandler(handler)
     try:
         result = attempt(dispatcher, delivery)

@@ -11,9 +11,9 @@ import redis
 from sqlalchemy import delete, select, update
 
 from dispatcher import NEW, Chain, Dispatcher
-from dispatcher.doctor import repair
-from dispatcher.locks import ChainLocks, LockFacts
-from dispatcher.models import ChainRow, EventRow, TickRow
+from dispatcher.coordination.locks import ChainLocks, LockFacts
+from dispatcher.operators.doctor import repair
+from dispatcher.storage.models import ChainRow, EventRow, TickRow
 from tests.integration.transitions import (
     CHAIN_TYPE,
     LONG_AGO,

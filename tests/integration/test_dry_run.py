@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from dispatcher import DONE, NEW, Chain, Dispatcher
+from dispatcher.coordination.locks import ChainLocks
 from dispatcher.domain.records import Owed
-from dispatcher.locks import ChainLocks
-from dispatcher.models import ChainRow
+from dispatcher.storage.models import ChainRow
 from tests.integration.conftest import DispatcherFactory
 from tests.integration.transitions import (
     BOOKING,

@@ -19,8 +19,10 @@ from redis import Redis
 from sqlalchemy import create_engine, text
 
 import dispatcher
-from dispatcher.embedded import EmbeddedServer, EmbeddedServerError, default_database_url, find_binary, find_running
-from dispatcher.settings import broker_url_from_redis
+from dispatcher.embedded.processes import EmbeddedServerError
+from dispatcher.embedded.server import EmbeddedServer, find_binary
+from dispatcher.embedded.state import default_database_url, find_running
+from dispatcher.urls import broker_url_from_redis
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
 
@@ -140,7 +142,7 @@ def test_dies_with_a_killed_starter_and_the_next_start_cleans_up(directory: Path
     program = """
         import sys, time
         from pathlib import Path
-        from dispatcher.embedded import EmbeddedServer
+        from dispatcher.embedded.server import EmbeddedServer
         EmbeddedServer(Path(sys.argv[1])).start()
         time.sleep(60)
     """
@@ -162,7 +164,7 @@ def test_stops_at_interpreter_exit(directory: Path) -> None:
     program = """
         import sys
         from pathlib import Path
-        from dispatcher.embedded import EmbeddedServer
+        from dispatcher.embedded.server import EmbeddedServer
         server = EmbeddedServer(Path(sys.argv[1]))
         server.start()
         print(server.pid)

@@ -24,7 +24,7 @@ from dispatcher import (
     NotSerializable,
     RetryPolicy,
 )
-from dispatcher.models import ChainRow
+from dispatcher.storage.models import ChainRow
 from tests.integration.transitions import (
     BOOKING,
     CHAIN_TYPE,

@@ -22,7 +22,7 @@ from dispatcher import (
     Transition,
 )
 from dispatcher.domain.results import ChainResult
-from dispatcher.models import ChainRow
+from dispatcher.storage.models import ChainRow
 from tests.integration.transitions import (
     CHAIN_TYPE,
     LONG_AGO,

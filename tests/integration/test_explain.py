@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event
 
-from dispatcher import NEW, chains, deliveries
-from dispatcher.database import Database
+from dispatcher import NEW
 from dispatcher.domain.records import DuePosition
-from dispatcher.models import CHAIN, DELIVERY
+from dispatcher.storage import chains, overdue
+from dispatcher.storage.database import Database
+from dispatcher.storage.models import CHAIN, DELIVERY
 from tests.integration.transitions import CHAIN_TYPE, LONG_AGO, START
 
 pytestmark = pytest.mark.integration
@@ -327,7 +328,7 @@ def test_a_relay_reads_what_is_overdue_and_nothing_of_what_is_under_way(
     owing: Database, pending: bool, count: int
 ) -> None:
     with sent(owing) as statements, owing.engine.connect() as connection:
-        found = deliveries.claim_overdue(connection, limit=PAGE, grace_seconds=60, pending=pending)
+        found = overdue.claim_overdue(connection, limit=PAGE, grace_seconds=60, pending=pending)
         connection.rollback()
     assert len(found) == count
     (statement,) = [one for one in statements if "FROM chain_dispatcher_delivery" in one[0]]

@@ -9,9 +9,10 @@ from celery import Celery
 
 import workers
 from dispatcher import DONE, NEW, Dispatcher, ServiceUnavailable
-from dispatcher.locks import ChainLocks
-from dispatcher.models import ChainRow
-from dispatcher.publisher import FAN_OUT, Publisher, celery_settings
+from dispatcher.coordination.locks import ChainLocks
+from dispatcher.messages.publisher import Publisher
+from dispatcher.messages.queues import FAN_OUT, celery_settings
+from dispatcher.storage.models import ChainRow
 from tests.integration.transitions import (
     CHAIN_TYPE,
     START,

@@ -16,7 +16,7 @@ from kombu import pools
 from sqlalchemy import func, select
 
 from dispatcher import NEW, Dispatcher, Settings
-from dispatcher.publisher import QUEUES, celery_settings
+from dispatcher.messages.queues import QUEUES, celery_settings
 from tests.integration.transitions import CHAIN_TYPE, Sink, cart, new_chain, take_messages, transition
 from tests.servers import RabbitMqServer
 

@@ -32,11 +32,11 @@ from dispatcher import (
     RetryPolicy,
     Settings,
 )
-from dispatcher.database import Database
+from dispatcher.coordination.locks import ChainLocks
 from dispatcher.domain.resources import clean_resources
-from dispatcher.locks import ChainLocks
-from dispatcher.models import ChainRow, ResourceRow
-from dispatcher.publisher import CHAINS_QUEUE, DELIVER, EXECUTE, FAN_OUT, PRUNE, RELAY, SWEEP, celery_settings
+from dispatcher.messages.queues import CHAINS_QUEUE, DELIVER, EXECUTE, FAN_OUT, PRUNE, RELAY, SWEEP, celery_settings
+from dispatcher.storage.database import Database
+from dispatcher.storage.models import ChainRow, ResourceRow
 from tests.integration.transitions import (
     BOOKING,
     CHAIN_TYPE,

@@ -11,8 +11,8 @@ from itertools import pairwise
 import pytest
 import redis
 
-from dispatcher.limiter import RateLimiter, Refusal, had_place
-from dispatcher.locks import ChainLocks
+from dispatcher.coordination.limiter import RateLimiter, Refusal, had_place
+from dispatcher.coordination.locks import ChainLocks
 from dispatcher.rates import RateLimit
 from tests.integration.transitions import at_once, dump_keys
 from tests.servers import RedisServer
@@ -273,7 +273,7 @@ def test_a_server_that_is_away_is_waited_for_and_not_for_ever(
     make_limiter: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("dispatcher.limiter.time.monotonic", lambda: now)
+    monkeypatch.setattr("dispatcher.coordination.limiter.time.monotonic", lambda: now)
     limiter = make_limiter(NOBODY)
 
     for _ in range(10):
@@ -291,7 +291,7 @@ def test_a_server_that_comes_back_counts_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("dispatcher.limiter.time.monotonic", lambda: now)
+    monkeypatch.setattr("dispatcher.coordination.limiter.time.monotonic", lambda: now)
     caplog.set_level(logging.WARNING)
     with RedisServer() as server:
         locks = ChainLocks(server.url, prefix="test", lock_seconds=30, connect_seconds=0.5)

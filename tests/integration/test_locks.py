@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from dispatcher import NEW, ChainLocked, ConfigurationError, Dispatcher, ServiceUnavailable
-from dispatcher.locks import ChainLocks
+from dispatcher.coordination.locks import ChainLocks
 from tests.integration.transitions import (
     WAIT_SECONDS,
     Gate,

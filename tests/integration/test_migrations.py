@@ -16,11 +16,11 @@ from alembic.migration import MigrationContext
 from sqlalchemy import ClauseElement, Column, Inspector, Integer, MetaData, String, Table, event, inspect, select
 from sqlalchemy.engine import ExceptionContext
 
-from dispatcher.database import Database
 from dispatcher.errors import DatabaseNotMigrated, ServiceUnavailable
-from dispatcher.migrations import current, head, require_current, upgrade
-from dispatcher.migrations.runner import OPTIONS, configuration
-from dispatcher.models import Base
+from dispatcher.storage.database import Database
+from dispatcher.storage.migrations import current, head, require_current, upgrade
+from dispatcher.storage.migrations.runner import OPTIONS, configuration
+from dispatcher.storage.models import Base
 
 pytestmark = pytest.mark.integration
 

@@ -21,15 +21,12 @@ from dispatcher import (
     Dispatcher,
     NoOpenDelivery,
     RetryPolicy,
-    batches,
-    chains,
-    database,
-    deliveries,
 )
-from dispatcher.database import Database
 from dispatcher.domain.records import Owed, PlannedDelivery, Timing
-from dispatcher.models import ChainRow, DeliveryRow, EventRow, ResourceRow
-from dispatcher.operations import MapCounts
+from dispatcher.operators.operations import MapCounts
+from dispatcher.storage import chains, database, deliveries, portable
+from dispatcher.storage.database import Database
+from dispatcher.storage.models import ChainRow, DeliveryRow, EventRow, ResourceRow
 from tests.integration.transitions import (
     CHAIN_TYPE,
     LONG_AGO,
@@ -393,7 +390,7 @@ def test_an_operation_waits_for_an_attempt_that_ends_without_a_deadlock(
     make_dispatcher: Make, blocked: Blocked, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The end of an attempt locks the delivery, then the chain; an operation in another order would meet it halfway."""
-    caplog.set_level(logging.DEBUG, "dispatcher.database")
+    caplog.set_level(logging.DEBUG, "dispatcher.storage.database")
     worker, person = (make_dispatcher(cart(TRANSITIONS, callback=Sink())) for _ in range(2))
     chain = new_chain(person)
     delivery = planned(worker, chain)
@@ -447,8 +444,8 @@ def test_a_chain_that_got_a_new_delivery_meanwhile_is_not_freed(make_dispatcher:
                 record=record, transition="Remind", final_state="reminded", callback="type", max_attempts=5,
                 kwargs=None, context=None, requested_by=None,
             )  # fmt: skip
-            asleep = batches.lock_unchanged(connection, [record])
-            batches.write_locked(connection, [plan], asleep, now=now, timing=Timing(60))
+            asleep = portable.lock_unchanged(connection, [record])
+            portable.write_locked(connection, [plan], asleep, now=now, timing=Timing(60))
 
         return first.database.write(work)
 

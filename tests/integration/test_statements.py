@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import insert, select
 from sqlalchemy.exc import ProgrammingError
 
-from dispatcher.database import Database
-from dispatcher.models import ChainRow
+from dispatcher.storage.database import Database
+from dispatcher.storage.models import ChainRow
 from tests.servers import PostgresServer, wait_until
 
 pytestmark = pytest.mark.integration

@@ -9,9 +9,9 @@ import redis
 from sqlalchemy import select, update
 
 from dispatcher import DONE, NEW, Chain, Dispatcher, RetryPolicy, ServiceUnavailable, Transition
+from dispatcher.coordination.locks import ChainLocks
 from dispatcher.domain.fingerprints import fingerprint
-from dispatcher.locks import ChainLocks
-from dispatcher.models import ChainRow, DeliveryRow, EventRow, TickRow, TypeRow
+from dispatcher.storage.models import ChainRow, DeliveryRow, EventRow, TickRow, TypeRow
 from tests.integration.transitions import (
     CHAIN_TYPE,
     LONG_AGO,

@@ -15,8 +15,8 @@ from sqlalchemy import Row, func, select, update
 
 from dispatcher import Chain, Dispatcher, Transition
 from dispatcher.domain.records import DeliveryRecord, Owed
-from dispatcher.models import Base, ChainRow, DeliveryRow
 from dispatcher.states import OPEN_STATUSES
+from dispatcher.storage.models import Base, ChainRow, DeliveryRow
 
 CHAIN_TYPE = "cart"
 BOOKING = [("online_booking", "123456")]

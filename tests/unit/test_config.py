@@ -9,7 +9,6 @@ from functools import cached_property
 
 import pytest
 
-from dispatcher.domain import fingerprints
 from dispatcher.domain.callbacks import (
     MOVE_WITHOUT,
     NO_CALLBACK_FOUND,
@@ -19,6 +18,7 @@ from dispatcher.domain.callbacks import (
     resolve_callback,
 )
 from dispatcher.domain.config import MAX_NAME, NOT_GIVEN, ChainType, DispatcherConfig
+from dispatcher.domain.fingerprints import fingerprint
 from dispatcher.domain.hours import DeliveryHours
 from dispatcher.errors import ConfigurationError
 from dispatcher.rates import RateLimit, rate_limit
@@ -461,8 +461,8 @@ class TestResolvingADeliverysCallback:
             resolve_callback(cart({NEW: [transition]}, **options), transition, kind)
 
 
-def fingerprint(candidates, state=NEW, **options):
-    return fingerprints.fingerprint(cart({state: candidates, "x": []}, **options), state)
+def digest(candidates, state=NEW, **options):
+    return fingerprint(cart({state: candidates, "x": []}, **options), state)
 
 
 class TestFingerprints:
@@ -482,48 +482,48 @@ class TestFingerprints:
         ],
     )
     def test_a_change_of_the_candidates_changes_it(self, before, after):
-        assert fingerprint(before) != fingerprint(after)
+        assert digest(before) != digest(after)
 
     def test_a_callback_that_a_base_class_gains_changes_it(self):
         base = variant(name="Base")
         child = variant(base, "Child")
-        before = fingerprint([child])
+        before = digest([child])
         base.callback = lambda self: None
-        assert fingerprint([child]) != before
+        assert digest([child]) != before
 
     @pytest.mark.parametrize(
         "options", [{"recheck_seconds": 60}, {"recheck_seconds": None}, {"callback": send}, {"callback": None}]
     )
     def test_an_option_of_the_type_that_counts_for_a_candidate_changes_it(self, options):
-        assert fingerprint([Reminder], **options) != fingerprint([Reminder])
+        assert digest([Reminder], **options) != digest([Reminder])
 
     def test_giving_a_type_without_a_callback_one_differs_from_moving_without(self):
-        assert fingerprint([Reminder], callback=send) != fingerprint([Reminder], callback=None)
+        assert digest([Reminder], callback=send) != digest([Reminder], callback=None)
 
     @pytest.mark.parametrize("options", [{"recheck_seconds": 60}, {"callback": send}, {"callback": None}])
     def test_an_option_that_counts_for_no_candidate_does_not_change_it(self, options):
         own = variant(WithOwn, recheck_seconds=5)
-        assert fingerprint([own], **options) == fingerprint([own])
+        assert digest([own], **options) == digest([own])
 
     @pytest.mark.parametrize("options", [{"recheck_seconds": 60}, {"callback": send}])
     def test_a_terminal_state_keeps_it_so_that_finished_chains_are_not_woken(self, options):
-        assert fingerprints.fingerprint(cart(**options), DONE) == fingerprints.fingerprint(cart(), DONE)
+        assert fingerprint(cart(**options), DONE) == fingerprint(cart(), DONE)
 
     @pytest.mark.parametrize("options", [{"queue": "q"}, {"on_dead": "skip"}, {"callbacks": {"sms": send_sms}}])
     def test_other_options_do_not_change_it(self, options):
-        assert fingerprint([Complete, Reminder], **options) == fingerprint([Complete, Reminder])
+        assert digest([Complete, Reminder], **options) == digest([Complete, Reminder])
 
     def test_candidates_of_other_states_do_not_change_it(self):
-        assert fingerprints.fingerprint(cart({NEW: [Reminder], "x": [Offer]}), NEW) == fingerprint([Reminder])
+        assert fingerprint(cart({NEW: [Reminder], "x": [Offer]}), NEW) == digest([Reminder])
 
     def test_another_function_as_callback_or_a_redefined_class_does_not_change_it(self):
-        assert fingerprint([Reminder], callback=send) == fingerprint([Reminder], callback=send_sms)
-        assert fingerprint([Reminder]) == fingerprint([variant(retry=RetryPolicy(max_attempts=2))])
+        assert digest([Reminder], callback=send) == digest([Reminder], callback=send_sms)
+        assert digest([Reminder]) == digest([variant(retry=RetryPolicy(max_attempts=2))])
 
     def test_names_cannot_be_joined_into_another_list_of_candidates(self):
         one = variant(Offer, "A", final_state="x', 0, 'missing'), ('B', 'y")
         two = [variant(Offer, "A", final_state="x"), variant(Offer, "B", final_state="y")]
-        assert fingerprint([one]) != fingerprint(two)
+        assert digest([one]) != digest(two)
 
     def test_it_is_short_and_the_same_in_every_process_whatever_the_hash_seed(self):
         program = (

@@ -1,12 +1,15 @@
 """Errors keep their facts and their text, also across a process boundary."""
 
 import copy
+import importlib
 import inspect
 import pickle
+import pkgutil
 import signal
 
 import pytest
 
+import dispatcher
 from dispatcher.domain.evaluation import GuardFailed
 from dispatcher.errors import (
     AmbiguousChain,
@@ -26,6 +29,10 @@ from dispatcher.errors import (
     ServiceUnavailable,
     ends_process,
 )
+
+for module in pkgutil.walk_packages(dispatcher.__path__, "dispatcher."):  # the errors of every module count
+    if not module.name.startswith(("dispatcher.__main__", "dispatcher.storage.migrations.")):
+        importlib.import_module(module.name)
 
 
 def below(error: type[DispatcherError]) -> list[type[DispatcherError]]:

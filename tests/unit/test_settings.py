@@ -11,7 +11,9 @@ from kombu.utils.url import url_to_parts
 from pydantic import ValidationError
 from redis.connection import parse_url
 
-from dispatcher.settings import Settings, broker_url_from_redis, embedded_directory, without_password
+from dispatcher.embedded.state import embedded_directory
+from dispatcher.settings import Settings
+from dispatcher.urls import broker_url_from_redis, without_password
 
 DEFAULTS = {
     "config": None,

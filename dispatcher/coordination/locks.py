@@ -1,0 +1,286 @@
+"""Chain locks, queued markers and crash counters in Redis. They save work; the rows decide.
+
+Every function answers when Redis is away: locks are then treated as taken, markers as set, so that evaluation goes on.
+Keys: `{prefix}:lock:{chain_id}` (the owner's token, with a TTL), `{prefix}:queued:{chain_id}` (with a TTL), and
+`{prefix}:crash:{chain_id}` (executions begun and not ended, with a TTL).
+"""
+
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Final
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError
+from redis.retry import Retry
+
+from dispatcher.errors import ConfigurationError, ServiceUnavailable
+from dispatcher.urls import require_plain, without_password
+
+logger = logging.getLogger(__name__)
+
+_CRASH_SECONDS: Final = 86_400
+_AWAY_SECONDS: Final = 5.0
+
+
+class _Script:
+    """A script, and the name under which a server remembers it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+# The scripts make the keys from the prefix and the ids, which come in one argument: as keys of the command, three for
+# each chain, they would cost a batch more than all that it does with them. (Keys of several chains would lie in
+# different slots of a cluster in any case; Celery has no broker on one either.)
+
+# SET NX PX for each lock; one that holds our own token counts as taken (a reply may have been lost). Counts the
+# execution as begun and clears its queued marker in the same round trip. Answers with what is out of the ordinary: the
+# id and -1 for a lock of another's, or the number of executions before this one that never ended.
+_ACQUIRE: Final = _Script("""
+local prefix, token, milliseconds, crash_seconds = unpack(ARGV, 1, 4)
+local answer = {}
+for id in string.gmatch(ARGV[5], '%d+') do
+  local lock = prefix .. ':lock:' .. id
+  local mine = redis.call('SET', lock, token, 'NX', 'PX', milliseconds)
+  if not mine then mine = redis.call('GET', lock) == token end
+  redis.call('DEL', prefix .. ':queued:' .. id)
+  local earlier = -1
+  if mine then
+    local crash = prefix .. ':crash:' .. id
+    earlier = redis.call('INCR', crash) - 1
+    redis.call('EXPIRE', crash, crash_seconds)
+  end
+  if earlier ~= 0 then
+    answer[#answer + 1] = id
+    answer[#answer + 1] = earlier
+  end
+end
+return answer
+""")
+
+# Deletes only what holds our token: a lock that expired and was taken by another stays.
+_RELEASE: Final = _Script("""
+local prefix, token = ARGV[1], ARGV[2]
+local released = 0
+for id in string.gmatch(ARGV[3], '%d+') do
+  local lock = prefix .. ':lock:' .. id
+  if redis.call('GET', lock) == token then
+    released = released + redis.call('DEL', lock, prefix .. ':crash:' .. id)
+  end
+end
+return released
+""")
+
+# Gives locks back without an execution: their crash counters are as they were before.
+_SET_ASIDE: Final = _Script("""
+local prefix, token = ARGV[1], ARGV[2]
+for id in string.gmatch(ARGV[3], '%d+') do
+  local lock = prefix .. ':lock:' .. id
+  if redis.call('GET', lock) == token then
+    redis.call('DEL', lock)
+    redis.call('DECR', prefix .. ':crash:' .. id)
+  end
+end
+return 0
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The locks that one execution holds.
+
+    `crashes` counts, per chain, earlier executions that began and never ended. `token` is None when there is no
+    lock server to hold anything.
+    """
+
+    token: str | None
+    held: tuple[int, ...]
+    locked: frozenset[int] = frozenset()
+    crashes: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LockFacts:
+    """What a lock server says: its clock, its eviction policy (None: not told), and keys that never expire."""
+
+    time: datetime
+    eviction: str | None
+    without_ttl: tuple[str, ...]
+
+
+class ChainLocks:
+    """The locks of one deployment (`prefix`); with `url=None` there is no lock server and nothing is ever locked."""
+
+    def __init__(self, url: str | None, *, prefix: str, lock_seconds: float, connect_seconds: float) -> None:
+        self.prefix = prefix
+        self.lock_seconds = lock_seconds
+        self.address = without_password(url) if url else ""
+        self._client: redis.Redis | None = None
+        self._away_until = 0.0
+        if url is not None:
+            require_plain(url, "Redis")
+            keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
+            seconds = connect_seconds / 2  # there are two tries
+            try:
+                self._client = redis.Redis.from_url(
+                    url,
+                    socket_timeout=seconds,
+                    socket_connect_timeout=seconds,
+                    health_check_interval=30,
+                    retry=Retry(NoBackoff(), 1),
+                    decode_responses=True,
+                    **keepalive,
+                )
+            except ValueError:
+                raise ConfigurationError("the Redis URL cannot be parsed") from None
+
+    def __repr__(self) -> str:
+        return f"<ChainLocks {self.address or 'none'}>"
+
+    @property
+    def client(self) -> "redis.Redis | None":
+        """The client of the lock server, for what else is kept there; None without one."""
+        return self._client
+
+    def acquire(self, chain_ids: Sequence[int]) -> Held:
+        """Take the locks of these chains, without waiting; those of others are listed in `locked`."""
+        if not chain_ids:
+            return Held(None, ())
+        token = secrets.token_hex(16)
+        milliseconds = str(int(self.lock_seconds * 1000))
+        answer = self._ask(partial(self._run, _ACQUIRE, token, milliseconds, str(_CRASH_SECONDS), _listed(chain_ids)))
+        if answer is None:
+            return Held(None, tuple(chain_ids))
+        if not answer:
+            return Held(token, tuple(chain_ids))
+        earlier = dict(zip(map(int, answer[::2]), answer[1::2], strict=True))
+        locked = frozenset(chain_id for chain_id, count in earlier.items() if count < 0)
+        crashes = {chain_id: count for chain_id, count in earlier.items() if count > 0}
+        return Held(token, tuple(chain_id for chain_id in chain_ids if chain_id not in locked), locked, crashes)
+
+    def release(self, held: Held) -> None:
+        """Give back what `held` still holds, and clear the crash counters of its chains."""
+        if held.token is not None and held.held:
+            self._ask(partial(self._run, _RELEASE, held.token, _listed(held.held)))
+
+    def set_aside(self, held: Held, chain_ids: Sequence[int]) -> Held:
+        """Give some locks back without an execution: their crash counters stay as they were. What is still held."""
+        if held.token is not None:
+            self._ask(partial(self._run, _SET_ASIDE, held.token, _listed(chain_ids)))
+        left = tuple(chain_id for chain_id in held.held if chain_id not in set(chain_ids))
+        return Held(held.token, left, held.locked)
+
+    def locked(self, chain_ids: Sequence[int]) -> set[int]:
+        """Which of these chains are locked now; reads only."""
+        client = self._client
+        if client is None or not chain_ids:
+            return set()
+        values = self._ask(lambda: client.mget([self._key("lock", chain_id) for chain_id in chain_ids]))
+        return {chain_id for chain_id, value in zip(chain_ids, values or (), strict=False) if value is not None}
+
+    def mark_queued(self, chain_ids: Sequence[int], *, seconds: float) -> list[int]:
+        """Mark chains as under way; those that were not marked yet, in order (all of them when Redis is away)."""
+        client = self._client
+        if client is None or not chain_ids:
+            return list(chain_ids)
+
+        def mark() -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            for chain_id in chain_ids:
+                pipeline.set(self._key("queued", chain_id), "1", nx=True, px=int(seconds * 1000))
+            return pipeline.execute()
+
+        answers = self._ask(mark)
+        if answers is None:
+            return list(chain_ids)
+        return [chain_id for chain_id, fresh in zip(chain_ids, answers, strict=True) if fresh]
+
+    def unmark_queued(self, chain_ids: Sequence[int]) -> None:
+        """Take back the markers of chains whose message could not be published."""
+        client = self._client
+        if client is not None and chain_ids:
+            self._ask(lambda: client.delete(*(self._key("queued", chain_id) for chain_id in chain_ids)))
+
+    def examine(self) -> "LockFacts | None":
+        """What a lock server says of itself and of its keys; None without one. Raises `ServiceUnavailable`."""
+        client = self._client
+        if client is None:
+            return None
+        self.check()
+        seconds, microseconds = client.time()
+        try:
+            eviction = client.config_get("maxmemory-policy").get("maxmemory-policy")
+        except redis.RedisError:  # managed servers forbid CONFIG
+            eviction = None
+        kinds = tuple(f"{self.prefix}:{kind}:" for kind in ("lock", "queued", "crash"))
+        keys = client.scan_iter(match=f"{self.prefix}:*", count=1000)
+        forever = sorted(key for key in keys if key.startswith(kinds) and client.ttl(key) == -1)
+        return LockFacts(datetime.fromtimestamp(seconds + microseconds / 1e6, UTC), eviction, tuple(forever))
+
+    def drop_without_ttl(self, key: str) -> None:
+        """Delete a key of this prefix that never expires."""
+        if self._client is not None and key.startswith(f"{self.prefix}:") and self._client.ttl(key) == -1:
+            self._client.delete(key)
+
+    def check(self) -> None:
+        """Raise `ServiceUnavailable` when there is a lock server and it does not answer."""
+        if self._client is not None:
+            try:
+                self._client.ping()
+            except (redis.RedisError, OSError) as error:
+                raise ServiceUnavailable("Redis", self.address, type(error).__name__) from error
+
+    def close(self) -> None:
+        """Close this process's connections."""
+        if self._client is not None:
+            self._client.close()
+
+    def _run(self, script: "_Script", *arguments: str) -> Any:
+        """What a script answers, on a connection of the client's pool: its own way costs three times the round trip."""
+        assert self._client is not None
+        pool = self._client.connection_pool
+        connection: Any = pool.get_connection()
+
+        def exchange() -> Any:
+            connection.send_command("EVALSHA", script.sha, 0, self.prefix, *arguments)
+            try:
+                return connection.read_response()
+            except NoScriptError:  # the server was restarted, or its scripts were flushed
+                connection.send_command("EVAL", script.text, 0, self.prefix, *arguments)
+                return connection.read_response()
+
+        try:
+            return connection.retry.call_with_retry(exchange, lambda _: connection.disconnect())
+        finally:
+            pool.release(connection)
+
+    def _key(self, kind: str, chain_id: int) -> str:
+        return f"{self.prefix}:{kind}:{chain_id}"
+
+    def _ask(self, question: Any) -> Any:
+        """The server's answer, or None when it is away: then it is not asked again for some seconds."""
+        if self._client is None or time.monotonic() < self._away_until:
+            return None
+        try:
+            return question()
+        except (redis.RedisError, OSError) as error:  # away, loading, read-only or out of memory: all the same here
+            self._away_until = time.monotonic() + _AWAY_SECONDS
+            logger.warning(
+                "lock server %s is away (%s): going on without locks",
+                self.address,
+                type(error).__name__,
+                extra={"action": "lock_server_away"},
+            )
+            return None
+
+
+def _listed(chain_ids: Sequence[int]) -> str:
+    return ",".join(map(str, chain_ids))

@@ -1,0 +1,121 @@
+"""`dispatcher dev` in a terminal: the stack of the current directory, its logs shown, until Ctrl-C."""
+
+import re
+import signal
+import time
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Final, Self
+
+import click
+
+from dispatcher.embedded.stack import POLL_SECONDS, READY_SECONDS, Child, Stack, StackError
+from dispatcher.embedded.state import embedded_directory
+from dispatcher.settings import Settings
+
+_RECORD: Final = re.compile(r"^\[[^\]]*: (DEBUG|INFO|WARNING|ERROR|CRITICAL)/")
+
+
+LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+class LogFollower:
+    """Shows the new lines of a child's log, with its name before each; lines below `level` are left out."""
+
+    def __init__(self, child: Child, colour: str, level: str) -> None:
+        self._file = child.log.open(encoding="utf-8", errors="replace")
+        self._prefix = click.style(f"{child.name:<6} |", fg=colour)
+        self._shown_levels = LEVELS[LEVELS.index(level) :]
+        self._showing = True
+        self._rest = ""
+
+    def show(self) -> None:
+        """Print what has been written since the last call, up to the last complete line."""
+        *lines, self._rest = (self._rest + self._file.read()).split("\n")
+        for line in lines:
+            record = _RECORD.match(line)
+            if record is not None:  # the lines that follow a record, such as a traceback, belong to it
+                self._showing = record[1] in self._shown_levels
+            if self._showing:
+                click.echo(f"{self._prefix} {line}")
+
+    def close(self) -> None:
+        """Print the rest and close the file."""
+        self.show()
+        self._file.close()
+
+
+class StopSignal:
+    """Remembers that Ctrl-C, SIGTERM or SIGHUP came, while it is entered; a second one means: at once."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.came = False
+        self._stack = stack
+        self._earlier: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._earlier[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            self._stack.grace_seconds = 0
+        self.came = True
+
+
+def run_dev(settings: Settings, *, concurrency: int | None = None, log_level: str = "INFO") -> None:
+    """Run the stack of the current directory, its logs shown, until Ctrl-C, SIGTERM or SIGHUP.
+
+    Raises `StackError` when a part ends by itself, with everything stopped.
+    """
+    stack = Stack(
+        embedded_directory(),
+        redis_url=settings.redis_url,
+        broker_url=settings.broker_url,
+        database_url=settings.database_url,
+        concurrency=concurrency,
+        # The readiness line is an INFO record, so nothing less is logged; the display leaves out the rest.
+        log_level="DEBUG" if log_level == "DEBUG" else "INFO",
+    )
+    followers: list[LogFollower] = []
+    with StopSignal(stack) as stop:
+        try:
+            stack.launch()
+            followers += [
+                LogFollower(child, colour, log_level)
+                for child, colour in zip(stack.children, ("green", "cyan"), strict=True)
+            ]
+            _say(f"files and logs are in {stack.directory}")
+            _follow(stack, followers, stop)
+            _say("stopping (again to kill)")
+        finally:
+            stack.stop()
+            for follower in followers:
+                follower.close()
+    _say("stopped")
+
+
+def _follow(stack: Stack, followers: Sequence[LogFollower], stop: StopSignal) -> None:
+    ready = False
+    deadline = time.monotonic() + READY_SECONDS
+    while not stop.came:
+        for follower in followers:
+            follower.show()
+        stack.check()
+        if not ready and stack.is_ready():
+            ready = True
+            _say("ready, Ctrl-C stops everything")
+        if not ready and time.monotonic() > deadline:
+            raise StackError(f"the worker is not ready after {READY_SECONDS} s")
+        time.sleep(POLL_SECONDS)
+
+
+def _say(text: str) -> None:
+    click.echo(f"{click.style('dev    |', fg='yellow')} {text}")

@@ -1,5 +1,0 @@
-"""The tables' migrations (Alembic), and the functions that run them without an `alembic.ini`."""
-
-from dispatcher.migrations.runner import current, head, require_current, upgrade
-
-__all__ = ["current", "head", "require_current", "upgrade"]

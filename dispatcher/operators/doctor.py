@@ -1,0 +1,265 @@
+"""What is wrong with a deployment: rows, locks, queues and leases compared, each disagreement with what mends it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from shlex import quote
+from typing import Final
+
+from sqlalchemy.engine import Connection
+
+from dispatcher.coordination.locks import ChainLocks
+from dispatcher.domain.config import ChainType, DispatcherConfig
+from dispatcher.errors import DispatcherError
+from dispatcher.messages.publisher import Publisher, PublishFailed
+from dispatcher.messages.queues import DELIVER, EXECUTE, QUEUES, RELAY, SWEEP, SWEEPS_QUEUE
+from dispatcher.operators.operations import Operations
+from dispatcher.settings import Settings
+from dispatcher.storage import chain_types, chains, deliveries, migrations, overdue, overview, ticks
+from dispatcher.storage.database import Database
+from dispatcher.transition import TypeDefault
+
+logger = logging.getLogger(__name__)
+
+_CLOCK_SECONDS: Final = 5.0
+_MISSED_TICKS: Final = 3
+_SHOWN: Final = 20
+_ANSWER_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One disagreement: where, what, what mends it, and what to call where that is safe. Equal ones say the same."""
+
+    area: str
+    problem: str
+    remedy: str
+    repair: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.area}: {self.problem}; {self.remedy}".split())  # one line, whatever a person wrote
+
+
+class Doctor:
+    """Examines one deployment."""
+
+    def __init__(
+        self,
+        *,
+        config: DispatcherConfig,
+        settings: Settings,
+        database: Database,
+        locks: ChainLocks,
+        publisher: Publisher,
+        operations: Operations,
+    ) -> None:
+        self._config = config
+        self._settings = settings
+        self._database = database
+        self._locks = locks
+        self._publisher = publisher
+        self._operations = operations
+
+    def examine(self) -> list[Finding]:
+        """Every disagreement found, the set-up first; empty when all is well. Reads only."""
+        findings = list(self._database_findings())
+        if not findings:
+            findings += self._database_clock_findings()
+            findings += self._row_findings()
+            findings += self._pass_findings()
+        findings += self._redis_findings()
+        findings += self._broker_findings()
+        return findings
+
+    # --- set-up ------------------------------------------------------------------------------------------------------
+
+    def _database_findings(self) -> Iterator[Finding]:
+        try:
+            self._database.check()
+            found, head = migrations.current(self._database), migrations.head()
+        except DispatcherError as error:
+            yield Finding("database", str(error), "start it, or correct DISPATCHER_DATABASE_URL")
+            return
+        if found != head:
+            remedy = "run `dispatcher db upgrade`, or this command of the newer version if it is ahead"
+            yield Finding("database", f"at revision {found}, not at {head}", remedy)
+
+    def _database_clock_findings(self) -> Iterator[Finding]:
+        with self._database.read() as connection:
+            there = self._database.machine_now(connection)
+        yield from self._clock_finding("database", there)
+
+    def _clock_finding(self, area: str, there: datetime) -> Iterator[Finding]:
+        apart = abs((datetime.now(UTC) - there).total_seconds())
+        if apart > _CLOCK_SECONDS:
+            yield Finding(area, f"its clock and this host's are {apart:.0f} s apart", "synchronise the clocks (NTP)")
+
+    def _redis_findings(self) -> Iterator[Finding]:
+        try:
+            facts = self._locks.examine()
+        except DispatcherError as error:
+            yield Finding("redis", str(error), "start it, or correct DISPATCHER_REDIS_URL")
+            return
+        if facts is None:
+            yield Finding("redis", "no lock server is configured", "set DISPATCHER_REDIS_URL, or run `dispatcher dev`")
+            return
+        yield from self._clock_finding("redis", facts.time)
+        if facts.eviction not in (None, "noeviction"):
+            yield Finding("redis", f"maxmemory-policy is {facts.eviction}: messages may vanish", "set it to noeviction")
+        for key in facts.without_ttl[:_SHOWN]:
+            yield Finding(
+                "redis",
+                f"{key} never expires",
+                "--repair deletes it",
+                lambda key=key: self._locks.drop_without_ttl(key),  # type: ignore[misc]
+            )
+
+    def _broker_findings(self) -> Iterator[Finding]:
+        if not self._publisher.configured:
+            yield Finding("broker", "none is configured", "set DISPATCHER_BROKER_URL, or run `dispatcher dev`")
+            return
+        try:
+            self._publisher.check()
+            consumed = self._publisher.consumed_queues()
+        except (DispatcherError, PublishFailed) as error:
+            yield Finding("broker", str(error), "start it, or correct DISPATCHER_BROKER_URL")
+            return
+        own = [chain.queue for chain in self._config.chains if chain.queue is not None]
+        for queue in dict.fromkeys([*QUEUES, *own]):
+            if queue not in consumed:
+                yield Finding("worker", f"none answers for queue {queue}", "start one that consumes it")
+        if consumed:
+            yield from self._limit_findings()
+        for queue in dict.fromkeys([*QUEUES, *own]):
+            try:
+                waiting = self._publisher.backlog(queue)
+            except PublishFailed:
+                continue
+            if waiting > self._settings.max_backlog:
+                yield Finding("broker", f"{waiting} messages wait in {queue}", "add workers for it")
+
+    def _limit_findings(self) -> Iterator[Finding]:
+        """Workers whose time limits do not end a task before its lock or lease ends: two could be at it at once."""
+        ends_by = {EXECUTE: self._settings.lock_seconds, DELIVER: self._settings.lease_seconds}
+        inspect = self._publisher.app.control.inspect(timeout=_ANSWER_SECONDS)
+        for worker, lines in sorted((inspect.registered("time_limit") or {}).items()):
+            for line in sorted(lines):  # such as "dispatcher.execute_chain [time_limit=24.0]"
+                name, _, limit = line.rstrip("]").partition(" [time_limit=")
+                if name in ends_by and not 0 < float(limit or 0) < ends_by[name]:
+                    yield Finding(
+                        "worker",
+                        f"{worker} ends {name} after {limit or 'unlimited'} s, not within {ends_by[name]:g} s",
+                        "give all processes the same settings, and leave the time limits of these tasks alone",
+                    )
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def _row_findings(self) -> Iterator[Finding]:
+        with self._database.read() as connection:
+            astray = overview.chains_astray(connection, limit=_SHOWN)
+            orphans = overview.orphans(connection, limit=_SHOWN)
+            stopped = overview.count_stopped(connection)
+            late = overdue.late(connection, seconds=self._late_seconds(), limit=_SHOWN)
+            paused = [
+                row for row in chain_types.read_types(connection) if row.paused and row.name in self._config.by_type
+            ]
+        for chain_id in astray:
+            yield Finding(
+                "chain",
+                f"{chain_id} waits for a delivery that is closed or missing",
+                "--repair makes it due",
+                lambda chain_id=chain_id: self._write(deliveries.free_chain, chain_id),  # type: ignore[misc]
+            )
+        for delivery_id in orphans:
+            yield Finding(
+                "delivery",
+                f"{delivery_id} is open, but its chain does not wait for it",
+                "--repair closes it as cancelled",
+                lambda delivery_id=delivery_id: self._write(deliveries.close_orphan, delivery_id),  # type: ignore[misc]
+            )
+        for status, count in sorted(stopped.items()):
+            yield Finding(
+                "delivery",
+                f"{count} {status}: a person must decide",
+                f"`dispatcher deliveries list --status {status}`, then retry, cancel or skip",
+            )
+        for delivery_id in late:
+            remedy = f"start beat and a worker on {SWEEPS_QUEUE}, or run `dispatcher relay`"
+            yield Finding("delivery", f"{delivery_id} is overdue for the relay", remedy)
+        for row in paused:
+            yield Finding(
+                "chain type",
+                f"{row.name} is paused: {row.paused_reason}",
+                f"`dispatcher chain-types resume {quote(row.name)}`",
+            )
+        for (chain_type, state), count in self._operations.unknown_states().items():
+            if chain_type in self._config.by_type:
+                remedy = f"`dispatcher chains map --type {quote(chain_type)} --from {quote(state)} --to STATE`"
+            else:
+                remedy = "put the chain type back into the configuration"
+            yield Finding(
+                "chain type",
+                f"{count} chains of {chain_type} are in state {state!r}, which this configuration does not know",
+                remedy,
+            )
+
+    def _pass_findings(self) -> Iterator[Finding]:
+        with self._database.read() as connection:
+            now = self._database.machine_now(connection)
+            domain_now = self._database.now(connection)
+            last_ticks = ticks.read_ticks(connection)
+            paused = chain_types.paused_types(connection)
+            due = [
+                position.due_at
+                for name, chain_type in self._config.by_type.items()
+                if name not in paused and not _asks_every_sweep(chain_type)
+                for position in chains.due_page(connection, chain_type=name, now=domain_now, after=None, limit=1)
+            ]
+        for name, seconds in ((SWEEP, self._settings.sweep_seconds), (RELAY, self._settings.relay_seconds)):
+            last_at = last_ticks.get(name)
+            if last_at is None:
+                yield Finding("beat", f"{name} has never run", "start `celery -A workers beat`")
+            elif now - last_at > timedelta(seconds=_MISSED_TICKS * seconds):
+                age = (now - last_at).total_seconds()
+                yield Finding("beat", f"{name} last ran {age:.0f} s ago, not every {seconds:g} s", "start beat")
+        age = (domain_now - min(due, default=domain_now)).total_seconds()
+        if age > self._late_seconds():
+            yield Finding("sweep", f"the oldest due chain has waited {age:.0f} s", "add workers, or look at their logs")
+
+    def _late_seconds(self) -> float:
+        settings = self._settings
+        return _MISSED_TICKS * (settings.sweep_seconds + settings.relay_seconds) + max(
+            settings.lock_seconds, settings.queued_seconds
+        )
+
+    def _write(self, work: Callable[..., None], key: int | str) -> None:
+        def transaction(connection: Connection) -> None:
+            work(connection, key, now=self._database.now(connection))
+
+        self._database.write(transaction)
+
+
+def repair(examine: Callable[[], list[Finding]]) -> tuple[list[Finding], list[Finding]]:
+    """Repair what is safe to repair, until nothing of it is left: the findings that are gone, and those that stay."""
+    gone: list[Finding] = []
+    left = examine()
+    while any(finding.repair is not None for finding in left):
+        before = left
+        for finding in before:
+            if finding.repair is not None:
+                finding.repair()
+        left = examine()
+        mended = [finding for finding in before if finding.repair is not None and finding not in left]
+        if not mended:
+            break
+        for finding in mended:
+            logger.warning("repaired: %s", finding, extra={"action": "repaired"})
+        gone += mended
+    return gone, left
+
+
+def _asks_every_sweep(chain_type: ChainType) -> bool:
+    """Whether some of its chains are due all the time, because nothing is written when a guard says no again."""
+    rechecks = [candidate.recheck_seconds for candidate in chain_type.by_name.values()]
+    return 0 in [chain_type.recheck_seconds if isinstance(one, TypeDefault) else one for one in rechecks]

@@ -1,0 +1,308 @@
+"""What operators do to chains and deliveries: guarded writes on a person's behalf, each with its event.
+
+Where a chain and its delivery are both locked, the delivery is first, as in every end of an attempt: a person and a
+worker then wait for each other instead of ending in a deadlock.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from sqlalchemy.engine import Connection
+
+from dispatcher.domain.config import DispatcherConfig
+from dispatcher.domain.decisions import due_after_move
+from dispatcher.domain.records import ChainRecord, DeliveryRecord, is_local
+from dispatcher.domain.resources import Resource, is_text
+from dispatcher.errors import ChainMissing, ConfigurationError, DeliveryPending, NoOpenDelivery
+from dispatcher.requests.checks import checked_requester
+from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction
+from dispatcher.storage import chain_types, chains, deliveries, overview
+from dispatcher.storage.database import Database
+
+logger = logging.getLogger(__name__)
+
+_BATCH: Final = 500
+_STOPPED: Final = (DeliveryStatus.DEAD, DeliveryStatus.HELD)
+_ANEW: Final = "retried: what an application called in its own process is planned anew"
+
+
+@dataclass(frozen=True, slots=True)
+class MapCounts:
+    """What a mapping of states did, or would do: chains put into the new state, and those that an attempt keeps."""
+
+    mapped: int
+    waiting: int
+
+
+class Operations:
+    """Operator actions of one deployment."""
+
+    def __init__(self, *, config: DispatcherConfig, database: Database) -> None:
+        self._config = config
+        self._database = database
+
+    # --- one chain ---------------------------------------------------------------------------------------------------
+
+    def set_disabled(self, chain_id: int, *, disabled: bool, requested_by: str | None) -> bool:
+        """Disable or enable a chain and, with it, the delivery it owes; False when it was so already."""
+        requested_by = checked_requester(requested_by)
+
+        def work(connection: Connection) -> bool:
+            now = self._database.now(connection)
+            changed = chains.set_disabled(connection, chain_id, disabled=disabled, requested_by=requested_by, now=now)
+            if changed:
+                deliveries.follow_disabling(connection, [chain_id], disabled=disabled)
+            return changed
+
+        return self._database.write(work)
+
+    def put(
+        self, chain_id: int, state: str, action: EventAction, *, reason: str | None, requested_by: str | None
+    ) -> None:
+        """Put a chain into a state; a delivery it owes is cancelled. Raises `DeliveryPending` while an attempt runs."""
+        requested_by = checked_requester(requested_by)
+
+        def work(connection: Connection) -> None:
+            self._put(connection, chain_id, state, action, reason=reason, requested_by=requested_by)
+
+        self._database.write(work)
+
+    def _put(
+        self,
+        connection: Connection,
+        chain_id: int,
+        state: str,
+        action: EventAction,
+        *,
+        reason: str | None,
+        requested_by: str | None,
+        from_state: str | None = None,
+    ) -> bool:
+        """Whether the chain was put there; not so when it is to be in `from_state` and is not."""
+        now = self._database.now(connection)
+        record, delivery = _lock(connection, chain_id)
+        if from_state is not None and record.state != from_state:
+            return False
+        _require_idle(record, delivery)
+        if delivery is not None:
+            text = f"{action} to {state}" + (f": {reason}" if reason else "")
+            deliveries.close_and_stay(connection, delivery, now=now, reason=text, requested_by=requested_by)
+            record = chains.read_one(connection, chain_id, lock=True)
+        config = self._config.by_type.get(record.chain_type)
+        chains.set_state(
+            connection,
+            record,
+            state=state,
+            action=action,
+            due_at=now if config is not None and config.candidates(state) else None,
+            requested_by=requested_by,
+            reason=reason,
+            now=now,
+        )
+        return True
+
+    # --- the delivery a chain owes -----------------------------------------------------------------------------------
+
+    def retry_delivery(self, chain_id: int, *, requested_by: str | None) -> str:
+        """Open a dead, held or waiting delivery's next attempt now; its id. Attempts are added, never taken back.
+
+        No other process can call what an application called in its own: such a delivery is cancelled, and its chain is
+        due.
+        """
+
+        def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
+            if is_local(delivery):
+                deliveries.close_and_stay(connection, delivery, now=now, reason=_ANEW, requested_by=requested_by)
+                return
+            known = self._config.by_type.get(record.chain_type)
+            transition = known.by_name.get(delivery.transition) if known is not None else None
+            more = transition.retry.max_attempts if transition is not None else 1
+            maximum = delivery.max_attempts
+            if delivery.status in _STOPPED or delivery.attempt >= maximum:
+                maximum = max(maximum, delivery.attempt + more)
+            deliveries.reopen(
+                connection,
+                delivery,
+                max_attempts=maximum,
+                disabled=record.disabled,
+                now=now,
+                requested_by=requested_by,
+            )
+
+        return self._on_delivery(chain_id, work)
+
+    def cancel_delivery(self, chain_id: int, *, reason: str, requested_by: str | None) -> str:
+        """Close the delivery a chain owes as cancelled: the chain stays and is due; the delivery's id."""
+
+        def work(connection: Connection, _: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
+            deliveries.close_and_stay(connection, delivery, now=now, reason=reason, requested_by=requested_by)
+
+        return self._on_delivery(chain_id, work)
+
+    def skip_delivery(self, chain_id: int, *, reason: str, requested_by: str | None) -> str:
+        """Close the delivery a chain owes as skipped and move the chain as if it had been delivered; its id."""
+
+        def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
+            config = self._config.get(record.chain_type)
+            deliveries.skip(
+                connection,
+                delivery,
+                next_update_at=None,
+                due_at=due_after_move(config, delivery.final_state, None, now),
+                now=now,
+                requested_by=requested_by,
+                detail=reason,
+            )
+
+        return self._on_delivery(chain_id, work)
+
+    def _on_delivery(
+        self, chain_id: int, act: Callable[[Connection, ChainRecord, DeliveryRecord, datetime], None]
+    ) -> str:
+        def work(connection: Connection) -> str:
+            record, delivery = _lock(connection, chain_id)
+            _require_idle(record, delivery)
+            if delivery is None:
+                raise NoOpenDelivery(chain_id)
+            act(connection, record, delivery, self._database.now(connection))
+            return delivery.id
+
+        return self._database.write(work)
+
+    # --- a resource --------------------------------------------------------------------------------------------------
+
+    def set_resource_disabled(self, resource: Resource, *, disabled: bool, requested_by: str | None) -> int:
+        """Disable or enable every chain that has this resource, in one guarded statement; how many changed."""
+        requested_by = checked_requester(requested_by)
+
+        def work(connection: Connection) -> int:
+            now = self._database.now(connection)
+            ids = chains.set_resource_disabled(
+                connection, resource, disabled=disabled, requested_by=requested_by, now=now
+            )
+            deliveries.follow_disabling(connection, ids, disabled=disabled)
+            return len(ids)
+
+        return self._database.write(work)
+
+    def erase_resource(self, resource: Resource) -> int:
+        """Delete every chain that has this resource, with all that belongs to it; how many.
+
+        Raises `DeliveryPending`, and deletes nothing, while an attempt of one of them runs.
+        """
+
+        def work(connection: Connection) -> int:
+            ids = chains.list_by_resource(connection, resource, after_id=0, limit=None)
+            batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
+            found = [chain_id for batch in batches for chain_id in self._lock_for_erasing(connection, batch)]
+            for start in range(0, len(found), _BATCH):
+                chains.erase(connection, found[start : start + _BATCH])
+            return len(found)
+
+        count = self._database.write(work)
+        logger.info("%d chains of a resource erased", count, extra={"action": "resource_erased", "chains": count})
+        return count
+
+    def _lock_for_erasing(self, connection: Connection, chain_ids: Sequence[int]) -> list[int]:
+        """Those of these chains that exist, locked with what they owe, so that no attempt begins any more."""
+        found: dict[int, ChainRecord] = {}
+        for lock in (False, True):  # once more with the chains locked: something may have been planned meanwhile
+            found = chains.read_many(connection, chain_ids, lock=lock)
+            for record in found.values():
+                if record.pending_delivery_id is not None:
+                    with suppress(ChainMissing):  # erased by another meanwhile
+                        _, delivery = _lock(connection, record.id)
+                        if delivery is not None and delivery.status == DeliveryStatus.RUNNING:
+                            raise DeliveryPending(record.id, "an attempt is running")
+        return sorted(found)
+
+    # --- a chain type ------------------------------------------------------------------------------------------------
+
+    def set_paused(self, chain_type: str, *, paused: bool, reason: str | None) -> bool:
+        """Pause a chain type (nothing more of it is planned) or resume it; False when it was so already."""
+        self._config.get(chain_type)
+        return self._database.write(
+            lambda connection: chain_types.set_paused(connection, chain_type, paused=paused, reason=reason)
+        )
+
+    def map_states(
+        self, chain_type: str, from_state: str, to_state: str, *, requested_by: str | None, dry_run: bool
+    ) -> MapCounts:
+        """Put every chain of a type from one state into another, in batches; a dry run only counts.
+
+        The new state must be another one, of the configuration; chains with a running attempt are left and counted.
+        """
+        requested_by = checked_requester(requested_by)
+        where = f"chain type {chain_type!r}, state {to_state!r}"
+        if to_state not in self._config.get(chain_type).states:
+            raise ConfigurationError("unknown state", where)
+        if to_state == from_state:
+            raise ConfigurationError("is the state that is to be left", where)
+        if not is_text(from_state):
+            raise ConfigurationError("is no state", f"chain type {chain_type!r}, state {from_state!r}")
+        mapped = waiting = after_id = 0
+        while True:
+            with self._database.read() as connection:
+                ids = chains.list_ids(
+                    connection, chain_type=chain_type, state=from_state, after_id=after_id, limit=_BATCH
+                )
+            if not ids:
+                return MapCounts(mapped, waiting)
+            after_id = ids[-1]
+            for chain_id in ids:
+                done = True if dry_run else self._map_one(chain_id, from_state, to_state, requested_by)
+                mapped += done is True
+                waiting += done is False
+
+    def _map_one(self, chain_id: int, from_state: str, to_state: str, requested_by: str | None) -> bool | None:
+        """Whether the chain was put into the new state; None when it has left the old one meanwhile."""
+
+        def work(connection: Connection) -> bool:
+            return self._put(
+                connection,
+                chain_id,
+                to_state,
+                EventAction.MAPPED,
+                reason=f"from {from_state}",
+                requested_by=requested_by,
+                from_state=from_state,
+            )
+
+        try:
+            return self._database.write(work) or None
+        except DeliveryPending:
+            return False
+        except ChainMissing:
+            return None
+
+    def unknown_states(self) -> Mapping[tuple[str, str], int]:
+        """`{(chain type, state): chains}` of the states that no configuration here has any more."""
+        with self._database.read() as connection:
+            found = overview.count_by_state(connection)
+        return {
+            (chain_type, state): count
+            for (chain_type, state), count in found.items()
+            if (known := self._config.by_type.get(chain_type)) is None or state not in known.states
+        }
+
+
+def _lock(connection: Connection, chain_id: int) -> tuple[ChainRecord, DeliveryRecord | None]:
+    """A chain and the row of the delivery it owes, if both are there, locked. Raises `ChainMissing`."""
+    while True:
+        owed = chains.read_one(connection, chain_id).pending_delivery_id
+        delivery = deliveries.read(connection, owed, lock=True) if owed is not None else None
+        record = chains.read_one(connection, chain_id, lock=True)
+        if record.pending_delivery_id == owed:
+            return record, delivery
+
+
+def _require_idle(record: ChainRecord, delivery: DeliveryRecord | None) -> None:
+    """Raise `DeliveryPending` while an attempt runs, or where the delivery that the chain waits for is not open."""
+    if delivery is not None and delivery.status == DeliveryStatus.RUNNING:
+        raise DeliveryPending(record.id, "an attempt is running")
+    if record.pending_delivery_id is not None and (delivery is None or delivery.status not in OPEN_STATUSES):
+        raise DeliveryPending(record.id, "which is closed or missing: see `dispatcher doctor`")

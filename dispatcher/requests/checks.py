@@ -1,0 +1,59 @@
+"""What an application may ask: arguments of an enqueue, checked and in the form in which they travel."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dispatcher.domain.config import Callback, ChainType
+from dispatcher.domain.records import Request
+from dispatcher.domain.resources import checked_json, is_text
+from dispatcher.errors import ConfigurationError
+from dispatcher.storage.models import MAX_REQUESTED_BY
+
+
+def checked_request(
+    config: ChainType,
+    *,
+    initial_context: Mapping[str, Any] | None,
+    callback: str | Callback | None,
+    callback_kwargs: Mapping[str, Any] | None,
+    requested_by: str | None,
+) -> Request:
+    """The request as it may travel; `NotSerializable`, `ConfigurationError` or `ValueError` says what cannot."""
+    return Request(
+        checked_json("initial_context", initial_context),
+        registered_name(config, callback),
+        checked_json("callback_kwargs", callback_kwargs),
+        checked_requester(requested_by),
+    )
+
+
+def registered_name(config: ChainType, callback: str | Callback | None) -> str | None:
+    """The name under which a callback is registered with its chain type; `ConfigurationError` if it is not."""
+    path = f"chain type {config.chain_type!r}"
+    if callback is None:
+        return None
+    if isinstance(callback, str):
+        if callback not in config.callbacks:
+            known = ", ".join(map(repr, config.callbacks)) or "none"
+            raise ConfigurationError(f"no callback is registered as {callback!r} (registered: {known})", path)
+        return callback
+    for name, function in config.callbacks.items():
+        if function is callback:
+            return name
+    name = getattr(callback, "__name__", "")
+    if not name.isidentifier():
+        name = "a_name"
+    raise ConfigurationError(
+        f'another process cannot find this function: register it as "callbacks": {{{name!r}: <function>}} '
+        f"and enqueue with callback={name!r}",
+        path,
+    )
+
+
+def checked_requester(requested_by: str | None) -> str | None:
+    """`requested_by`, if it is text that fits its column; `ValueError` otherwise."""
+    if requested_by is None:
+        return None
+    if not isinstance(requested_by, str) or len(requested_by) > MAX_REQUESTED_BY or not is_text(requested_by):
+        raise ValueError(f"requested_by must be text of at most {MAX_REQUESTED_BY} characters")
+    return requested_by

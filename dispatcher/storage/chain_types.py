@@ -1,0 +1,96 @@
+"""What the deployment remembers beside its chains: ticks of periodic passes, and its chain types.
+
+On the caller's connection; nothing here commits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from sqlalchemy import func, select, update
+from sqlalchemy.engine import Connection
+
+from dispatcher.domain.records import MAX_DETAIL, Budget, TypeRecord
+from dispatcher.storage.models import TYPE, ChainRow, TypeRow
+from dispatcher.storage.statements import insert_or_ignore, one_row
+
+_BUDGET_WINDOW: Final = timedelta(hours=1)
+_ESTIMATE_AGE: Final = timedelta(hours=1)
+
+
+def paused_types(connection: Connection) -> set[str]:
+    """The names of the chain types that are paused."""
+    return set(connection.execute(select(TypeRow.name).where(TypeRow.paused)).scalars())
+
+
+def set_paused(connection: Connection, name: str, *, paused: bool, reason: str | None) -> bool:
+    """Pause or resume a chain type; False when it was so already."""
+    connection.execute(insert_or_ignore(connection, TypeRow).values(name=name))
+    kept = reason[:MAX_DETAIL] if paused and reason else None
+    done = connection.execute(
+        update(TypeRow)
+        .where(TypeRow.name == name, TypeRow.paused != paused)
+        .values(paused=paused, paused_reason=kept, window_at=None, window_plans=0)
+    )
+    return one_row(done)
+
+
+_TYPE_COLUMNS: Final = tuple(TYPE.c[name] for name in TypeRecord.__dataclass_fields__)
+
+
+def lock_budget(
+    connection: Connection, name: str, limit_of: Callable[[int], int | None], *, machine_now: datetime
+) -> Budget | None:
+    """The budget of a chain type, its row locked until the transaction ends; None while the type is paused.
+
+    `limit_of` gives the limit for an estimated number of chains; the estimate is refreshed once an hour.
+    """
+    query = select(TYPE).where(TypeRow.name == name).with_for_update()
+    row = connection.execute(query).one_or_none()
+    if row is None:  # not inserted each time: MySQL's INSERT IGNORE shares a lock on the row, and two deadlock after it
+        connection.execute(insert_or_ignore(connection, TypeRow).values(name=name))
+        row = connection.execute(query).one()
+    if row.paused:
+        return None
+    estimate = row.chains_estimate
+    if estimate is None or row.estimated_at is None or machine_now - row.estimated_at > _ESTIMATE_AGE:
+        estimate = connection.execute(select(func.count()).where(ChainRow.chain_type == name)).scalar_one()
+        connection.execute(
+            update(TypeRow).where(TypeRow.name == name).values(chains_estimate=estimate, estimated_at=machine_now)
+        )
+    limit = limit_of(estimate)
+    assert limit is not None  # only asked for types that have one
+    if row.window_at is None or machine_now - row.window_at >= _BUDGET_WINDOW:
+        return Budget(machine_now, 0, limit)
+    return Budget(row.window_at, row.window_plans, limit)
+
+
+def spend_budget(connection: Connection, name: str, budget: Budget, *, spent: int, wanted: int) -> bool:
+    """Note the plans that were written; False, and the type is paused with the reason, when more were wanted."""
+    enough = wanted <= budget.left
+    reason = (
+        None if enough else f"max_plans_per_hour: {budget.limit} used up in the hour from {budget.window_at:%H:%M} UTC"
+    )
+    connection.execute(
+        update(TypeRow)
+        .where(TypeRow.name == name)
+        .values(window_at=budget.window_at, window_plans=budget.plans + spent, paused=not enough, paused_reason=reason)
+    )
+    return enough
+
+
+def read_types(connection: Connection) -> list[TypeRecord]:
+    """What is remembered of each chain type, by name."""
+    return [TypeRecord(*row) for row in connection.execute(select(*_TYPE_COLUMNS).order_by(TypeRow.name))]
+
+
+def read_fingerprints(connection: Connection, names: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """`{chain type: {state: {fingerprint: when it was last seen}}}` as remembered."""
+    rows = connection.execute(select(TypeRow.name, TypeRow.fingerprints).where(TypeRow.name.in_(names)))
+    return {name: dict(fingerprints or {}) for name, fingerprints in rows}
+
+
+def write_fingerprints(connection: Connection, name: str, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
+    """Remember the fingerprints of a chain type's states."""
+    connection.execute(insert_or_ignore(connection, TypeRow).values(name=name))
+    connection.execute(update(TypeRow).where(TypeRow.name == name).values(fingerprints=dict(fingerprints)))

@@ -1,0 +1,333 @@
+"""Reads of chains, and the guarded writes that change them, on the caller's connection. Nothing here commits.
+
+A guarded write names in its WHERE clause what the caller read; a row that changed meanwhile is not written, and the
+function says so. Every plan, move, close and operator action increments `version`; every enqueue increments `wake`.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import and_, bindparam, case, delete, func, insert, literal, or_, select, tuple_, update
+from sqlalchemy.engine import Connection
+
+from dispatcher.domain.records import ChainRecord, DuePosition, Request
+from dispatcher.domain.resources import Resource, resource_key
+from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending
+from dispatcher.states import NEW, EventAction
+from dispatcher.storage.dialects import clock_plus
+from dispatcher.storage.history import add_event, add_event_at_version
+from dispatcher.storage.models import CHAIN, DELIVERY, EVENT, RESOURCE
+from dispatcher.storage.rows import CHAIN_COLUMNS, records_of
+from dispatcher.storage.statements import at_once, insert_or_ignore, is_due, one_row
+
+_PARAMETERS: Final = 1000
+_READ: Final = (  # made once: making a statement costs more than executing it
+    select(*CHAIN_COLUMNS, RESOURCE.c.resource_type, RESOURCE.c.resource_id, clock_plus(0).label("machine_now"))
+    .select_from(CHAIN.outerjoin(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id))
+    .where(CHAIN.c.id.in_(bindparam("ids", expanding=True)))
+)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_many(connection: Connection, chain_ids: Sequence[int], *, lock: bool = False) -> dict[int, ChainRecord]:
+    """The chains with these ids, by id; missing ones are left out. `lock=True` locks the rows, in id order."""
+    if lock and chain_ids:
+        connection.execute(
+            select(CHAIN.c.id).where(CHAIN.c.id.in_(sorted(chain_ids))).order_by(CHAIN.c.id).with_for_update()
+        )
+    return read_with_clock(connection, chain_ids)[0]
+
+
+def read_with_clock(connection: Connection, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
+    """The chains with these ids, by id, and the database's clock from the same statement (None without any row)."""
+    if not chain_ids:
+        return {}, None
+    rows = connection.execute(_READ, {"ids": sorted(chain_ids)}).all()
+    return records_of([row[:-1] for row in rows]), rows[0][-1] if rows else None
+
+
+def read_one(connection: Connection, chain_id: int, *, lock: bool = False) -> ChainRecord:
+    """The chain with this id; `ChainMissing` if there is none."""
+    record = read_many(connection, [chain_id], lock=lock).get(chain_id)
+    if record is None:
+        raise ChainMissing(chain_id)
+    return record
+
+
+def find_exact(
+    connection: Connection, chain_type: str, resources: Sequence[Resource], *, lock: bool = False
+) -> int | None:
+    """The id of the chain whose resources are exactly these, or None; `lock=True` reads what is committed by now."""
+    query = select(CHAIN.c.id).where(CHAIN.c.chain_type == chain_type, CHAIN.c.resource_key == resource_key(resources))
+    return connection.execute(query.with_for_update() if lock else query).scalar_one_or_none()
+
+
+def find_containing(connection: Connection, chain_type: str, resources: Sequence[Resource]) -> int | None:
+    """The id of the one chain that has at least these resources, or None; several: `AmbiguousChain`."""
+    found = list(
+        connection.execute(
+            select(RESOURCE.c.chain_id)
+            .join(CHAIN, CHAIN.c.id == RESOURCE.c.chain_id)
+            .where(
+                CHAIN.c.chain_type == chain_type,
+                tuple_(RESOURCE.c.resource_type, RESOURCE.c.resource_id).in_(list(resources)),
+            )
+            .group_by(RESOURCE.c.chain_id)
+            .having(func.count() == len(resources))
+            .order_by(RESOURCE.c.chain_id)
+            .limit(5)
+        ).scalars()
+    )
+    if len(found) > 1:
+        raise AmbiguousChain(chain_type, found)
+    return found[0] if found else None
+
+
+def list_ids(
+    connection: Connection, *, chain_type: str | None, state: str | None, after_id: int, limit: int
+) -> list[int]:
+    """The ids above `after_id` of the chains of that type and state (None: any), ascending, at most `limit`."""
+    query = select(CHAIN.c.id).where(CHAIN.c.id > after_id)
+    if chain_type is not None:
+        query = query.where(CHAIN.c.chain_type == chain_type)
+    if state is not None:
+        query = query.where(CHAIN.c.state == state)
+    return list(connection.execute(query.order_by(CHAIN.c.id).limit(limit)).scalars())
+
+
+def list_by_resource(connection: Connection, resource: Resource, *, after_id: int, limit: int | None) -> list[int]:
+    """The ids above `after_id` of the chains that have this resource, ascending, at most `limit`."""
+    query = (
+        select(RESOURCE.c.chain_id)
+        .where(RESOURCE.c.resource_type == resource[0], RESOURCE.c.resource_id == resource[1])
+        .where(RESOURCE.c.chain_id > after_id)
+    )
+    return list(connection.execute(query.order_by(RESOURCE.c.chain_id).limit(limit)).scalars())
+
+
+def due_page(
+    connection: Connection, *, chain_type: str, now: datetime, after: DuePosition | None, limit: int
+) -> list[DuePosition]:
+    """The next due chains of a type after a position, in the order (due_at, id)."""
+    query = select(CHAIN.c.due_at, CHAIN.c.id).where(is_due(now)).limit(limit)
+    # Each database gets what it searches in the index, however many chains are at rest or due at one moment.
+    if connection.dialect.name in ("mysql", "mariadb"):
+        # For `=` they may walk all entries of a type, those at rest first; row values they compare one by one; for the
+        # `or` below they may merge this index with another, and sort all that is due.
+        query = query.with_hint(CHAIN, "FORCE INDEX (ix_chain_dispatcher_chain_due)")
+        query = query.where(CHAIN.c.chain_type >= chain_type, CHAIN.c.chain_type <= chain_type)
+        query = query.order_by(CHAIN.c.chain_type, CHAIN.c.due_at, CHAIN.c.id)
+        if after is not None:
+            same_moment = and_(CHAIN.c.due_at == after.due_at, CHAIN.c.id > after.chain_id)
+            query = query.where(or_(same_moment, CHAIN.c.due_at > after.due_at))
+    else:
+        query = query.where(CHAIN.c.chain_type == chain_type).order_by(CHAIN.c.due_at, CHAIN.c.id)
+        if after is not None:
+            position = tuple_(literal(after.due_at, CHAIN.c.due_at.type), literal(after.chain_id))
+            query = query.where(tuple_(CHAIN.c.due_at, CHAIN.c.id) > position)
+    return [DuePosition(due_at, chain_id) for due_at, chain_id in connection.execute(query) if due_at is not None]
+
+
+# --- creating --------------------------------------------------------------------------------------------------------
+
+
+def create(
+    connection: Connection,
+    *,
+    chain_type: str,
+    resources: Sequence[Resource],
+    context: Mapping[str, Any] | None,
+    due_at: datetime | None,
+    now: datetime,
+) -> int:
+    """The id of the chain with exactly these resources, made in NEW unless another caller was first."""
+    key = resource_key(resources)
+    statement = insert_or_ignore(connection, CHAIN).values(
+        chain_type=chain_type,
+        resource_key=key,
+        state=NEW,
+        due_at=due_at,
+        created_at=now,
+        updated_at=now,
+        context=dict(context) if context is not None else None,
+    )
+    if connection.dialect.insert_returning:
+        made = connection.execute(statement.returning(CHAIN.c.id)).one_or_none() is not None
+    else:
+        made = one_row(connection.execute(statement))
+    chain_id = find_exact(connection, chain_type, resources, lock=not made)
+    assert chain_id is not None  # the unique constraint: either ours or the one that was there
+    if made:
+        connection.execute(
+            insert(RESOURCE),
+            [{"chain_id": chain_id, "resource_type": rtype, "resource_id": rid} for rtype, rid in resources],
+        )
+        add_event(connection, chain_id, 0, EventAction.CREATED, value=NEW, to_state=NEW, now=now)
+    return chain_id
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def write_request(connection: Connection, chain_id: int, request: Request, *, now: datetime) -> None:
+    """Write an application's request to the chain's row and make it due.
+
+    An open delivery or a disabled chain keeps `due_at` empty: closing or enabling makes it due. Raises
+    `ChainMissing`.
+    """
+    # Read and decided in locking statements: the caller's own transaction may have an old snapshot.
+    row = connection.execute(
+        select(CHAIN.c.version, CHAIN.c.request).where(CHAIN.c.id == chain_id).with_for_update()
+    ).one_or_none()
+    if row is None:
+        raise ChainMissing(chain_id)
+    free = and_(CHAIN.c.pending_delivery_id.is_(None), ~CHAIN.c.disabled)
+    connection.execute(
+        update(CHAIN)
+        .where(CHAIN.c.id == chain_id)
+        .values(wake=CHAIN.c.wake + 1, request=request.to_json(), due_at=case((free, at_once(now))))
+    )
+    earlier = Request.from_json(row.request)
+    if earlier is not None and earlier != request:
+        add_event(
+            connection, chain_id, row.version, EventAction.REQUEST_REPLACED, requested_by=request.requested_by, now=now
+        )
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def set_disabled(
+    connection: Connection, chain_id: int, *, disabled: bool, requested_by: str | None, now: datetime
+) -> bool:
+    """Disable or enable a chain; False when it was so already. Raises `ChainMissing`."""
+    record = read_one(connection, chain_id, lock=True)
+    if record.disabled == disabled:
+        return False
+    waits = disabled or record.pending_delivery_id is not None
+    connection.execute(
+        update(CHAIN)
+        .where(CHAIN.c.id == chain_id, CHAIN.c.version == record.version)
+        .values(disabled=disabled, version=CHAIN.c.version + 1, due_at=None if waits else at_once(now), updated_at=now)
+    )
+    action = EventAction.DISABLED if disabled else EventAction.ENABLED
+    add_event(connection, chain_id, record.version + 1, action, value=record.state, requested_by=requested_by, now=now)
+    return True
+
+
+def set_resource_disabled(
+    connection: Connection, resource: Resource, *, disabled: bool, requested_by: str | None, now: datetime
+) -> list[int]:
+    """Disable or enable every chain that has this resource, in one guarded statement; the ids of those that changed."""
+    has_it = select(RESOURCE.c.chain_id).where(
+        RESOURCE.c.resource_type == resource[0], RESOURCE.c.resource_id == resource[1]
+    )
+    ids = list(
+        connection.execute(
+            select(CHAIN.c.id)
+            .where(CHAIN.c.id.in_(has_it), CHAIN.c.disabled != disabled)
+            .order_by(CHAIN.c.id)
+            .with_for_update()
+        ).scalars()
+    )
+    if not ids:
+        return []
+    due_at = None if disabled else case((CHAIN.c.pending_delivery_id.is_(None), at_once(now)))
+    for start in range(0, len(ids), _PARAMETERS):
+        connection.execute(
+            update(CHAIN)
+            .where(CHAIN.c.id.in_(ids[start : start + _PARAMETERS]), CHAIN.c.disabled != disabled)
+            .values(disabled=disabled, version=CHAIN.c.version + 1, due_at=due_at, updated_at=now)
+        )
+    action = EventAction.DISABLED if disabled else EventAction.ENABLED
+    for chain_id in ids:
+        add_event_at_version(connection, chain_id, action, requested_by=requested_by, now=now)
+    return ids
+
+
+def erase(connection: Connection, chain_ids: Sequence[int]) -> None:
+    """Delete these chains with their resources, events and deliveries."""
+    for table in (EVENT, DELIVERY, RESOURCE):
+        connection.execute(delete(table).where(table.c.chain_id.in_(chain_ids)))
+    connection.execute(delete(CHAIN).where(CHAIN.c.id.in_(chain_ids)))
+
+
+def set_state(
+    connection: Connection,
+    record: ChainRecord,
+    *,
+    state: str,
+    action: EventAction,
+    due_at: datetime | None,
+    requested_by: str | None,
+    reason: str | None,
+    now: datetime,
+) -> None:
+    """Put a chain, locked and without open delivery, into a state on a person's behalf."""
+    done = connection.execute(
+        update(CHAIN)
+        .where(CHAIN.c.id == record.id, CHAIN.c.version == record.version, CHAIN.c.pending_delivery_id.is_(None))
+        .values(
+            state=state,
+            version=CHAIN.c.version + 1,
+            moves=CHAIN.c.moves + 1,
+            failures=0,
+            next_update_at=None,
+            due_at=None if record.disabled else due_at,
+            request=None,
+            updated_at=now,
+        )
+    )
+    if not one_row(done):
+        raise DeliveryPending(record.id)
+    add_event(
+        connection,
+        record.id,
+        record.version + 1,
+        action,
+        value=state,
+        from_state=record.state,
+        to_state=state,
+        requested_by=requested_by,
+        detail=reason,
+        now=now,
+    )
+
+
+def make_due(
+    connection: Connection, *, chain_type: str, state: str, after_id: int, limit: int, now: datetime
+) -> int | None:
+    """Make the next batch of chains resting in a state due; the last id seen, or None when there are no more."""
+    ids = (
+        connection.execute(
+            select(CHAIN.c.id)
+            .where(CHAIN.c.chain_type == chain_type, CHAIN.c.state == state, CHAIN.c.id > after_id)
+            .order_by(CHAIN.c.id)
+            .limit(limit)
+        )
+        .scalars()
+        .all()
+    )
+    if not ids:
+        return None
+    connection.execute(
+        update(CHAIN)
+        .where(
+            CHAIN.c.id.in_(ids),
+            CHAIN.c.state == state,
+            ~CHAIN.c.disabled,
+            CHAIN.c.pending_delivery_id.is_(None),
+            or_(CHAIN.c.due_at.is_(None), CHAIN.c.due_at > now),
+        )
+        .values(
+            version=CHAIN.c.version + 1,  # a plan or rest made meanwhile by the old candidates is stale
+            due_at=at_once(now),
+        )
+    )
+    return int(ids[-1])
+
+
+# --- history -------------------------------------------------------------------------------------------

@@ -1,0 +1,206 @@
+"""One database of a deployment: its connections, its transactions and its clock."""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, TypeVar, cast
+
+from sqlalchemy import Engine, literal, select
+from sqlalchemy.engine import URL, Connection
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from dispatcher.errors import ConfigurationError, ServiceUnavailable
+from dispatcher.storage.dialects import (
+    Engines,
+    clock_plus,
+    first_line,
+    is_conflict,
+    is_unreachable,
+    make_engines,
+    normal_url,
+)
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_RERUNS = 12
+
+
+class Database:
+    """One database: its engine, made on first use in each process, and its transactions.
+
+    Raises `ConfigurationError` for a URL that names no known database.
+    """
+
+    def __init__(self, url: str, *, connect_seconds: float = 5, clock: Callable[[], datetime] | None = None) -> None:
+        try:
+            self.url: URL = normal_url(url)
+        except (ArgumentError, ValueError):
+            # Not `from error`, which may show what it could not parse.
+            problem = "the database URL cannot be parsed: quote special characters, as in %40 for an @"
+            raise ConfigurationError(problem) from None
+        self.connect_seconds = connect_seconds
+        self.clock = _aware(clock) if clock is not None else None
+        self._made: Engines | None = None
+        self._pid = 0
+
+    def __repr__(self) -> str:
+        return f"<Database {self.address}>"
+
+    @property
+    def address(self) -> str:
+        """The URL as it may be shown: no user, no password, no query."""
+        url = self.url
+        return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite`, `postgresql`, `mysql` or `mariadb`."""
+        return self.url.get_backend_name()
+
+    @property
+    def engine(self) -> Engine:
+        """This process's engine; a forked child gets its own and leaves its parent's connections alone."""
+        return self._engines.engine
+
+    @property
+    def _engines(self) -> Engines:
+        if self._made is None or self._pid != os.getpid():
+            if self._made is not None:
+                self._made.engine.dispose(close=False)
+            self._made, self._pid = make_engines(self.url, connect_seconds=self.connect_seconds), os.getpid()
+        return self._made
+
+    def dispose(self, *, close: bool = True) -> None:
+        """Drop this process's connections; with `close=False`, or if a parent made them, without closing them."""
+        if self._made is not None:
+            self._made.engine.dispose(close=close and self._pid == os.getpid())
+        self._made = None
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection for reading, without a transaction where the database can (SQLite: rolled back at the end)."""
+        with self._connected(writes=False) as connection:
+            yield connection
+
+    def write(self, work: Callable[[Connection], Result]) -> Result:
+        """What `work(connection)` returns, committed. The whole of it is rerun after a deadlock or a busy database.
+
+        Raises `ServiceUnavailable` when the database cannot be reached.
+        """
+
+        def attempt() -> Result:
+            with self._connected(writes=True) as connection:
+                transaction = connection.begin()
+                result = work(connection)
+                commit(transaction.commit)
+                return result
+
+        return self._rerun(attempt)
+
+    def write_statement(self, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
+        """The rows of one data-changing statement, which commits by itself: no BEGIN, no COMMIT. Errors as `write`.
+
+        PostgreSQL only: `statement` is in the driver's own words, `%(name)s` for a parameter.
+        """
+
+        def attempt() -> list[Any]:
+            with self._connected(writes=False) as connection:
+                return commit(lambda: run_statement(connection, statement, parameters))
+
+        return self._rerun(attempt)
+
+    def _rerun(self, attempt: Callable[[], Result]) -> Result:
+        for rerun in range(_RERUNS + 1):
+            try:
+                return attempt()
+            except DBAPIError as error:
+                if rerun == _RERUNS or not is_conflict(error):
+                    raise
+                logger.debug("transaction rerun after %s", type(error.orig).__name__)
+            time.sleep(random.uniform(0, 0.005 * 2 ** min(rerun, 8)))  # noqa: S311 - spreading, not secrecy
+        raise AssertionError("unreachable")
+
+    def now(self, connection: Connection) -> datetime:
+        """Domain time: the injected clock, else the database's."""
+        return self.clock() if self.clock is not None else self.machine_now(connection)
+
+    def domain_now(self, machine_now: datetime | None) -> datetime:
+        """Domain time, where the database's clock was read along with something else."""
+        if self.clock is not None:
+            return self.clock()
+        if machine_now is None or self.dialect == "sqlite":  # which would tell this host's time in milliseconds only
+            return datetime.now(UTC)
+        return machine_now
+
+    def machine_now(self, connection: Connection) -> datetime:
+        """The database's clock. SQLite has none of its own, so there it is this host's."""
+        if self.dialect == "sqlite":
+            return datetime.now(UTC)
+        return connection.execute(select(clock_plus(0))).scalar_one()
+
+    def check(self) -> None:
+        """Raise `ServiceUnavailable` unless the database answers."""
+        with self.read() as connection:
+            connection.execute(select(literal(1)))
+
+    @contextmanager
+    def _connected(self, *, writes: bool) -> Iterator[Connection]:
+        try:
+            with (self._engines.writes if writes else self._engines.reads).connect() as connection:
+                yield connection
+        except PoolTimeout as error:
+            raise ServiceUnavailable("database", self.address, "no free connection") from error
+        except DBAPIError as error:
+            if error.connection_invalidated or (isinstance(error, OperationalError) and is_unreachable(error)):
+                raise ServiceUnavailable("database", self.address, first_line(error.orig)) from error
+            raise
+
+
+def commit(step: Callable[[], Result]) -> Result:
+    """What `step()` returns, which commits a writing transaction. (One place for all: fault injection goes here.)"""
+    return step()
+
+
+def run_statement(connection: Connection, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
+    """The rows of a statement in the driver's own words, past SQLAlchemy, whose part costs three times the driver's.
+
+    A driver's error is raised as SQLAlchemy's `DBAPIError`, as everywhere.
+    """
+    dialect = connection.dialect
+    driver_error: type[Exception] = dialect.loaded_dbapi.Error
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(statement, parameters)
+        return cast("list[Any]", cursor.fetchall())
+    except driver_error as error:
+        gone = dialect.is_disconnect(error, connection.connection.driver_connection, cursor)  # type: ignore[arg-type]
+        wrapped = DBAPIError.instance(
+            None, None, error, driver_error, hide_parameters=True, connection_invalidated=gone, dialect=dialect
+        )
+        if gone:
+            connection.invalidate(error)
+        raise wrapped from error
+    except BaseException as error:  # in the midst of an answer: nobody may use this connection again
+        connection.invalidate(error)
+        raise
+    finally:
+        cursor.close()
+
+
+def _aware(clock: Callable[[], datetime]) -> Callable[[], datetime]:
+    """`clock`, which must give aware datetimes: a naive one would be taken for the server's own zone somewhere."""
+
+    def now() -> datetime:
+        moment = clock()
+        if moment.tzinfo is None:
+            raise ValueError("the injected clock gave a naive datetime")
+        return moment
+
+    return now

@@ -1,0 +1,387 @@
+"""Deliveries: owed callbacks as rows, and the guarded writes of their attempts, on the caller's connection.
+
+Nothing here commits. Machine time (leases, next attempts, what the relay looks at) is computed and compared by the
+database's clock inside the statements.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.engine import Connection
+
+from dispatcher.domain.records import MAX_ERROR, DeliveryRecord, PlannedDelivery, idempotency_key
+from dispatcher.states import CLOSED_STATUSES, OPEN_STATUSES, AttemptOutcome, DeliveryStatus, EventAction
+from dispatcher.storage import chains, history
+from dispatcher.storage.dialects import clock_plus
+from dispatcher.storage.models import CHAIN, DELIVERY
+from dispatcher.storage.rows import DELIVERY_COLUMNS
+from dispatcher.storage.statements import is_running, one_row, unless_disabled, when_enabled
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(connection: Connection, delivery_id: str, *, lock: bool = False) -> DeliveryRecord | None:
+    """The delivery with this id, or None."""
+    query = select(*DELIVERY_COLUMNS).where(DELIVERY.c.id == delivery_id)
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    return DeliveryRecord(*row) if row is not None else None
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
+    """The columns of a new delivery that come from its plan."""
+    record = planned.record
+    return {
+        "id": delivery_id,
+        "idempotency_key": idempotency_key(record.id, record.moves, planned.transition),
+        "chain_id": record.id,
+        "chain_version": record.version + 1,
+        "transition": planned.transition,
+        "from_state": record.state,
+        "final_state": planned.final_state,
+        "callback": planned.callback,
+        "max_attempts": planned.max_attempts,
+        "requested_by": planned.requested_by,
+        "kwargs": dict(planned.kwargs) if planned.kwargs else None,
+        "context": dict(planned.context) if planned.context else None,
+    }
+
+
+# --- attempts --------------------------------------------------------------------------------------------------------
+
+
+def why_not_begun(connection: Connection, delivery_id: str) -> AttemptOutcome:
+    """The outcome of an attempt that did not begin."""
+    row = connection.execute(
+        select(DELIVERY.c.status, CHAIN.c.disabled)
+        .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
+        .where(DELIVERY.c.id == delivery_id)
+    ).one_or_none()
+    if row is None:
+        return AttemptOutcome.MISSING
+    if row.disabled and row.status == DeliveryStatus.PENDING:
+        return AttemptOutcome.DISABLED
+    return AttemptOutcome.STALE
+
+
+def renew_lease(connection: Connection, delivery: DeliveryRecord, *, lease_seconds: float) -> bool:
+    """Give a running attempt a new lease; False when it is no longer ours."""
+    done = connection.execute(
+        update(DELIVERY)
+        .where(is_running(delivery))
+        .values(lease_until=clock_plus(lease_seconds), publish_after=clock_plus(lease_seconds))
+    )
+    return one_row(done)
+
+
+def postpone(
+    connection: Connection, delivery: DeliveryRecord, *, seconds: float, reason: str | None, grace_seconds: float = 0
+) -> bool:
+    """Take back the beginning of an attempt, without using it up; its message counts as lost `grace_seconds` later.
+
+    `reason` None keeps the last one, which says what the delivery waited for before.
+    """
+    done = connection.execute(
+        update(DELIVERY)
+        .where(is_running(delivery))
+        .values(
+            status=DeliveryStatus.PENDING,
+            attempt=delivery.attempt - 1,
+            lease_until=None,
+            next_attempt_at=clock_plus(seconds),
+            publish_after=when_enabled(clock_plus(seconds + grace_seconds)),
+            **({} if reason is None else {"last_error": reason[:MAX_ERROR]}),
+        )
+    )
+    return one_row(done)
+
+
+def retry(
+    connection: Connection, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str
+) -> bool:
+    """Close a failed attempt; the next may begin in `seconds`, and its message counts as lost `grace_seconds` later."""
+    done = connection.execute(
+        update(DELIVERY)
+        .where(is_running(delivery))
+        .values(
+            status=DeliveryStatus.PENDING,
+            lease_until=None,
+            next_attempt_at=clock_plus(seconds),
+            publish_after=when_enabled(clock_plus(seconds + grace_seconds)),
+            last_error=error[:MAX_ERROR],
+        )
+    )
+    return one_row(done)
+
+
+def skip(
+    connection: Connection,
+    delivery: DeliveryRecord,
+    *,
+    next_update_at: datetime | None,
+    due_at: datetime | None,
+    now: datetime,
+    requested_by: str | None = None,
+    detail: str | None = None,
+) -> bool:
+    """Close a delivery as skipped and move its chain, in this transaction; False when it changed since it was read."""
+    if not _close(connection, delivery, status=DeliveryStatus.SKIPPED, error=None):
+        return False
+    done = connection.execute(
+        update(CHAIN)
+        .where(CHAIN.c.id == delivery.chain_id, CHAIN.c.pending_delivery_id == delivery.id)
+        .values(moved_values(delivery.final_state, next_update_at=next_update_at, due_at=due_at, now=now))
+    )
+    if not one_row(done):
+        raise LostChain(delivery.chain_id)
+    requested_by = requested_by if requested_by is not None else delivery.requested_by
+    for action, value, said in (
+        (EventAction.SKIPPED, delivery.transition, detail),
+        (EventAction.STATE_TRANSITION, delivery.final_state, delivery.transition),
+    ):
+        history.add_event_at_version(
+            connection,
+            delivery.chain_id,
+            action,
+            value=value,
+            from_state=delivery.from_state,
+            to_state=delivery.final_state,
+            requested_by=requested_by,
+            detail=said,
+            now=now,
+        )
+    return True
+
+
+def close_and_stay(
+    connection: Connection,
+    delivery: DeliveryRecord,
+    *,
+    now: datetime,
+    reason: str,
+    requested_by: str | None = None,
+) -> bool:
+    """Close a delivery as cancelled: its chain stays in its state and is due at once; False when it is not ours."""
+    if not _close(connection, delivery, status=DeliveryStatus.CANCELLED, error=reason):
+        return False
+    done = connection.execute(
+        update(CHAIN)
+        .where(CHAIN.c.id == delivery.chain_id, CHAIN.c.pending_delivery_id == delivery.id)
+        .values(
+            version=CHAIN.c.version + 1,
+            pending_delivery_id=None,
+            due_at=unless_disabled(now),
+            updated_at=now,
+        )
+    )
+    if not one_row(done):
+        raise LostChain(delivery.chain_id)
+    _event(connection, delivery, EventAction.CANCELLED, now=now, requested_by=requested_by, detail=reason)
+    return True
+
+
+def stop(
+    connection: Connection,
+    delivery: DeliveryRecord,
+    *,
+    status: DeliveryStatus,
+    error: str,
+    now: datetime,
+    unknown: bool | None = None,
+) -> bool:
+    """Leave a running delivery dead or held for a person to decide; False when it is not ours."""
+    done = connection.execute(
+        update(DELIVERY)
+        .where(is_running(delivery))
+        .values(
+            status=status,
+            unknown=DELIVERY.c.unknown if unknown is None else unknown,
+            lease_until=None,
+            next_attempt_at=None,
+            publish_after=None,
+            last_error=error[:MAX_ERROR],
+        )
+    )
+    if not one_row(done):
+        return False
+    connection.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
+    _event(connection, delivery, EventAction(status.value), now=now, detail=error)
+    return True
+
+
+def mark_known(connection: Connection, delivery: DeliveryRecord) -> bool:
+    """Note that the earlier attempts of a running delivery had no effect."""
+    return one_row(connection.execute(update(DELIVERY).where(is_running(delivery)).values(unknown=False)))
+
+
+class LostChain(Exception):  # noqa: N818 - not an error for callers: it undoes the transaction
+    """The chain is not tied to the delivery that is being closed: the whole transaction must be undone."""
+
+
+CLOSED_VALUES: Final[Mapping[str, Any]] = {
+    "finished_at": clock_plus(0),
+    "lease_until": None,
+    "next_attempt_at": None,
+    "publish_after": None,
+    "kwargs": None,
+    "context": None,
+}
+"""The columns of a delivery that is closed."""
+
+
+def moved_values(
+    state: str, *, next_update_at: datetime | None, due_at: datetime | None, now: datetime
+) -> dict[str, Any]:
+    """The columns of a chain whose delivery took it to `state`; a request that waits stays, unless this is the end."""
+    return {
+        "state": state,
+        "version": CHAIN.c.version + 1,
+        "moves": CHAIN.c.moves + 1,
+        "pending_delivery_id": None,
+        "failures": 0,
+        "next_update_at": next_update_at,
+        "due_at": unless_disabled(due_at),
+        "request": None if due_at is None else CHAIN.c.request,
+        "updated_at": now,
+    }
+
+
+def _close(connection: Connection, delivery: DeliveryRecord, *, status: DeliveryStatus, error: str | None) -> bool:
+    values: dict[str, Any] = {"status": status, **CLOSED_VALUES}
+    if error is not None:
+        values["last_error"] = error[:MAX_ERROR]
+    done = connection.execute(
+        update(DELIVERY)
+        .where(
+            DELIVERY.c.id == delivery.id,
+            DELIVERY.c.attempt == delivery.attempt,
+            DELIVERY.c.status == delivery.status,
+        )
+        .values(**values)
+    )
+    return one_row(done)
+
+
+def _event(
+    connection: Connection,
+    delivery: DeliveryRecord,
+    action: EventAction,
+    *,
+    now: datetime,
+    requested_by: str | None = None,
+    detail: str | None = None,
+) -> None:
+    history.add_event_at_version(
+        connection,
+        delivery.chain_id,
+        action,
+        value=delivery.transition,
+        from_state=delivery.from_state,
+        to_state=delivery.final_state,
+        requested_by=requested_by,
+        detail=detail,
+        now=now,
+    )
+
+
+# --- relay -----------------------------------------------------------------------------------------------------------
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def follow_disabling(connection: Connection, chain_ids: Sequence[int], *, disabled: bool) -> None:
+    """Take the pending deliveries of disabled chains out of the relay's sight, or give them back."""
+    for start in range(0, len(chain_ids), 1000):
+        connection.execute(
+            update(DELIVERY)
+            .where(
+                DELIVERY.c.chain_id.in_(chain_ids[start : start + 1000]), DELIVERY.c.status == DeliveryStatus.PENDING
+            )
+            .values(publish_after=None if disabled else DELIVERY.c.next_attempt_at)
+        )
+
+
+def reopen(
+    connection: Connection,
+    delivery: DeliveryRecord,
+    *,
+    max_attempts: int,
+    disabled: bool,
+    now: datetime,
+    requested_by: str | None,
+) -> None:
+    """Open the next attempt of a delivery that does not run, at once; the relay publishes it.
+
+    Whoever retries a held one has decided what its unknown effect was: it is not held for that again.
+    """
+    connection.execute(
+        update(DELIVERY)
+        .where(
+            DELIVERY.c.id == delivery.id,
+            DELIVERY.c.attempt == delivery.attempt,
+            DELIVERY.c.status == delivery.status,
+        )
+        .values(
+            status=DeliveryStatus.PENDING,
+            max_attempts=max_attempts,
+            unknown=delivery.unknown and delivery.status != DeliveryStatus.HELD,
+            next_attempt_at=clock_plus(0),
+            publish_after=None if disabled else clock_plus(0),
+        )
+    )
+    connection.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
+    _event(connection, delivery, EventAction.RETRIED, now=now, requested_by=requested_by, detail=delivery.last_error)
+
+
+# --- disagreements ---------------------------------------------------------------------------------------------------
+
+
+def free_chain(connection: Connection, chain_id: int, *, now: datetime) -> None:
+    """Make a chain due that waits for a delivery which is closed or missing; nothing if it does not."""
+    # Locked before it is asked what it waits for: a delivery planned while this waited for the row would seem missing.
+    chains.read_many(connection, [chain_id], lock=True)
+    owed = select(DELIVERY.c.id).where(
+        DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES])
+    )
+    connection.execute(
+        update(CHAIN)
+        .where(CHAIN.c.id == chain_id, CHAIN.c.pending_delivery_id.is_not(None), ~owed.exists())
+        .values(pending_delivery_id=None, version=CHAIN.c.version + 1, due_at=unless_disabled(now))
+    )
+
+
+def close_orphan(connection: Connection, delivery_id: str, *, now: datetime) -> None:
+    """Close an open delivery as cancelled if its chain is missing, or does not wait for it and it does not run."""
+    delivery = read(connection, delivery_id, lock=True)
+    if delivery is None or delivery.status in CLOSED_STATUSES:
+        return
+    record = chains.read_many(connection, [delivery.chain_id], lock=True).get(delivery.chain_id)
+    if record is not None and (delivery.status == DeliveryStatus.RUNNING or record.pending_delivery_id == delivery_id):
+        return
+    if _close(connection, delivery, status=DeliveryStatus.CANCELLED, error="its chain does not wait for it"):
+        _event(connection, delivery, EventAction.CANCELLED, now=now, detail="its chain does not wait for it")
+
+
+# --- upkeep ----------------------------------------------------------------------------------------------------------
+
+
+def prune(connection: Connection, *, before: datetime, limit: int) -> int:
+    """Delete a batch of closed deliveries that ended before `before`; how many."""
+    ids = (
+        connection.execute(
+            select(DELIVERY.c.id)
+            .where(DELIVERY.c.finished_at < before, DELIVERY.c.status.in_([str(status) for status in CLOSED_STATUSES]))
+            .order_by(DELIVERY.c.finished_at, DELIVERY.c.id)
+            .limit(limit)
+        )
+        .scalars()
+        .all()
+    )
+    if ids:
+        connection.execute(delete(DELIVERY).where(DELIVERY.c.id.in_(sorted(ids))))
+    return len(ids)

@@ -1,0 +1,184 @@
+"""All that differs between the databases: engines, the clock in SQL, which errors mean what."""
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, Engine, Float, create_engine, event, literal
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.visitors import InternalTraversal
+
+from dispatcher.errors import ConfigurationError
+from dispatcher.storage.models import UtcDateTime
+
+_ISOLATION = "READ COMMITTED"
+_SQLITE_BUSY_MS = 30_000
+_IDLE_SECONDS = 1.0
+_DEADLOCK_STATES = {"40001", "40P01"}
+_DEADLOCK_CODES = {1205, 1213, 1020}
+
+
+class clock_plus(ColumnElement[datetime]):
+    """The database's own clock, `seconds` later: an SQL expression for machine time."""
+
+    inherit_cache = True
+    type = UtcDateTime()
+    _traverse_internals = [("seconds", InternalTraversal.dp_clauseelement)]  # noqa: RUF012 - the statement is cached
+
+    def __init__(self, seconds: float = 0) -> None:
+        self.seconds = literal(round(float(seconds), 3), Float())
+
+
+@compiles(clock_plus, "postgresql")
+def _postgresql_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> str:
+    seconds = compiler.process(element.seconds, **options)
+    return f"(clock_timestamp() + make_interval(secs => CAST({seconds} AS double precision)))"
+
+
+@compiles(clock_plus, "sqlite")
+def _sqlite_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> str:
+    seconds = compiler.process(element.seconds, **options)
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', {seconds} || ' seconds') || '000')"
+
+
+@compiles(clock_plus, "mysql")
+@compiles(clock_plus, "mariadb")
+def _mysql_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> str:
+    seconds = compiler.process(element.seconds, **options)
+    return f"TIMESTAMPADD(MICROSECOND, CAST({seconds} * 1000000 AS SIGNED), UTC_TIMESTAMP(6))"
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """One process's engine, and the same with what reads and writes need. Making those costs more than a query."""
+
+    engine: Engine
+    reads: Engine
+    writes: Engine
+
+
+def make_engines(url: URL, *, connect_seconds: float) -> Engines:
+    """New engines for a database; nothing is connected yet. `ConfigurationError` where its driver is not installed."""
+    engine = _make_engine(url, connect_seconds)
+    reading: dict[str, Any] = {"dispatcher_writes": False}
+    writing: dict[str, Any] = {"dispatcher_writes": True}
+    dialect = url.get_backend_name()
+    if dialect == "postgresql":  # its engine is in AUTOCOMMIT, so that a single statement changes nothing here
+        writing["isolation_level"] = _ISOLATION
+    elif dialect != "sqlite":
+        reading["isolation_level"] = "AUTOCOMMIT"  # single statements need no BEGIN and no ROLLBACK
+    return Engines(engine, engine.execution_options(**reading), engine.execution_options(**writing))
+
+
+def _make_engine(url: URL, connect_seconds: float) -> Engine:
+    dialect = url.get_backend_name()
+    arguments: dict[str, Any] = {}
+    options: dict[str, Any] = {"hide_parameters": True}
+    seconds = max(1, round(connect_seconds))
+    if dialect == "sqlite":
+        arguments["timeout"] = _SQLITE_BUSY_MS / 1000
+        if url.database not in (None, "", ":memory:"):
+            Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+    elif dialect == "postgresql":
+        arguments["connect_timeout"] = max(2, seconds)
+        arguments["application_name"] = "chain-dispatcher"
+        # A server that vanished without a word is given up: keepalives while waiting, the timeout while sending.
+        arguments.update(keepalives_idle=30, keepalives_interval=10, keepalives_count=3, tcp_user_timeout=60_000)
+        options.update(isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
+    else:
+        arguments["connect_timeout"] = seconds
+        arguments["read_timeout"] = arguments["write_timeout"] = 30
+        if url.get_driver_name() == "pymysql" and url.password:
+            arguments["password"] = url.password.encode()  # the driver would encode it as Latin-1
+        options["isolation_level"] = _ISOLATION
+    if dialect != "sqlite":
+        options.update(pool_timeout=connect_seconds, pool_recycle=1800)
+    try:
+        engine = create_engine(url, connect_args=arguments, **options)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise ConfigurationError(f"no driver for {url.drivername!r} is installed: {error}") from error
+    if dialect == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    else:
+        event.listen(engine, "checkin", _note_use)
+        event.listen(engine, "checkout", _ping_idle)
+    return engine
+
+
+def normal_url(url: str) -> URL:
+    """`url` with its driver named. Raises `ArgumentError` or `ValueError` for one that cannot be parsed safely."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite" and url.count("@") > 1:
+        raise ValueError("unquoted @")  # what follows it would be in errors and logs, as host, database or option
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername in ("mysql", "mariadb"):
+        parsed = parsed.set(drivername=f"{parsed.drivername}+pymysql")
+    return parsed
+
+
+def is_conflict(error: DBAPIError) -> bool:
+    """Whether rerunning the whole transaction can help: deadlock, serialization failure, busy or locked SQLite."""
+    original = error.orig
+    if getattr(original, "sqlstate", None) in _DEADLOCK_STATES:
+        return True
+    if type(original).__module__.startswith("sqlite3"):
+        return "locked" in str(original) or "busy" in str(original)
+    arguments: tuple[Any, ...] = getattr(original, "args", ())
+    return bool(arguments) and arguments[0] in _DEADLOCK_CODES
+
+
+def is_unreachable(error: OperationalError) -> bool:
+    """Whether the error says that the database cannot be reached."""
+    if getattr(error.orig, "sqlstate", None) in (None, "57P03", "57P01", "08006", "08001", "53300", "3D000", "28P01"):
+        arguments: tuple[Any, ...] = getattr(error.orig, "args", ())
+        code = next(iter(arguments), None)
+        if type(error.orig).__module__.startswith("sqlite3"):
+            return "unable to open" in str(error.orig)
+        return not (isinstance(code, int) and code in _DEADLOCK_CODES | {1146, 1054})
+    return False
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of an error's text, or its type's name, at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _note_use(_: Any, record: ConnectionPoolEntry) -> None:
+    record.info["used_at"] = time.monotonic()
+
+
+def _ping_idle(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
+    """Replace a connection that died while it was idle; one in steady use is not asked each time."""
+    if time.monotonic() - record.info.get("used_at", time.monotonic()) < _IDLE_SECONDS:
+        return
+    try:
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        cursor.close()
+        connection.rollback()
+    except Exception as error:
+        raise DisconnectionError from error
+
+
+def _prepare_sqlite(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN is deferred; ours is chosen in _begin_sqlite
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_SQLITE_BUSY_MS}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("dispatcher_writes", True)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

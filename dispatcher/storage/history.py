@@ -1,0 +1,118 @@
+"""The chains' histories: lines appended, read and pruned, on the caller's connection. Nothing here commits."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import delete, func, insert, literal, null, or_, select
+from sqlalchemy.engine import Connection
+
+from dispatcher.domain.records import MAX_DETAIL, ChainEvent
+from dispatcher.states import EventAction
+from dispatcher.storage.models import CHAIN, EVENT
+from dispatcher.storage.statements import insert_many
+
+_EVENT_COLUMNS: Final = tuple(EVENT.c[name] for name in ChainEvent.__dataclass_fields__)
+
+
+def events(connection: Connection, chain_id: int) -> list[ChainEvent]:
+    """The chain's history, oldest first."""
+    rows = connection.execute(select(*_EVENT_COLUMNS).where(EVENT.c.chain_id == chain_id).order_by(EVENT.c.id))
+    return [ChainEvent(*row) for row in rows]
+
+
+def event_values(
+    chain_id: int,
+    chain_version: int,
+    action: EventAction,
+    *,
+    now: datetime,
+    value: str | None = None,
+    from_state: str | None = None,
+    to_state: str | None = None,
+    requested_by: str | None = None,
+    detail: str | None = None,
+) -> dict[str, Any]:
+    """The columns of one line of a chain's history."""
+    return {
+        "chain_id": chain_id,
+        "chain_version": chain_version,
+        "move_version": chain_version if action == EventAction.STATE_TRANSITION else None,
+        "action": action,
+        "value": value,
+        "from_state": from_state,
+        "to_state": to_state,
+        "requested_by": requested_by,
+        "detail": detail[:MAX_DETAIL] if detail else None,
+        "created_at": now,
+    }
+
+
+def add_event(connection: Connection, chain_id: int, chain_version: int, action: EventAction, **facts: Any) -> None:
+    """Append one line to a chain's history; `facts` as in `event_values`."""
+    connection.execute(insert(EVENT).values(event_values(chain_id, chain_version, action, **facts)))
+
+
+def add_events(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append these lines to their chains' histories."""
+    insert_many(connection, EVENT, rows)
+
+
+def add_event_at_version(
+    connection: Connection,
+    chain_id: int,
+    action: EventAction,
+    *,
+    now: datetime,
+    value: str | None = None,
+    from_state: str | None = None,
+    to_state: str | None = None,
+    requested_by: str | None = None,
+    detail: str | None = None,
+) -> None:
+    """Append one line to a chain's history that carries the version its row has in this transaction."""
+    is_move = action == EventAction.STATE_TRANSITION
+    source = select(
+        CHAIN.c.id,
+        CHAIN.c.version,
+        CHAIN.c.version if is_move else null(),
+        literal(str(action)),
+        literal(value, EVENT.c.value.type),
+        literal(from_state, EVENT.c.from_state.type),
+        literal(to_state, EVENT.c.to_state.type),
+        literal(requested_by, EVENT.c.requested_by.type),
+        literal(detail[:MAX_DETAIL] if detail else None, EVENT.c.detail.type),
+        literal(now, EVENT.c.created_at.type),
+    ).where(CHAIN.c.id == chain_id)
+    columns = [
+        "chain_id",
+        "chain_version",
+        "move_version",
+        "action",
+        "value",
+        "from_state",
+        "to_state",
+        "requested_by",
+        "detail",
+        "created_at",
+    ]
+    connection.execute(insert(EVENT).from_select(columns, source, include_defaults=False))
+
+
+def prune_events(connection: Connection, *, before: datetime, limit: int) -> int:
+    """Delete a batch of events older than `before`; how many. The latest line of a chain's history is kept."""
+    newest = select(func.max(EVENT.c.id)).where(EVENT.c.chain_id == CHAIN.c.id).correlate(CHAIN).scalar_subquery()
+    ids = (
+        connection.execute(
+            select(EVENT.c.id)
+            .outerjoin(CHAIN, CHAIN.c.id == EVENT.c.chain_id)
+            .where(EVENT.c.created_at < before, or_(CHAIN.c.id.is_(None), EVENT.c.id < newest))
+            .order_by(EVENT.c.created_at, EVENT.c.id)
+            .limit(limit)
+        )
+        .scalars()
+        .all()
+    )
+    if ids:
+        connection.execute(delete(EVENT).where(EVENT.c.id.in_(sorted(ids))))
+    return len(ids)

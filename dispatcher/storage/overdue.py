@@ -1,0 +1,76 @@
+"""What the relay looks at: deliveries whose message was lost or whose lease has ended. Nothing here commits."""
+
+from sqlalchemy import ColumnElement, select, update
+from sqlalchemy.engine import Connection
+
+from dispatcher.domain.records import MAX_ERROR, DeliveryRecord
+from dispatcher.states import DeliveryStatus
+from dispatcher.storage.dialects import clock_plus
+from dispatcher.storage.models import DELIVERY
+from dispatcher.storage.rows import DELIVERY_COLUMNS
+from dispatcher.storage.statements import is_running, one_row, when_enabled
+
+
+def claim_overdue(
+    connection: Connection, *, limit: int, grace_seconds: float, pending: bool = True
+) -> list[DeliveryRecord]:
+    """Deliveries that the relay must look at, the longest waiting first; others will not get them for `grace_seconds`.
+
+    Pending ones lost their message (left out with `pending=False`), running ones outlived their lease.
+    """
+    query = select(*DELIVERY_COLUMNS).where(_overdue())
+    if not pending:
+        query = query.where(DELIVERY.c.status == DeliveryStatus.RUNNING, DELIVERY.c.finished_at.is_(None))
+    rows = connection.execute(
+        query.order_by(DELIVERY.c.publish_after, DELIVERY.c.id).limit(limit).with_for_update(skip_locked=True)
+    ).all()
+    found = [DeliveryRecord(*row) for row in rows]
+    lost = [delivery.id for delivery in found if delivery.status == DeliveryStatus.PENDING]
+    if lost:
+        connection.execute(
+            update(DELIVERY).where(DELIVERY.c.id.in_(lost)).values(publish_after=clock_plus(grace_seconds))
+        )
+    return found
+
+
+def _overdue(seconds: float = 0) -> ColumnElement[bool]:
+    # The clock is read once, in a subquery: PostgreSQL's goes on within a statement, which no index can be searched by.
+    return DELIVERY.c.publish_after <= select(clock_plus(-seconds)).scalar_subquery()
+
+
+def late(connection: Connection, *, seconds: float, limit: int) -> list[str]:
+    """Deliveries that the relay should have looked at `seconds` ago and has not."""
+    query = select(DELIVERY.c.id).where(_overdue(seconds))
+    return list(connection.execute(query.order_by(DELIVERY.c.publish_after).limit(limit)).scalars())
+
+
+def look_later(connection: Connection, delivery: DeliveryRecord, *, seconds: float) -> None:
+    """Take a running delivery that this process cannot settle out of the relay's sight for a while."""
+    connection.execute(update(DELIVERY).where(is_running(delivery)).values(publish_after=clock_plus(seconds)))
+
+
+def lease_expired(connection: Connection, delivery: DeliveryRecord) -> bool:
+    """Whether this attempt is still the running one and its lease has ended; locks the row."""
+    row = connection.execute(
+        select(DELIVERY.c.id).where(is_running(delivery), DELIVERY.c.lease_until <= clock_plus(0)).with_for_update()
+    ).one_or_none()
+    return row is not None
+
+
+def mark_unknown(
+    connection: Connection, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str
+) -> bool:
+    """Open the next attempt of a delivery whose worker died inside one: its effect is unknown."""
+    done = connection.execute(
+        update(DELIVERY)
+        .where(is_running(delivery), DELIVERY.c.lease_until <= clock_plus(0))
+        .values(
+            status=DeliveryStatus.PENDING,
+            unknown=True,
+            lease_until=None,
+            next_attempt_at=clock_plus(seconds),
+            publish_after=when_enabled(clock_plus(seconds + grace_seconds)),
+            last_error=error[:MAX_ERROR],
+        )
+    )
+    return one_row(done)

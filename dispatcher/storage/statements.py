@@ -1,0 +1,98 @@
+"""Pieces of statements that several modules here use: guards, moments, inserts of many rows."""
+
+import os
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, Insert, Table, and_, case, insert, literal, select
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.engine import Connection
+
+from dispatcher.domain.records import DeliveryRecord
+from dispatcher.states import DeliveryStatus
+from dispatcher.storage.dialects import clock_plus
+from dispatcher.storage.models import CHAIN, DELIVERY, Base
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+Item = TypeVar("Item")
+
+
+def insert_or_ignore(connection: Connection, table: Table | type[Base]) -> Insert:
+    """An INSERT that leaves an existing row with the same unique key alone."""
+    dialect = connection.dialect.name
+    if dialect == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    if dialect == "sqlite":
+        return sqlite.insert(table).on_conflict_do_nothing()
+    return mysql.insert(table).prefix_with("IGNORE")
+
+
+def insert_many(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], **common: Any) -> None:
+    """Insert rows in as few statements as the database allows; `common` values are the same for all."""
+    if not rows:
+        return
+    statement = insert(table).values(**common) if common else insert(table)
+    if connection.dialect.insert_returning:  # what makes SQLAlchemy send many rows in one statement
+        statement = statement.returning(next(iter(table.primary_key.columns)))
+    connection.execute(statement, list(rows))
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """The items by their key, in their order."""
+    groups: dict[Key, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
+def one_row(result: Any) -> bool:
+    """Whether a guarded write met its row."""
+    return bool(result.rowcount == 1)
+
+
+def unless_disabled(due_at: datetime | None) -> Any:
+    """`due_at`, or NULL for a disabled chain: enabling makes it due."""
+    return None if due_at is None else case((~CHAIN.c.disabled, literal(due_at, CHAIN.c.due_at.type)))
+
+
+def at_once(now: datetime) -> ColumnElement[Any]:
+    """`now`, or the end of the chain's rest if that is later."""
+    return case((CHAIN.c.next_update_at > now, CHAIN.c.next_update_at), else_=literal(now, CHAIN.c.due_at.type))
+
+
+def is_due(now: datetime) -> ColumnElement[bool]:
+    """Whether a sweep looks at a chain at `now`."""
+    return and_(CHAIN.c.due_at <= now, CHAIN.c.pending_delivery_id.is_(None), ~CHAIN.c.disabled)
+
+
+def is_running(delivery: DeliveryRecord) -> Any:
+    return and_(
+        DELIVERY.c.id == delivery.id,
+        DELIVERY.c.attempt == delivery.attempt,
+        DELIVERY.c.status == DeliveryStatus.RUNNING,
+    )
+
+
+def when_enabled(moment: clock_plus) -> Any:
+    """`moment`, or NULL while the chain is disabled: enabling it gives the relay the delivery back.
+
+    The chain's row is locked: one that is just being enabled, and was read as disabled, would not be given back.
+    """
+    chain = select(CHAIN.c.disabled).where(CHAIN.c.id == DELIVERY.c.chain_id)
+    disabled = chain.with_for_update(read=True).scalar_subquery()
+    return case((~disabled, moment))
+
+
+def new_id() -> str:
+    """A UUID that grows with time, so that new rows lie together in the index. (RFC 9562, version 7.)"""
+    milliseconds = time.time_ns() // 1_000_000
+    value = (milliseconds & (1 << 48) - 1) << 80 | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    return str(uuid.UUID(int=value))

@@ -1,0 +1,53 @@
+"""URLs as values: what may be shown of them, and the broker's spelling of a Redis URL."""
+
+import re
+from typing import Final
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+from dispatcher.errors import ConfigurationError
+
+_PLAIN_URL: Final = re.compile(
+    r"(?P<scheme>[\w+.-]+)://(?:[^/?#\[\]]*@)?(?P<place>(?:\[[\w:.%]*\]|[^@/?#:\[\]]*)(?::\d*)?(?:/[^@?#]*)?)(?:[?#][^@]*)?"
+)
+
+
+def broker_url_from_redis(redis_url: str) -> str:
+    """The Celery broker URL of a redis-py URL: the same server, user and database in kombu's spelling.
+
+    `unix:///path?db=1` becomes `redis+socket:///path?virtual_host=1`. Of the query, which kombu would refuse, only
+    user, password, database and the `ssl_*` options are kept.
+    """
+    parts = urlsplit(redis_url)
+    options = dict(parse_qsl(parts.query))
+    user = parts.netloc.rpartition("@")[0]
+    if not user and "password" in options:
+        user = f"{quote(options.get('username', ''), safe='')}:{quote(options['password'], safe='')}"
+    server = (f"{user}@" if user else "") + parts.netloc.rpartition("@")[2]
+    if parts.scheme == "unix":
+        return f"redis+socket://{server}{quote(unquote(parts.path))}?virtual_host={options.get('db', '0')}"
+    path = f"/{options['db']}" if "db" in options else parts.path
+    ssl_options = urlencode({name: value for name, value in options.items() if name.startswith("ssl_")})
+    return f"{parts.scheme}://{server}{path}" + (f"?{ssl_options}" if ssl_options else "")
+
+
+def without_password(url: str) -> str:
+    """`url` as it may be logged: no user information and no query.
+
+    Of a URL that is not plain (a password with an unquoted "/", "?" or "#" is cut elsewhere by every parser) only the
+    scheme is shown.
+    """
+    plain = _PLAIN_URL.fullmatch(url)
+    if plain is None:
+        return f"{url.partition('://')[0] if '://' in url else ''}://..."
+    return f"{plain['scheme']}://{plain['place']}"
+
+
+def require_plain(url: str, what: str) -> str:
+    """`url`, if every parser cuts it at the same places; `ConfigurationError` otherwise, which does not show it.
+
+    An unquoted "/", "?", "#", "[", "]" or ";" in a password ends up in the host, port or database of some parser, and
+    so in its errors and logs. Several brokers are separated by ";".
+    """
+    if not all(_PLAIN_URL.fullmatch(part) for part in url.split(";")):
+        raise ConfigurationError(f"the {what} URL cannot be parsed: quote special characters, as in %2F for a /")
+    return url
