@@ -1,17 +1,15 @@
 """Celery settings of this deployment, for `CELERY_CONFIG_MODULE=celeryconfig`.
 
-The names below are those that `dispatcher.publisher.celery_settings` gives; what follows them overrides them. Not in
-the wheel: copy this file into the directory from which a deployment starts its workers, and edit it there.
+The names below are those that `dispatcher.messages.queues.celery_settings` gives; what follows them overrides them.
+This file is not in the wheel: copy it into the directory from which a deployment starts its workers, and edit it there.
 """
 
-from dispatcher.embedded.state import embedded_directory, find_running
+from dispatcher import addresses
 from dispatcher.messages.queues import celery_settings
 from dispatcher.settings import Settings
-from dispatcher.urls import broker_url_from_redis
 
 _settings = Settings()
-_redis_url = _settings.redis_url or find_running(embedded_directory())
-_broker_url = _settings.broker_url or (broker_url_from_redis(_redis_url) if _redis_url else None)
+_broker_url = addresses.broker_url(_settings, addresses.redis_url(_settings))
 
 globals().update(celery_settings(_settings, broker_url=_broker_url))
 

@@ -22,7 +22,7 @@ from benchmarks.servers import ROOT, Servers, cpu_seconds
 from dispatcher import NEW, Dispatcher, Settings
 from dispatcher.messages.queues import CHAINS_QUEUE
 from dispatcher.storage.database import Database
-from dispatcher.storage.migrations import upgrade
+from dispatcher.storage.migrations.runner import upgrade
 
 _WAIT_SECONDS: Final = 180
 _WARM_UP: Final = 400

@@ -12,7 +12,7 @@ import psutil
 import redis
 
 from dispatcher.storage.database import Database
-from dispatcher.storage.migrations import upgrade
+from dispatcher.storage.migrations.runner import upgrade
 from tests.servers import PostgresServer, RedisServer
 
 ROOT = Path(__file__).parents[1]

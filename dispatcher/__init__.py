@@ -1,30 +1,38 @@
-"""A logic engine that determines what to execute next, on Celery."""
+"""A logic engine that determines what to execute next, on Celery.
 
-from dispatcher.chain import Chain
-from dispatcher.dispatcher import Dispatcher
-from dispatcher.domain.config import ChainType, DispatcherConfig
-from dispatcher.errors import (
-    AmbiguousChain,
-    ChainDisabled,
-    ChainLocked,
-    ChainMissing,
-    ChainNotDue,
-    ConfigurationError,
-    DatabaseNotMigrated,
-    DeliveryPending,
-    DispatcherError,
-    EnqueueNotPublished,
-    InvalidResource,
-    NoOpenDelivery,
-    NotSerializable,
-    PermanentFailure,
-    ServiceUnavailable,
-)
-from dispatcher.rates import rate_limit
-from dispatcher.retry import RetryPolicy
-from dispatcher.settings import Settings
-from dispatcher.states import DONE, NEW
-from dispatcher.transition import Transition
+The public names are below. Each is loaded when it is first asked for, because SQLAlchemy and Celery, which `Dispatcher`
+needs, take longer to load than a configuration or a help text.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dispatcher.chain import Chain
+    from dispatcher.dispatcher import Dispatcher
+    from dispatcher.domain.config import ChainType, DispatcherConfig
+    from dispatcher.errors import (
+        AmbiguousChain,
+        ChainDisabled,
+        ChainLocked,
+        ChainMissing,
+        ChainNotDue,
+        ConfigurationError,
+        DatabaseNotMigrated,
+        DeliveryPending,
+        DispatcherError,
+        EnqueueNotPublished,
+        InvalidResource,
+        NoOpenDelivery,
+        NotSerializable,
+        PermanentFailure,
+        ServiceUnavailable,
+    )
+    from dispatcher.rates import rate_limit
+    from dispatcher.retry import RetryPolicy
+    from dispatcher.settings import Settings
+    from dispatcher.states import DONE, NEW
+    from dispatcher.transition import Transition
 
 __all__ = [
     "DONE",
@@ -53,3 +61,29 @@ __all__ = [
     "Transition",
     "rate_limit",
 ]
+
+_HOMES = {
+    "Chain": "chain",
+    "ChainType": "domain.config",
+    "DONE": "states",
+    "Dispatcher": "dispatcher",
+    "DispatcherConfig": "domain.config",
+    "NEW": "states",
+    "RetryPolicy": "retry",
+    "Settings": "settings",
+    "Transition": "transition",
+    "rate_limit": "rates",
+}
+"""The module of each public name; those not named here are errors."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -12,7 +12,7 @@ from dispatcher.domain.records import ChainEvent, ChainRecord, DeliveryRecord, u
 from dispatcher.domain.resources import Resource
 from dispatcher.domain.results import ChainResult
 from dispatcher.errors import ChainDisabled, ChainLocked, ChainMissing, ChainNotDue, ConfigurationError, DeliveryPending
-from dispatcher.requests.checks import checked_request, checked_requester, registered_name
+from dispatcher.requests.checks import checked_requester, registered_name
 from dispatcher.services import Services
 from dispatcher.states import NEW, EventAction, Outcome
 from dispatcher.storage import deliveries, history, overview, store
@@ -38,14 +38,14 @@ class Chain:
     def unsaved(
         cls,
         services: Services,
-        chain_type: str,
+        type_name: str,
         resources: tuple[Resource, ...],
         context: Mapping[str, Any] | None,
     ) -> "Chain":
         """A chain that is not in the database, for dry runs: its `id` is None."""
         with services.database.read() as connection:
             now = services.database.now(connection)
-        return cls(services, unsaved_record(chain_type, resources, context, now))
+        return cls(services, unsaved_record(type_name, resources, context, now))
 
     @property
     def id(self) -> int | None:
@@ -136,10 +136,10 @@ class Chain:
         `ChainMissing`; a dry run reports these as its outcome.
         """
         services = self._services
-        config = services.config.get(self.chain_type)
+        chain_type = services.config.get(self.chain_type)
         if isinstance(callback, str):
-            registered_name(config, callback)
-            callback = config.callbacks[callback]
+            registered_name(chain_type, callback)
+            callback = chain_type.callbacks[callback]
         elif callback is not None and not callable(callback):
             raise ConfigurationError(
                 "a callback must be callable or a registered name", f"chain type {self.chain_type!r}"
@@ -168,20 +168,15 @@ class Chain:
         best_effort: bool = False,
     ) -> str | None:
         """Ask the workers to execute the chain; the task's id. See `Dispatcher.enqueue`. Raises `ChainMissing`."""
-        services = self._services
-        config = services.config.get(self.chain_type)
-        request = checked_request(
-            config,
+        return self._services.requests.enqueue_chain(
+            self._record,
             initial_context=initial_context,
             callback=callback,
             callback_kwargs=callback_kwargs,
             requested_by=requested_by,
+            dry_run=dry_run,
+            best_effort=best_effort,
         )
-        if dry_run or services.settings.dry_run or self.id is None:
-            return services.requests.publish_dry_run(self.id, self.chain_type, self.resources, request)
-        chain_id = self.id
-        store.write_request(services.database, chain_id, request)
-        return services.requests.publish(chain_id, best_effort=best_effort)
 
     def disable(self, requested_by: str | None = None) -> "Chain":
         """Stop new plans and new attempts; an attempt under way finishes and moves. This chain, read again."""
@@ -246,7 +241,7 @@ class Chain:
         if record.pending_delivery_id is not None:
             with services.database.read() as connection:
                 delivery = deliveries.read(connection, record.pending_delivery_id)
-        result = services.executor.plan(self.id, chain_type=record.chain_type, resources=record.resources)
+        result = services.dry_run.plan_in_worker(self.id, type_name=record.chain_type, resources=record.resources)
         winner = result.transition
         return {
             "id": self.id,
@@ -271,9 +266,9 @@ class Chain:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _plan(self, call: LocalCall, context: Mapping[str, Any] | None) -> ChainResult:
-        return self._services.executor.dry_run(
+        return self._services.dry_run.plan(
             self.id,
-            chain_type=self.chain_type,
+            type_name=self.chain_type,
             resources=self.resources,
             stored_context=self._record.context,
             context=context or {},
@@ -290,7 +285,7 @@ class Chain:
             assert result.transition is not None
             choice = choose_local(chain_type, result.transition, call)
             assert choice.call is not None
-            result = services.attempts.deliver_locally(result, choice.call, call.kwargs)
+            result = services.local_attempts.deliver(result, choice.call, call.kwargs)
         if chain_type.candidates(result.state):
             services.executor.publish_follow_ups([result], chain_type)
         return result

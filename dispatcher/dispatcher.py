@@ -10,33 +10,20 @@ from typing import Any, Self
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, scoped_session
 
+from dispatcher import addresses
 from dispatcher.chain import Chain
-from dispatcher.coordination.limiter import RateLimiter
-from dispatcher.coordination.locks import ChainLocks
-from dispatcher.delivery.attempts import Attempts
-from dispatcher.delivery.pacing import Gate
 from dispatcher.domain.config import Callback, ChainType, DispatcherConfig
 from dispatcher.domain.records import ChainRecord, DeliveryRecord, Owed, TypeRecord
 from dispatcher.domain.resources import Resource, checked_json, clean_resources, is_text
 from dispatcher.domain.results import AttemptResult, ChainResult
-from dispatcher.embedded.state import default_database_url, embedded_directory, find_running
 from dispatcher.errors import ConfigurationError
-from dispatcher.execution.executor import Executor
-from dispatcher.messages.publisher import CeleryApp, Publisher, PublishFailed
-from dispatcher.operators.doctor import Doctor, Finding
-from dispatcher.operators.operations import MapCounts, Operations
-from dispatcher.passes.pages import Pages
-from dispatcher.passes.sweep import Sweeper
-from dispatcher.requests.checks import checked_request
-from dispatcher.requests.on_commit import run_after_commit
-from dispatcher.requests.requests import Requests
-from dispatcher.services import Services
+from dispatcher.messages.publisher import CeleryApp, PublishFailed
+from dispatcher.operators.doctor import Finding
+from dispatcher.operators.operations import MapCounts
+from dispatcher.services import wire
 from dispatcher.settings import Settings, load_object
 from dispatcher.states import AttemptOutcome, DeliveryStatus
 from dispatcher.storage import chain_types, chains, overview, store
-from dispatcher.storage.database import Database
-from dispatcher.storage.migrations import require_current
-from dispatcher.urls import broker_url_from_redis
 
 logger = logging.getLogger(__name__)
 
@@ -66,49 +53,20 @@ class Dispatcher:
     ) -> None:
         self.config = DispatcherConfig.parse(config)
         self.settings = settings if settings is not None else Settings()
-        directory = embedded_directory()
         if clock is None and self.settings.clock is not None:
             clock = load_object(self.settings.clock, "DISPATCHER_CLOCK")
-        redis_url = redis_url or self.settings.redis_url or find_running(directory)
-        self.redis_url: str | None = redis_url
-        broker_url = broker_url or self.settings.broker_url or (broker_url_from_redis(redis_url) if redis_url else None)
-        self.broker_url: str | None = broker_url
-        self.database = Database(
-            database_url or self.settings.database_url or default_database_url(directory),
-            connect_seconds=self.settings.connect_seconds,
+        self.redis_url = addresses.redis_url(self.settings, redis_url)
+        self.broker_url = addresses.broker_url(self.settings, self.redis_url, broker_url)
+        self._services = wire(
+            self.config,
+            self.settings,
+            database_url=addresses.database_url(self.settings, database_url),
+            redis_url=self.redis_url,
+            broker_url=self.broker_url,
+            celery_app=celery_app,
             clock=clock,
         )
-        self._locks = ChainLocks(
-            redis_url,
-            prefix=self.settings.prefix,
-            lock_seconds=self.settings.lock_seconds,
-            connect_seconds=self.settings.connect_seconds,
-        )
-        self._publisher = Publisher(self.settings, broker_url=broker_url, app=celery_app)
-        parts: dict[str, Any] = {
-            "config": self.config,
-            "settings": self.settings,
-            "database": self.database,
-            "publisher": self._publisher,
-        }
-        self._executor = Executor(**parts, locks=self._locks)
-        limiter = RateLimiter(self._locks.client, prefix=self.settings.prefix)
-        self._attempts = Attempts(**parts, gate=Gate(limiter=limiter, own_clock=clock is not None))
-        self._pages = Pages(config=self.config, settings=self.settings, locks=self._locks, publisher=self._publisher)
-        self._sweeper = Sweeper(**parts, pages=self._pages)
-        self._requests = Requests(database=self.database, publisher=self._publisher)
-        self._operations = Operations(config=self.config, database=self.database)
-        self._doctor = Doctor(**parts, locks=self._locks, operations=self._operations)
-        self._services = Services(
-            config=self.config,
-            settings=self.settings,
-            database=self.database,
-            requests=self._requests,
-            executor=self._executor,
-            attempts=self._attempts,
-            operations=self._operations,
-        )
-        self._migrated = False
+        self.database = self._services.database
 
     def __repr__(self) -> str:
         return f"<Dispatcher {', '.join(self.config.by_type) or 'without chain types'} on {self.database.address}>"
@@ -145,7 +103,7 @@ class Dispatcher:
         `initial_context` is stored at creation and ignored for an existing chain. Raises `ConfigurationError` for an
         unknown type, `InvalidResource` and `NotSerializable` for values that do not fit.
         """
-        config = self.config.get(chain_type)
+        configured = self.config.get(chain_type)
         resources = clean_resources(rsc_mappings)
         context = checked_json("initial_context", initial_context)
 
@@ -166,7 +124,9 @@ class Dispatcher:
             found = find(connection)  # another caller may have been faster
             return chains.read_one(
                 connection,
-                found if found is not None else self._requests.create(connection, config, resources, context),
+                found
+                if found is not None
+                else self._services.requests.create(connection, configured, resources, context),
             )
 
         return Chain(self._services, self.database.write(work))
@@ -179,13 +139,15 @@ class Dispatcher:
         Idempotent: run again after a failure, it finds what exists. An invalid set raises `InvalidResource` when its
         batch is reached; earlier batches are kept. In a dry run, which creates nothing, raises `ConfigurationError`.
         """
-        config = self.config.get(chain_type)
+        configured = self.config.get(chain_type)
         if self.settings.dry_run:
             raise ConfigurationError("a dry run creates no chains", "DISPATCHER_DRY_RUN")
         self._ready()
         waiting = iter(rsc_mappings)
         while group := [clean_resources(pairs) for pairs in islice(waiting, batch)]:
-            yield from self.database.write(partial(self._requests.create_many, config=config, resources=group))
+            yield from self.database.write(
+                partial(self._services.requests.create_many, chain_type=configured, resources=group)
+            )
 
     def chain(self, chain_id: int) -> "Chain":
         """The chain with this id; `ChainMissing` if there is none."""
@@ -262,22 +224,16 @@ class Dispatcher:
         The request is written to the chain's row first: should the message get lost, the next sweep does the work.
         Raises `EnqueueNotPublished` when it could not be published (with `best_effort=True`: returns None).
         """
-        config = self.config.get(chain_type)
-        resources = clean_resources(rsc_mappings)
-        request = checked_request(
-            config,
+        return self._services.requests.enqueue(
+            chain_type,
+            rsc_mappings,
             initial_context=initial_context,
             callback=callback,
             callback_kwargs=callback_kwargs,
             requested_by=requested_by,
+            dry_run=dry_run,
+            best_effort=best_effort,
         )
-        self._ready()
-        if dry_run or self.settings.dry_run:
-            with self.database.read() as connection:
-                chain_id = chains.find_exact(connection, chain_type, resources)
-            return self._requests.publish_dry_run(chain_id, chain_type, resources, request)
-        chain_id = self._requests.write_committed(config, resources, request)
-        return self._requests.publish(chain_id, best_effort=best_effort)
 
     def enqueue_on_commit(
         self,
@@ -296,30 +252,16 @@ class Dispatcher:
         Where the session is on the dispatcher's own database the request is written in the caller's transaction, so
         that nothing is lost between its commit and the message. Arguments are checked now.
         """
-        session = session() if isinstance(session, scoped_session) else session
-        config = self.config.get(chain_type)
-        resources = clean_resources(rsc_mappings)
-        request = checked_request(
-            config,
+        self._services.requests.enqueue_on_commit(
+            session,
+            chain_type,
+            rsc_mappings,
             initial_context=initial_context,
             callback=callback,
             callback_kwargs=callback_kwargs,
             requested_by=requested_by,
+            dry_run=dry_run,
         )
-        options: dict[str, Any] = {
-            "initial_context": request.context,
-            "callback": request.callback,
-            "callback_kwargs": request.kwargs,
-            "requested_by": requested_by,
-        }
-        if dry_run or self.settings.dry_run:
-            run_after_commit(session, lambda: self.enqueue(chain_type, resources, dry_run=True, **options))
-        elif self._requests.shares_database(session.get_bind().engine.url):
-            self._ready()
-            chain_id = self._requests.write(session.connection(), config, resources, request)
-            run_after_commit(session, lambda: self._requests.publish(chain_id, best_effort=True))
-        else:
-            run_after_commit(session, lambda: self.enqueue(chain_type, resources, best_effort=True, **options))
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
@@ -328,7 +270,7 @@ class Dispatcher:
         self._ready()
         if self.settings.dry_run:
             return [self.plan_chain(chain_id) for chain_id in chain_ids]
-        return self._executor.execute(chain_ids)
+        return self._services.executor.execute(chain_ids)
 
     def plan_chain(
         self,
@@ -345,8 +287,8 @@ class Dispatcher:
         if chain_id is None:
             self.config.get(chain_type)
             checked = clean_resources(resources)
-        return self._executor.plan(
-            chain_id, chain_type=chain_type, resources=checked, context=context, callback=callback
+        return self._services.dry_run.plan_in_worker(
+            chain_id, type_name=chain_type, resources=checked, context=context, callback=callback
         )
 
     def deliver(self, owed: Sequence[Owed]) -> list[AttemptResult]:
@@ -354,7 +296,7 @@ class Dispatcher:
         self._ready()
         if self.settings.dry_run:
             return [AttemptResult(one.delivery_id, one.attempt, AttemptOutcome.DRY_RUN) for one in owed]
-        return self._attempts.deliver(owed)
+        return self._services.attempts.deliver(owed)
 
     def sweep(self, *, tick: bool = False, dry_run: bool = False) -> dict[str, Any]:
         """Publish one execution per due chain: `{"due", "enqueued", "already_queued", "oldest_due_seconds"}`.
@@ -364,9 +306,9 @@ class Dispatcher:
         """
         self._ready()
         try:
-            return self._sweeper.sweep(tick=tick, dry_run=dry_run or self.settings.dry_run)
+            return self._services.sweeper.sweep(tick=tick, dry_run=dry_run or self.settings.dry_run)
         except PublishFailed as error:
-            raise self._publisher.unavailable(error) from error
+            raise self._services.publisher.unavailable(error) from error
 
     def fan_out(self, chain_type: str, chain_ids: Sequence[int]) -> dict[str, Any]:
         """Publish the executions of a page that a sweep handed over: `{"chain_type", "enqueued"}`.
@@ -375,23 +317,23 @@ class Dispatcher:
         nothing is published: `{"outcome": "unknown_definition", "enqueued": 0}`. Raises `ServiceUnavailable`.
         """
         try:
-            return self._pages.publish_handed_over(chain_type, chain_ids, dry_run=self.settings.dry_run)
+            return self._services.pages.publish_handed_over(chain_type, chain_ids, dry_run=self.settings.dry_run)
         except PublishFailed as error:
-            raise self._publisher.unavailable(error) from error
+            raise self._services.publisher.unavailable(error) from error
 
     def relay(self, *, tick: bool = False) -> dict[str, Any]:
         """Publish deliveries whose message was lost, settle those whose worker died: `{"relayed", "settled"}`."""
         self._ready()
         if self.settings.dry_run:
             return {"relayed": 0, "settled": 0, "dry_run": True}
-        return self._sweeper.relay(tick=tick)
+        return self._services.relay.relay(tick=tick)
 
     def prune(self, *, days: float | None = None, tick: bool = False) -> dict[str, Any]:
         """Delete events and closed deliveries older than `days` (default: the setting): `{"events", "deliveries"}`."""
         self._ready()
         if self.settings.dry_run:
             return {"events": 0, "deliveries": 0, "dry_run": True}
-        return self._sweeper.prune(days=days, tick=tick)
+        return self._services.pruner.prune(days=days, tick=tick)
 
     # --- operators ---------------------------------------------------------------------------------------------------
 
@@ -399,13 +341,13 @@ class Dispatcher:
         """Disable every chain that has this resource (an unsubscribe), in one guarded statement; how many changed."""
         self._ready()
         (pair,) = clean_resources([resource])
-        return self._operations.set_resource_disabled(pair, disabled=True, requested_by=requested_by)
+        return self._services.operations.set_resource_disabled(pair, disabled=True, requested_by=requested_by)
 
     def enable_resource(self, resource: tuple[str, str], requested_by: str | None = None) -> int:
         """Enable every chain that has this resource; how many changed."""
         self._ready()
         (pair,) = clean_resources([resource])
-        return self._operations.set_resource_disabled(pair, disabled=False, requested_by=requested_by)
+        return self._services.operations.set_resource_disabled(pair, disabled=False, requested_by=requested_by)
 
     def erase_resource(self, resource: tuple[str, str]) -> int:
         """Delete every chain that has this resource, and all that belongs to it (a request to be forgotten); how many.
@@ -414,17 +356,17 @@ class Dispatcher:
         """
         self._ready()
         (pair,) = clean_resources([resource])
-        return self._operations.erase_resource(pair)
+        return self._services.operations.erase_resource(pair)
 
     def pause(self, chain_type: str, reason: str) -> bool:
         """Plan nothing more of a chain type until `resume`; False when it was paused already."""
         self._ready()
-        return self._operations.set_paused(chain_type, paused=True, reason=reason)
+        return self._services.operations.set_paused(chain_type, paused=True, reason=reason)
 
     def resume(self, chain_type: str) -> bool:
         """Go on with a paused chain type, its budget new; False when it was not paused."""
         self._ready()
-        return self._operations.set_paused(chain_type, paused=False, reason=None)
+        return self._services.operations.set_paused(chain_type, paused=False, reason=None)
 
     def map_states(
         self,
@@ -437,7 +379,7 @@ class Dispatcher:
     ) -> MapCounts:
         """Put every chain of a type from one state into another, in batches; a dry run only counts them."""
         self._ready()
-        return self._operations.map_states(
+        return self._services.operations.map_states(
             chain_type,
             from_state,
             to_state,
@@ -453,7 +395,11 @@ class Dispatcher:
 
     def examine(self) -> list[Finding]:
         """What is wrong with this deployment, each finding with what mends it; empty when all is well."""
-        return self._doctor.examine()
+        return self._services.doctor.examine()
+
+    def repair(self) -> tuple[list[Finding], list[Finding]]:
+        """Repair what is safe to repair, again until nothing of it is left: findings that are gone, and that stay."""
+        return self._services.doctor.repair()
 
     # --- operation ---------------------------------------------------------------------------------------------------
 
@@ -465,12 +411,16 @@ class Dispatcher:
 
     def check_broker(self) -> None:
         """Raise `ServiceUnavailable` unless the broker, if there is one, answers."""
-        if self._publisher.configured:
-            self._publisher.check()
+        if self._services.publisher.configured:
+            self._services.publisher.check()
+
+    def require_broker(self) -> None:
+        """Raise `ServiceUnavailable` where no broker is configured, or where it does not answer."""
+        self._services.publisher.require()
 
     def check_locks(self) -> None:
         """Raise `ServiceUnavailable` unless the lock server, if there is one, answers."""
-        self._locks.check()
+        self._services.locks.check()
 
     def after_fork(self) -> None:
         """Leave the parent process's connections alone: this process opens its own."""
@@ -479,12 +429,10 @@ class Dispatcher:
     def close(self) -> None:
         """Close this process's connections; the dispatcher can be used again."""
         self.database.dispose()
-        self._locks.close()
-        self._publisher.close()
+        self._services.locks.close()
+        self._services.publisher.close()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _ready(self) -> None:
-        if not self._migrated:
-            require_current(self.database)
-            self._migrated = True
+        self._services.migrated.require()

@@ -158,7 +158,10 @@ class DatabaseNotMigrated(DispatcherError):
 
 
 class ServiceUnavailable(DispatcherError):
-    """A database, Redis or broker cannot be reached; `service` says which, `address` has no password."""
+    """A database, Redis or broker cannot be reached; `service` says which.
+
+    `address` has no password; it is empty where no such service is configured, and `problem` says what to do.
+    """
 
     def __init__(self, service: str, address: str, problem: str) -> None:
         super().__init__(service, address, problem)
@@ -167,4 +170,6 @@ class ServiceUnavailable(DispatcherError):
         self.problem = problem
 
     def __str__(self) -> str:
+        if not self.address:
+            return f"no {self.service} is configured: {self.problem}"
         return f"cannot reach the {self.service} at {self.address}: {self.problem}"

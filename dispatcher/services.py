@@ -1,24 +1,137 @@
-"""One deployment, wired."""
+"""The one place where a deployment is wired: every part is made here, and gets the parts that it needs."""
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeAlias
 
+from dispatcher.coordination.limiter import RateLimiter
+from dispatcher.coordination.locks import ChainLocks
 from dispatcher.delivery.attempts import Attempts
+from dispatcher.delivery.ends import Ends
+from dispatcher.delivery.local import LocalAttempts
+from dispatcher.delivery.pacing import Pacing
 from dispatcher.domain.config import DispatcherConfig
+from dispatcher.execution.budgets import Budgets
+from dispatcher.execution.dry_run import DryRun
 from dispatcher.execution.executor import Executor
+from dispatcher.execution.paused import PausedTypes
+from dispatcher.messages.publisher import CeleryApp, Publisher
+from dispatcher.operators.doctor import Doctor
 from dispatcher.operators.operations import Operations
+from dispatcher.passes.pages import Pages
+from dispatcher.passes.prune import Pruner
+from dispatcher.passes.relay import Relay
+from dispatcher.passes.sweep import Sweeper
+from dispatcher.passes.turns import Turns
+from dispatcher.passes.waking import Waker
 from dispatcher.requests.requests import Requests
 from dispatcher.settings import Settings
 from dispatcher.storage.database import Database
+from dispatcher.storage.migrations.revisions import Migrated
+
+Clock: TypeAlias = Callable[[], datetime]
+"""Gives the domain time, as an aware datetime."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """The parts of one deployment that its chains use."""
+    """The parts of one deployment."""
 
     config: DispatcherConfig
     settings: Settings
     database: Database
+    migrated: Migrated
+    locks: ChainLocks
+    publisher: Publisher
     requests: Requests
     executor: Executor
+    dry_run: DryRun
     attempts: Attempts
+    local_attempts: LocalAttempts
+    pages: Pages
+    sweeper: Sweeper
+    relay: Relay
+    pruner: Pruner
     operations: Operations
+    doctor: Doctor
+
+
+def wire(
+    config: DispatcherConfig,
+    settings: Settings,
+    *,
+    database_url: str,
+    redis_url: str | None,
+    broker_url: str | None,
+    celery_app: CeleryApp | None,
+    clock: Clock | None,
+) -> Services:
+    """The parts of a deployment. Nothing is connected before it is needed."""
+    database = Database(database_url, connect_seconds=settings.connect_seconds, clock=clock)
+    locks = ChainLocks(
+        redis_url,
+        prefix=settings.prefix,
+        lock_seconds=settings.lock_seconds,
+        connect_seconds=settings.connect_seconds,
+    )
+    publisher = Publisher(settings, broker_url=broker_url, app=celery_app)
+    migrated = Migrated(database)
+    paused = PausedTypes(database)
+    turns = Turns(database)
+    pages = Pages(config=config, settings=settings, locks=locks, publisher=publisher)
+    pacing = Pacing(limiter=RateLimiter(locks.client, prefix=settings.prefix), own_clock=clock is not None)
+    ends = Ends(settings=settings, database=database, publisher=publisher, random=random.random)
+    operations = Operations(config=config, database=database)
+    return Services(
+        config=config,
+        settings=settings,
+        database=database,
+        migrated=migrated,
+        locks=locks,
+        publisher=publisher,
+        requests=Requests(config=config, settings=settings, database=database, migrated=migrated, publisher=publisher),
+        executor=Executor(
+            config=config,
+            settings=settings,
+            database=database,
+            locks=locks,
+            publisher=publisher,
+            budgets=Budgets(config=config, database=database),
+            paused=paused,
+        ),
+        dry_run=DryRun(config=config, database=database, locks=locks, paused=paused),
+        attempts=Attempts(
+            config=config, settings=settings, database=database, publisher=publisher, pacing=pacing, ends=ends
+        ),
+        local_attempts=LocalAttempts(config=config, settings=settings, database=database),
+        pages=pages,
+        sweeper=Sweeper(
+            config=config,
+            settings=settings,
+            database=database,
+            pages=pages,
+            publisher=publisher,
+            turns=turns,
+            waker=Waker(config=config, settings=settings, database=database),
+        ),
+        relay=Relay(
+            config=config,
+            settings=settings,
+            database=database,
+            publisher=publisher,
+            turns=turns,
+            random=random.random,
+        ),
+        pruner=Pruner(settings=settings, database=database, turns=turns),
+        operations=operations,
+        doctor=Doctor(
+            config=config,
+            settings=settings,
+            database=database,
+            locks=locks,
+            publisher=publisher,
+            operations=operations,
+        ),
+    )

@@ -12,7 +12,8 @@ from sqlalchemy import inspect
 from sqlalchemy.exc import NoSuchTableError
 
 from dispatcher.storage.database import Database
-from dispatcher.storage.migrations import current, head, upgrade
+from dispatcher.storage.migrations.revisions import current, head
+from dispatcher.storage.migrations.runner import upgrade
 from dispatcher.storage.models import Base
 from tests.servers import MariaDbServer, MissingBinaryError, PostgresServer, RabbitMqServer, RedisServer, Server
 

@@ -13,6 +13,7 @@ from celery.app.defaults import DEFAULTS
 from pydantic import ValidationError
 
 from dispatcher import Dispatcher, DispatcherError, ServiceUnavailable, Settings
+from dispatcher.messages.publisher import NO_BROKER
 from dispatcher.messages.queues import celery_settings
 from workers.tasks import install
 
@@ -37,9 +38,7 @@ def _make() -> tuple[Celery, Dispatcher]:
     try:
         dispatcher = Dispatcher.from_settings(Settings(), celery_app=celery)
         if dispatcher.broker_url is None and "CELERY_CONFIG_MODULE" not in os.environ:
-            raise ServiceUnavailable(
-                "broker", "nowhere", "set DISPATCHER_REDIS_URL or DISPATCHER_BROKER_URL, or run `dispatcher dev`"
-            )
+            raise ServiceUnavailable("broker", "", NO_BROKER)
     except (DispatcherError, ValidationError) as error:
         _fail(error)
     own = [chain.queue for chain in dispatcher.config.chains if chain.queue is not None]

@@ -28,6 +28,7 @@ from dispatcher.messages.queues import (
     transport_options,
 )
 from dispatcher.states import Outcome
+from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
@@ -238,5 +239,5 @@ def _named_outcome(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except DispatcherError as error:
-        logger.error("%s", error, extra={"action": "task_failed"})  # noqa: TRY400 - expected, one line
+        emit(logger, Action.TASK_FAILED, "%s", error)  # one line without a traceback: the error is expected
         return {"error": str(error)}

@@ -5,12 +5,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from pydantic import ValidationError
 
-from dispatcher import Chain, Dispatcher
+from dispatcher.cli.deployment import open_database, open_dispatcher, read_settings
 from dispatcher.cli.operations import add_operations
 from dispatcher.cli.output import (
     dry_run_option,
@@ -24,14 +23,11 @@ from dispatcher.cli.output import (
     text,
 )
 from dispatcher.cli.output import resources as resource_words
-from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, choose_callback
-from dispatcher.domain.config import ChainType
-from dispatcher.embedded.state import default_database_url, embedded_directory
-from dispatcher.embedded.terminal import run_dev
-from dispatcher.errors import DispatcherError, ServiceUnavailable
-from dispatcher.settings import Settings
-from dispatcher.storage import migrations
-from dispatcher.storage.database import Database
+from dispatcher.errors import DispatcherError
+
+if TYPE_CHECKING:
+    from dispatcher.chain import Chain
+    from dispatcher.domain.config import ChainType
 
 _EVENT_FIELDS = ("created_at", "action", "value", "from_state", "to_state", "requested_by", "detail")
 _LEVELS = ("debug", "info", "warning", "error")
@@ -53,9 +49,6 @@ def main() -> NoReturn:
     """Run the command line; the exit code is 0, 1 for an error in one line, or 2 for wrong usage."""
     try:
         cli(prog_name="dispatcher")
-    except ValidationError as error:
-        problems = [f"{_setting_name(problem['loc'])}: {problem['msg']}" for problem in error.errors()]
-        _fail("; ".join(problems))
     except DispatcherError as error:
         _fail(str(error))
     raise AssertionError("unreachable: click exits")
@@ -78,8 +71,10 @@ def cli(log_level: str) -> None:
 @click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="What is shown.")
 def dev(concurrency: int | None, log_level: str) -> None:
     """Run a server, a worker and beat here until Ctrl-C; files go to ./.dispatcher/."""
-    settings = Settings()
-    with Dispatcher.from_settings(settings) as dispatcher:  # a wrong configuration is told before anything starts
+    from dispatcher.embedded.terminal import run_dev  # noqa: PLC0415 - as in `deployment`
+
+    settings = read_settings()
+    with open_dispatcher(settings) as dispatcher:  # a wrong configuration is reported before anything starts
         dispatcher.check()
     run_dev(settings, concurrency=concurrency, log_level=log_level.upper())
 
@@ -92,14 +87,18 @@ def db() -> None:
 @db.command()
 def upgrade() -> None:
     """Create the tables, or bring them to this version's revision."""
-    click.echo(f"the database is at revision {migrations.upgrade(_database())}")
+    from dispatcher.storage.migrations import runner  # noqa: PLC0415 - as in `deployment`
+
+    click.echo(f"the database is at revision {runner.upgrade(open_database())}")
 
 
 @db.command()
 @json_option
 def current(as_json: bool) -> None:
     """Print the revision of the tables."""
-    found, head = migrations.current(_database()), migrations.head()
+    from dispatcher.storage.migrations import revisions  # noqa: PLC0415 - as in `deployment`
+
+    found, head = revisions.current(open_database()), revisions.head()
     if as_json:
         print_json({"current": found, "head": head})
     else:
@@ -111,8 +110,8 @@ def current(as_json: bool) -> None:
 @json_option
 def sweep(dry_run: bool, as_json: bool) -> None:
     """Publish the due chains now, whatever beat did."""
-    dispatcher = Dispatcher.from_settings()
-    _require_broker(dispatcher)
+    dispatcher = open_dispatcher()
+    dispatcher.require_broker()
     print_counts(dispatcher.sweep(dry_run=dry_run), as_json)
 
 
@@ -120,8 +119,8 @@ def sweep(dry_run: bool, as_json: bool) -> None:
 @json_option
 def relay(as_json: bool) -> None:
     """Publish the owed deliveries whose message was lost or whose worker died."""
-    dispatcher = Dispatcher.from_settings()
-    _require_broker(dispatcher)
+    dispatcher = open_dispatcher()
+    dispatcher.require_broker()
     print_counts(dispatcher.relay(), as_json)
 
 
@@ -130,7 +129,7 @@ def relay(as_json: bool) -> None:
 @json_option
 def prune(days: float | None, as_json: bool) -> None:
     """Delete events and closed deliveries older than DISPATCHER_RETENTION_DAYS; never chains."""
-    dispatcher = Dispatcher.from_settings()
+    dispatcher = open_dispatcher()
     if days is None and dispatcher.settings.retention_days is None:
         raise click.UsageError("give --days, or set DISPATCHER_RETENTION_DAYS")
     print_counts(dispatcher.prune(days=days), as_json)
@@ -152,7 +151,7 @@ def enqueue(  # noqa: PLR0917 - click passes all of them by name
     as_json: bool,
 ) -> None:
     """Have the workers execute the chain of these resources; print the task's id."""
-    task_id = Dispatcher.from_settings().enqueue(
+    task_id = open_dispatcher().enqueue(
         chain_type,
         resources,
         initial_context=context,
@@ -173,10 +172,10 @@ def enqueue(  # noqa: PLR0917 - click passes all of them by name
 @json_option
 def execute(chain_type: str, resources: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
     """Execute the chain of these resources here and now, callback included."""
-    settings = Settings()
+    settings = read_settings()
     if dry_run:  # for the whole dispatcher, because a chain that does not exist must not be created either
         settings = settings.model_copy(update={"dry_run": True})
-    chain = Dispatcher.from_settings(settings).get_or_create_resource_chain(chain_type, resources)
+    chain = open_dispatcher(settings).get_or_create_resource_chain(chain_type, resources)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):  # what a callback prints is no part of the JSON
         result = chain.execute(requested_by="cli")
     if as_json:
@@ -199,7 +198,7 @@ def chains() -> None:
 @json_option
 def list_chains(chain_type: str | None, state: str | None, limit: int, after_id: int, as_json: bool) -> None:
     """List chains in the order of their ids."""
-    found = Dispatcher.from_settings().find_chains(chain_type=chain_type, state=state, limit=limit, after_id=after_id)
+    found = open_dispatcher().find_chains(chain_type=chain_type, state=state, limit=limit, after_id=after_id)
     if as_json:
         print_json([_chain_values(chain) for chain in found])
         return
@@ -223,7 +222,7 @@ def list_chains(chain_type: str | None, state: str | None, limit: int, after_id:
 @json_option
 def show(chain_id: int, as_json: bool) -> None:
     """Print one chain and its history."""
-    chain = Dispatcher.from_settings().chain(chain_id)
+    chain = open_dispatcher().chain(chain_id)
     events = [{name: getattr(event, name) for name in _EVENT_FIELDS} for event in chain.events]
     if as_json:
         print_json({**_chain_values(chain), "events": events})
@@ -239,7 +238,7 @@ def show(chain_id: int, as_json: bool) -> None:
 @json_option
 def explain(chain_id: int, as_json: bool) -> None:
     """Say why a chain moves, or why it does not."""
-    explanation = Dispatcher.from_settings().chain(chain_id).explain()
+    explanation = open_dispatcher().chain(chain_id).explain()
     if as_json:
         print_json(explanation)
         return
@@ -251,7 +250,7 @@ def explain(chain_id: int, as_json: bool) -> None:
 @click.argument("chain_type", required=False)
 def graph(chain_type: str | None) -> None:
     """Print the states and transitions as Mermaid diagrams."""
-    config = Dispatcher.from_settings().config
+    config = open_dispatcher().config
     for chain in [config.get(chain_type)] if chain_type is not None else config.chains:
         click.echo(f"%% {chain.chain_type}\n{chain.graph.mermaid()}")
 
@@ -261,7 +260,7 @@ def graph(chain_type: str | None) -> None:
 @json_option
 def check(services: bool, as_json: bool) -> None:
     """Validate the configuration; print types, states and warnings."""
-    dispatcher = Dispatcher.from_settings()
+    dispatcher = open_dispatcher()
     if services:
         dispatcher.check()
         dispatcher.check_locks()
@@ -280,8 +279,10 @@ def check(services: bool, as_json: bool) -> None:
 add_operations(cli, chains)
 
 
-def _report(chain: ChainType) -> dict[str, Any]:
+def _report(chain: "ChainType") -> dict[str, Any]:
     """The states of a chain type with their candidates, and what is allowed but probably not meant."""
+    from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, choose_callback  # noqa: PLC0415 - as in `deployment`
+
     warnings = [f"no chain can come to state {state!r}" for state in chain.graph.unreachable()]
     warnings += [
         f"{name} has no callback unless a request names one"
@@ -295,22 +296,7 @@ def _report(chain: ChainType) -> dict[str, Any]:
     }
 
 
-def _require_broker(dispatcher: Dispatcher) -> None:
-    """Tell at once that there is no broker: a pass waits for it in several places, or leaves it to the next pass."""
-    if dispatcher.broker_url is None:
-        hint = "set DISPATCHER_REDIS_URL or DISPATCHER_BROKER_URL, or run `dispatcher dev`"
-        raise ServiceUnavailable("broker", "nowhere", hint)
-    dispatcher.check_broker()
-
-
-def _database() -> Database:
-    settings = Settings()
-    return Database(
-        settings.database_url or default_database_url(embedded_directory()), connect_seconds=settings.connect_seconds
-    )
-
-
-def _chain_values(chain: Chain) -> dict[str, Any]:
+def _chain_values(chain: "Chain") -> dict[str, Any]:
     return {
         "id": chain.id,
         "chain_type": chain.chain_type,
@@ -321,10 +307,6 @@ def _chain_values(chain: Chain) -> dict[str, Any]:
         "due_at": chain.due_at,
         "created_at": chain.created_at,
     }
-
-
-def _setting_name(location: Sequence[int | str]) -> str:
-    return f"DISPATCHER_{str(location[0]).upper()}" if location else "settings"
 
 
 def _fail(problem: str) -> NoReturn:

@@ -1,17 +1,19 @@
 """The operators' commands: chains, deliveries, resources, chain types, and the doctor."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dispatcher.chain import Chain
+from dispatcher.cli.deployment import open_dispatcher
 from dispatcher.cli.output import dry_run_option, json_option, moment, pairs, print_json, print_table
-from dispatcher.dispatcher import Dispatcher
-from dispatcher.domain.records import DeliveryRecord
 from dispatcher.errors import DispatcherError
-from dispatcher.operators.doctor import repair as repair_findings
 from dispatcher.states import DeliveryStatus
+
+if TYPE_CHECKING:
+    from dispatcher.chain import Chain
+    from dispatcher.dispatcher import Dispatcher
+    from dispatcher.domain.records import DeliveryRecord
 
 _STATUSES = [str(status) for status in DeliveryStatus]
 _DECIDABLE = [str(status) for status in (DeliveryStatus.PENDING, DeliveryStatus.DEAD, DeliveryStatus.HELD)]
@@ -38,7 +40,7 @@ def add_operations(cli: click.Group, chains: click.Group) -> None:
 @by_option
 def disable(chain_id: int, requested_by: str) -> None:
     """Stop new plans and new attempts of a chain."""
-    _say(Dispatcher.from_settings().chain(chain_id).disable(requested_by), "is disabled")
+    _say(open_dispatcher().chain(chain_id).disable(requested_by), "is disabled")
 
 
 @click.command()
@@ -46,7 +48,7 @@ def disable(chain_id: int, requested_by: str) -> None:
 @by_option
 def enable(chain_id: int, requested_by: str) -> None:
     """Let a disabled chain go on."""
-    _say(Dispatcher.from_settings().chain(chain_id).enable(requested_by), "is enabled")
+    _say(open_dispatcher().chain(chain_id).enable(requested_by), "is enabled")
 
 
 @click.command()
@@ -55,7 +57,7 @@ def enable(chain_id: int, requested_by: str) -> None:
 @yes_option
 def reset(chain_id: int, requested_by: str, yes: bool) -> None:
     """Put a chain back to its first state, cancelling a delivery it owes."""
-    chain = Dispatcher.from_settings().chain(chain_id)
+    chain = open_dispatcher().chain(chain_id)
     _confirm(f"reset chain {chain_id}, which is in state {chain.state}?", yes=yes)
     _say(chain.reset(requested_by), "is reset")
 
@@ -67,7 +69,7 @@ def reset(chain_id: int, requested_by: str, yes: bool) -> None:
 @by_option
 def move(chain_id: int, state: str, reason: str, requested_by: str) -> None:
     """Put a chain into a state of its configuration, cancelling a delivery it owes."""
-    _say(Dispatcher.from_settings().chain(chain_id).move_to(state, reason, requested_by), "is moved")
+    _say(open_dispatcher().chain(chain_id).move_to(state, reason, requested_by), "is moved")
 
 
 @click.command("map")
@@ -79,7 +81,7 @@ def move(chain_id: int, state: str, reason: str, requested_by: str) -> None:
 @yes_option
 def map_states(chain_type: str, from_state: str, to_state: str, requested_by: str, dry_run: bool, yes: bool) -> None:  # noqa: PLR0917 - click passes them by name
     """Put all chains of a type from one state into another; counts them first."""
-    dispatcher = Dispatcher.from_settings()
+    dispatcher = open_dispatcher()
     planned = dispatcher.map_states(chain_type, from_state, to_state, dry_run=True)
     click.echo(f"{planned.mapped} chains of {chain_type} are in state {from_state}")
     if dry_run or not planned.mapped:
@@ -122,7 +124,7 @@ def list_deliveries(
     chain_id: int | None, statuses: Sequence[str], chain_type: str | None, limit: int, as_json: bool
 ) -> None:
     """List deliveries, newest first."""
-    found = _find(Dispatcher.from_settings(), chain_id, statuses, chain_type, limit)
+    found = _find(open_dispatcher(), chain_id, statuses, chain_type, limit)
     if as_json:
         print_json([_values(delivery) for delivery in found])
         return
@@ -145,7 +147,7 @@ def list_deliveries(
     )
 
 
-def _decision(verb: str, past: str, act: Callable[[Chain, str, str], Any], text: str) -> click.Command:
+def _decision(verb: str, past: str, act: "Callable[[Chain, str, str], Any]", text: str) -> click.Command:
     """A command that retries, cancels or skips deliveries: one by its chain, or all that the filters choose."""
 
     @click.option("--chain", "chain_id", type=int, help="The delivery of this chain.")
@@ -165,7 +167,7 @@ def _decision(verb: str, past: str, act: Callable[[Chain, str, str], Any], text:
             raise click.UsageError("name a delivery by --chain, or choose several by --status")
         if chain_id is not None and chain_type is not None:
             raise click.UsageError("--type chooses among several deliveries, --chain names one")
-        dispatcher = Dispatcher.from_settings()
+        dispatcher = open_dispatcher()
         if chain_id is not None:
             act(dispatcher.chain(chain_id), requested_by, reason)
             click.echo(f"1 {past}")
@@ -219,8 +221,8 @@ _decision(
 
 
 def _find(
-    dispatcher: Dispatcher, chain_id: int | None, statuses: Sequence[str], chain_type: str | None, limit: int
-) -> list[DeliveryRecord]:
+    dispatcher: "Dispatcher", chain_id: int | None, statuses: Sequence[str], chain_type: str | None, limit: int
+) -> "list[DeliveryRecord]":
     return dispatcher.find_deliveries(
         chain_id=chain_id,
         chain_type=chain_type,
@@ -229,7 +231,7 @@ def _find(
     )
 
 
-def _values(delivery: DeliveryRecord) -> dict[str, Any]:
+def _values(delivery: "DeliveryRecord") -> dict[str, Any]:
     names = ("id", "chain_id", "transition", "from_state", "final_state", "callback", "status", "attempt")
     more = ("max_attempts", "unknown", "next_attempt_at", "planned_at", "finished_at", "requested_by", "last_error")
     return {name: getattr(delivery, name) for name in (*names, *more)}
@@ -253,7 +255,7 @@ _one_resource = click.argument(
 @by_option
 def disable_resource(resource: tuple[str, str], requested_by: str) -> None:
     """Disable every chain of a resource (an unsubscribe)."""
-    click.echo(f"{Dispatcher.from_settings().disable_resource(resource, requested_by)} chains disabled")
+    click.echo(f"{open_dispatcher().disable_resource(resource, requested_by)} chains disabled")
 
 
 @resources.command("enable")
@@ -261,7 +263,7 @@ def disable_resource(resource: tuple[str, str], requested_by: str) -> None:
 @by_option
 def enable_resource(resource: tuple[str, str], requested_by: str) -> None:
     """Enable every chain of a resource."""
-    click.echo(f"{Dispatcher.from_settings().enable_resource(resource, requested_by)} chains enabled")
+    click.echo(f"{open_dispatcher().enable_resource(resource, requested_by)} chains enabled")
 
 
 @resources.command("erase")
@@ -269,7 +271,7 @@ def enable_resource(resource: tuple[str, str], requested_by: str) -> None:
 @yes_option
 def erase_resource(resource: tuple[str, str], yes: bool) -> None:
     """Delete every chain of a resource, with all that belongs to it."""
-    dispatcher = Dispatcher.from_settings()
+    dispatcher = open_dispatcher()
     found = dispatcher.find_chains(resource=resource, limit=_SHOWN)
     _confirm(f"delete {_counted(found, _SHOWN)} chains for good?", yes=yes)
     click.echo(f"{dispatcher.erase_resource(resource)} chains deleted")
@@ -287,7 +289,7 @@ def chain_types() -> None:
 @json_option
 def list_types(as_json: bool) -> None:
     """List the chain types of the configuration, and which are paused."""
-    dispatcher = Dispatcher.from_settings()
+    dispatcher = open_dispatcher()
     known = {row.name: row for row in dispatcher.find_types()}
     paused = {
         name: row.paused_reason or "" if (row := known.get(name)) is not None and row.paused else None
@@ -305,7 +307,7 @@ def list_types(as_json: bool) -> None:
 @reason_option
 def pause(name: str, reason: str) -> None:
     """Plan nothing more of a chain type."""
-    changed = Dispatcher.from_settings().pause(name, reason)
+    changed = open_dispatcher().pause(name, reason)
     click.echo(f"{name} is paused" if changed else f"{name} was paused already")
 
 
@@ -313,7 +315,7 @@ def pause(name: str, reason: str) -> None:
 @click.argument("name")
 def resume(name: str) -> None:
     """Go on with a paused chain type, its budget new."""
-    changed = Dispatcher.from_settings().resume(name)
+    changed = open_dispatcher().resume(name)
     click.echo(f"{name} goes on" if changed else f"{name} was not paused")
 
 
@@ -325,8 +327,8 @@ def resume(name: str) -> None:
 @json_option
 def doctor(repair: bool, as_json: bool) -> None:
     """Compare rows, queues, locks and leases; name each disagreement and what mends it. Exits 0 when all is well."""
-    dispatcher = Dispatcher.from_settings()
-    mended, left = repair_findings(dispatcher.examine) if repair else ([], dispatcher.examine())
+    dispatcher = open_dispatcher()
+    mended, left = dispatcher.repair() if repair else ([], dispatcher.examine())
     if as_json:
         told = [(finding, True) for finding in mended] + [(finding, False) for finding in left]
         print_json(
@@ -358,5 +360,5 @@ def _counted(found: Sequence[object], limit: int) -> str:
     return f"{len(found)}{' (there may be more)' if len(found) == limit else ''}"
 
 
-def _say(chain: Chain, what: str) -> None:
+def _say(chain: "Chain", what: str) -> None:
     click.echo(f"chain {chain.id} {what}: state {chain.state}")

@@ -26,6 +26,7 @@ from limits.storage import MemoryStorage, RedisStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from dispatcher.rates import RateLimit
+from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class RateLimiter:
         if self._away_since is not None and time.monotonic() < self._away_since + _ALONE_SECONDS:
             return Refusal("the server that counts for the rate limit is away", self._spread(_AWAY_WAIT_SECONDS))
         if self._own is None:
-            logger.warning("no lock server: rate limits hold for each process", extra={"action": "rate_limit_alone"})
+            emit(logger, Action.RATE_LIMIT_ALONE, "no lock server: each process counts its own calls for rate limits")
             self._own = _OwnBook()
         return self._ask(self._own, limits, has_place=has_place)
 
@@ -131,10 +132,11 @@ class RateLimiter:
         now = time.monotonic()
         self._away_until = now + _AWAY_SECONDS
         self._away_since = now if self._away_since is None else self._away_since
-        logger.warning(
-            "the lock server does not count for rate limits (%s)",
+        emit(
+            logger,
+            Action.RATE_LIMIT_SERVER_AWAY,
+            "the lock server does not count for rate limits (%s); limited deliveries wait",
             type(error).__name__,
-            extra={"action": "rate_limit_server_away"},
         )
 
     def _spread(self, seconds: float) -> float:

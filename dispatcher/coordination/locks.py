@@ -21,6 +21,7 @@ from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
 from dispatcher.errors import ConfigurationError, ServiceUnavailable
+from dispatcher.telemetry import Action, emit
 from dispatcher.urls import require_plain, without_password
 
 logger = logging.getLogger(__name__)
@@ -273,11 +274,12 @@ class ChainLocks:
             return question()
         except (redis.RedisError, OSError) as error:  # away, loading, read-only or out of memory: all the same here
             self._away_until = time.monotonic() + _AWAY_SECONDS
-            logger.warning(
-                "lock server %s is away (%s): going on without locks",
+            emit(
+                logger,
+                Action.LOCK_SERVER_AWAY,
+                "lock server %s does not answer (%s): work goes on without locks",
                 self.address,
                 type(error).__name__,
-                extra={"action": "lock_server_away"},
             )
             return None
 

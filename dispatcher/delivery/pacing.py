@@ -1,4 +1,4 @@
-"""Whether a begun attempt may go on now: its chain's delivery hours, the rate limits of its callback and type."""
+"""Whether a begun attempt may go on now: its chain's delivery hours, and the rate limits of its callback and type."""
 
 import logging
 import math
@@ -13,6 +13,7 @@ from dispatcher.domain.callbacks import limits_of
 from dispatcher.domain.config import ChainType
 from dispatcher.domain.hours import zone_of
 from dispatcher.domain.records import Begun
+from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
@@ -23,22 +24,22 @@ _CLOCK_SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Deferral:
-    """Why an attempt waits, in its own words and as its row keeps it, and for how many seconds of machine time."""
+    """Why an attempt waits: `why` for the log, `reason` for its row; and for how many seconds of machine time."""
 
     why: str
     reason: str
     seconds: float
 
 
-class Gate:
-    """Asks hours and limits. With `own_clock` domain time is not the database's, and may go at another speed."""
+class Pacing:
+    """Asks hours and limits. With `own_clock` domain time is not the database's, and may pass at another speed."""
 
     def __init__(self, *, limiter: RateLimiter, own_clock: bool) -> None:
         self._limiter = limiter
         self._own_clock = own_clock
 
-    def ask(self, chain_type: ChainType, begun: Begun, now: datetime) -> Deferral | None:
-        """None: go on, and the limits have counted a call. Else why the attempt waits, by the hours of domain time."""
+    def deferral(self, chain_type: ChainType, begun: Begun, now: datetime) -> Deferral | None:
+        """None: the attempt may go on, and its limits have counted a call. Else why it waits; `now` is domain time."""
         delivery = begun.delivery
         error = delivery.last_error or ""
         deferred, before = error.startswith(_DEFERRED), error
@@ -49,32 +50,34 @@ class Gate:
             zone = _zone(chain_type, begun)
             seconds = hours.wait(now, zone).total_seconds()
             if seconds:
-                # To the whole second, and never before it: the rows' clock has milliseconds.
+                # Round up: rows store milliseconds, and waking early would only wait again.
                 seconds = min(math.ceil(seconds), _CLOCK_SECONDS if self._own_clock else math.inf)
                 return _deferral(f"delivery hours {chain_type.delivery_hours} {zone.key}", seconds, before)
         limits = limits_of(chain_type, chain_type.by_name[delivery.transition], delivery.callback)
-        # Whoever was called before had its turn, too.
+        # A retry has already waited in line once; it keeps its priority.
         has_place = delivery.attempt > 1 or (deferred and had_place(error.removeprefix(_DEFERRED)))
         refusal = self._limiter.ask(limits, has_place=has_place)
         return None if refusal is None else _deferral(refusal.reason, refusal.seconds, before)
 
 
 def _deferral(why: str, seconds: float, before: str) -> Deferral:
-    """The error of an attempt that failed stays beside the reason: it may be the last that is known."""
+    """A deferral whose reason keeps the error of an earlier attempt, because no other place in the row has it."""
     return Deferral(why, f"{_DEFERRED}{why}" + (f"{_BEFORE}{before}" if before else ""), seconds)
 
 
 def _zone(chain_type: ChainType, begun: Begun) -> ZoneInfo:
-    """The chain's own time zone, from the context in its row or its request; the type's if it has none or no such."""
+    """The chain's own time zone, from the context in its row or its request; the type's where that names none."""
     context: Mapping[str, Any] = {**(begun.chain.context or {}), **(begun.delivery.context or {})}
     if context.get("time_zone") is None:
         return chain_type.zone
     try:
         return zone_of(context["time_zone"])
     except ValueError:
-        logger.warning(
-            "chain %s: the time zone in its context is not known: its chain type's is used",
+        emit(
+            logger,
+            Action.TIME_ZONE_UNKNOWN,
+            "chain %s: the time zone in its context is not known; the time zone of its chain type is used",
             begun.chain.id,
-            extra={"action": "time_zone_unknown", "chain_id": begun.chain.id},
+            chain_id=begun.chain.id,
         )
         return chain_type.zone

@@ -9,6 +9,7 @@ from dispatcher.domain.config import NOT_GIVEN, Callback, ChainType, NoCallbackG
 from dispatcher.domain.records import Request
 from dispatcher.rates import RateLimit, limit_of
 from dispatcher.states import DONE, CallbackKind
+from dispatcher.telemetry import Action, emit
 from dispatcher.transition import Transition
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,14 @@ def choose_local(chain: ChainType, winner: Transition, call: LocalCall) -> Callb
     if call.callback is not None and winner.final_state != DONE and not own_says_none:
         return CallbackChoice(CallbackKind.LOCAL, call.callback)
     if choice is NO_CALLBACK_FOUND:
-        logger.warning("nothing is configured to be called for %s: moving without a callback", winner)
+        emit(
+            logger,
+            Action.MOVED_WITHOUT_CALLBACK,
+            "chain %s: no callback is configured for %s, so it moves without one",
+            winner.chain.id,
+            winner,
+            chain_id=winner.chain.id,
+        )
         return CallbackChoice("", None)
     return CallbackChoice(CallbackKind.LOCAL if choice.kind else "", choice.call)
 

@@ -17,6 +17,7 @@ from dispatcher.errors import ConfigurationError
 from dispatcher.rates import RateLimit, limit_of
 from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy
 from dispatcher.states import DONE
+from dispatcher.telemetry import Action, emit
 from dispatcher.transition import Transition, TypeDefault
 
 logger = logging.getLogger(__name__)
@@ -251,7 +252,7 @@ def _check_transition(candidate: object, where: str) -> None:
         raise ConfigurationError("`callback` must be a method, or None for a move without one", path)
     _check_not_async(own, "`callback`", path)
     if callable(own) and final_state == DONE:
-        logger.warning("%s: its callback is never called, because it leads to DONE", path)
+        emit(logger, Action.CALLBACK_IGNORED, "%s: its callback is never called, because it leads to DONE", path)
     if not isinstance(candidate.retry, RetryPolicy):
         raise ConfigurationError("`retry` must be a RetryPolicy", path)
     if not isinstance(candidate.initial_context, Mapping):

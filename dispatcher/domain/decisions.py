@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, LocalCall, choose_for
 from dispatcher.domain.config import ChainType
@@ -13,9 +14,13 @@ from dispatcher.domain.results import ChainResult
 from dispatcher.errors import UnknownDefinition
 from dispatcher.retry import growing_interval
 from dispatcher.states import EventAction, Outcome
+from dispatcher.telemetry import Action, emit
 from dispatcher.transition import Transition, as_utc
 
 logger = logging.getLogger(__name__)
+
+TYPE_PAUSED: Final = "its chain type is paused"
+"""The detail of a result whose chain type is paused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ def decide(
         outcome = Outcome.TERMINAL if plan.terminal else Outcome.NONE
         rest = Rest(record=record, due_at=_rest_until(record, plan, now), clear_request=plan.terminal)
         result = ChainResult(record.id, outcome, record.state, errors=plan.errors)
-        return Decision(result, None if rest.learns_nothing else rest)
+        return Decision(result, None if rest.changes_nothing else rest)
     name = type(winner).__name__
     try:
         choice = choose_for(chain, winner, asked, call)
@@ -96,8 +101,15 @@ def next_update(transition: Transition) -> datetime | None:
     try:
         asked = transition.date_next_update
         return None if asked is None else as_utc(asked)
-    except Exception:  # user code: the effect has taken place, and the move must not fail for this
-        logger.exception("%s: its date_next_update is no date: the chain does not rest", transition)
+    except Exception as error:  # noqa: BLE001 - user code: the effect has taken place, and the chain must move
+        emit(
+            logger,
+            Action.REST_IGNORED,
+            "%s: its date_next_update is no date, so its chain does not rest",
+            transition,
+            error=error,
+            chain_id=transition.chain.id,
+        )
         return None
 
 

@@ -157,7 +157,7 @@ class Rest:
     detail: str | None = None
 
     @property
-    def learns_nothing(self) -> bool:
+    def changes_nothing(self) -> bool:
         """Whether writing it would change nothing that matters: then nothing is written."""
         return (
             self.event is None

@@ -1,23 +1,125 @@
 """What an execution would do, logged and not done."""
 
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from dispatcher.coordination.locks import ChainLocks
 from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, LocalCall, choose_for
-from dispatcher.domain.config import ChainType
-from dispatcher.domain.evaluation import Plan
-from dispatcher.domain.records import ChainRecord, Request
-from dispatcher.domain.results import ChainResult
+from dispatcher.domain.config import ChainType, DispatcherConfig
+from dispatcher.domain.contexts import Evaluated, evaluate_record, load_contexts
+from dispatcher.domain.decisions import TYPE_PAUSED, standing_of
+from dispatcher.domain.evaluation import GuardFailed, Plan
+from dispatcher.domain.records import ChainRecord, Request, unsaved_record
+from dispatcher.domain.resources import Resource
+from dispatcher.domain.results import ChainResult, reasons_text
+from dispatcher.execution.paused import PausedTypes
 from dispatcher.states import Outcome
+from dispatcher.storage import chains
+from dispatcher.storage.database import Database
+from dispatcher.telemetry import Action, emit
+
+logger = logging.getLogger(__name__)
+plan_logger = logging.getLogger("dispatcher.plan")
 
 
-def dry_result(
-    record: ChainRecord, chain: ChainType, plan: Plan, asked: Request, local: LocalCall | None
+class DryRun:
+    """Plans chains of one deployment: nothing is locked, written, published or called."""
+
+    def __init__(self, *, config: DispatcherConfig, database: Database, locks: ChainLocks, paused: PausedTypes) -> None:
+        self._config = config
+        self._database = database
+        self._locks = locks
+        self._paused = paused
+
+    def plan(
+        self,
+        chain_id: int | None,
+        *,
+        type_name: str,
+        resources: Sequence[Resource] = (),
+        context: Mapping[str, Any] | None = None,
+        stored_context: Mapping[str, Any] | None = None,
+        callback: str | None = None,
+        local: LocalCall | None = None,
+    ) -> ChainResult:
+        """Evaluate one chain and log the planned transition; what is planned.
+
+        With `chain_id=None` an unsaved chain in NEW with these resources is planned. Raises `GuardFailed`.
+        """
+        with self._database.read() as connection:
+            now = self._database.now(connection)
+            record = chains.read_many(connection, [chain_id]).get(chain_id) if chain_id is not None else None
+        if record is None:
+            if chain_id is not None:
+                return ChainResult(chain_id, Outcome.MISSING)
+            record = unsaved_record(type_name, tuple(resources), stored_context, now)
+        standing = standing_of(record, now)
+        if standing is None and chain_id is not None and self._locks.locked([chain_id]):
+            standing = Outcome.LOCKED
+        paused = standing is None and record.chain_type in self._paused
+        if paused:
+            standing = Outcome.DISABLED
+        asked = record.request or Request()
+        if context is not None or callback is not None:
+            asked = Request(context, callback, None, None)
+        chain_type = self._config.by_type.get(record.chain_type)
+        evaluated = _evaluate(record, chain_type, asked.context, now)
+        if isinstance(evaluated.error, GuardFailed):
+            raise evaluated.error
+        if evaluated.plan is None or chain_type is None:
+            result = ChainResult(chain_id, Outcome.UNKNOWN_DEFINITION, record.state, detail=str(evaluated.error))
+        else:
+            result = _result_of(record, chain_type, evaluated.plan, asked, local)
+        _log_plan(record, result, standing)
+        outcome = standing or (Outcome.DRY_RUN if result.transition else result.outcome)
+        return replace(result, outcome=outcome, detail=TYPE_PAUSED if paused else result.detail)
+
+    def plan_in_worker(
+        self,
+        chain_id: int | None,
+        *,
+        type_name: str,
+        resources: Sequence[Resource] = (),
+        context: Mapping[str, Any] | None = None,
+        callback: str | None = None,
+    ) -> ChainResult:
+        """As `plan`, but what a guard raises is logged and becomes the result's outcome."""
+        try:
+            return self.plan(chain_id, type_name=type_name, resources=resources, context=context, callback=callback)
+        except GuardFailed as error:
+            emit(
+                logger,
+                Action.DRY_RUN_FAILED,
+                "dry run of chain %s: %s",
+                chain_id,
+                error,
+                error=error,
+                chain_id=chain_id,
+            )
+            return ChainResult(chain_id, Outcome.GUARD_FAILED, error=error.__cause__, detail=str(error))
+
+
+def _evaluate(
+    record: ChainRecord, chain_type: ChainType | None, context: Mapping[str, Any] | None, now: datetime
+) -> Evaluated:
+    loaded: Mapping[str, Any] | BaseException = {}
+    if chain_type is not None and record.id:
+        loaded = load_contexts(chain_type, [record]).get(record.id, {})
+    return evaluate_record(record, chain_type, loaded, context, now)
+
+
+def _result_of(
+    record: ChainRecord, chain_type: ChainType, plan: Plan, asked: Request, local: LocalCall | None
 ) -> ChainResult:
-    """What a dry run says of a plan."""
     chain_id = record.id or None
     if plan.winner is None:
         outcome = Outcome.TERMINAL if plan.terminal else Outcome.NONE
         return ChainResult(chain_id, outcome, record.state, errors=plan.errors)
     try:
-        choice = choose_for(chain, plan.winner, asked, local)
+        choice = choose_for(chain_type, plan.winner, asked, local)
     except KeyError as error:
         return ChainResult(
             chain_id, Outcome.UNKNOWN_DEFINITION, record.state, plan.winner, plan.errors, detail=f"callback {error}"
@@ -27,3 +129,37 @@ def dry_result(
     return ChainResult(
         chain_id, Outcome.DRY_RUN, record.state, plan.winner, plan.errors, callback=choice.kind or "none"
     )
+
+
+def _log_plan(record: ChainRecord, result: ChainResult, standing: Outcome | None) -> None:
+    """One line on the logger `dispatcher.plan`: what is planned, or why nothing is."""
+    chain_id = record.id or None
+    blocked = f" blocked={standing}" if standing is not None else ""
+    winner = result.transition
+    if winner is not None:
+        emit(
+            plan_logger,
+            Action.DRY_RUN,
+            "planned chain_id=%s chain_type=%s from=%s to=%s transition=%s callback=%s%s",
+            chain_id,
+            record.chain_type,
+            record.state,
+            winner.final_state,
+            type(winner).__name__,
+            result.callback,
+            blocked,
+            chain_id=chain_id,
+        )
+    else:
+        emit(
+            plan_logger,
+            Action.DRY_RUN,
+            "nothing planned chain_id=%s chain_type=%s from=%s outcome=%s reasons=%s%s",
+            chain_id,
+            record.chain_type,
+            record.state,
+            result.outcome,
+            reasons_text(result.errors),
+            blocked,
+            chain_id=chain_id,
+        )

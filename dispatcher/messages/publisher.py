@@ -34,6 +34,10 @@ CeleryApp: TypeAlias = Celery
 _MAX_REPR: Final = 1000  # of the arguments that Flower shows
 
 
+NO_BROKER: Final = "set DISPATCHER_REDIS_URL or DISPATCHER_BROKER_URL, or run `dispatcher dev`"
+"""What to do where no broker is configured."""
+
+
 class PublishFailed(Exception):  # noqa: N818 - internal: callers turn it into their own outcome
     """A message may not have reached the broker; `__cause__` is why."""
 
@@ -145,8 +149,16 @@ class Publisher:
         except PublishFailed as error:
             raise self.unavailable(error) from error
 
+    def require(self) -> None:
+        """Raise `ServiceUnavailable` where no broker is configured, or where it does not answer."""
+        if not self.configured:
+            raise ServiceUnavailable("broker", "", NO_BROKER)
+        self.check()
+
     def unavailable(self, error: PublishFailed) -> ServiceUnavailable:
         """The error that a face shows for a message that could not be published."""
+        if not self.configured:
+            return ServiceUnavailable("broker", "", NO_BROKER)
         return ServiceUnavailable("broker", self.address, str(error))
 
     def close(self) -> None:

@@ -16,8 +16,10 @@ from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import DELIVER, EXECUTE, QUEUES, RELAY, SWEEP, SWEEPS_QUEUE
 from dispatcher.operators.operations import Operations
 from dispatcher.settings import Settings
-from dispatcher.storage import chain_types, chains, deliveries, migrations, overdue, overview, ticks
+from dispatcher.storage import chain_types, chains, deliveries, overdue, overview, ticks
 from dispatcher.storage.database import Database
+from dispatcher.storage.migrations import revisions
+from dispatcher.telemetry import Action, emit
 from dispatcher.transition import TypeDefault
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,10 @@ _ANSWER_SECONDS: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One disagreement: where, what, what mends it, and what to call where that is safe. Equal ones say the same."""
+    """One disagreement: where, what, what mends it, and what to call where that is safe.
+
+    Findings compare by text, ignoring `repair`.
+    """
 
     area: str
     problem: str
@@ -72,12 +77,30 @@ class Doctor:
         findings += self._broker_findings()
         return findings
 
+    def repair(self) -> tuple[list[Finding], list[Finding]]:
+        """Repair what is safe to repair, again until nothing of it is left: findings that are gone, and that stay."""
+        gone: list[Finding] = []
+        left = self.examine()
+        while any(finding.repair is not None for finding in left):
+            before = left
+            for finding in before:
+                if finding.repair is not None:
+                    finding.repair()
+            left = self.examine()
+            mended = [finding for finding in before if finding.repair is not None and finding not in left]
+            if not mended:
+                break
+            for finding in mended:
+                emit(logger, Action.REPAIRED, "repaired: %s", finding, area=finding.area)
+            gone += mended
+        return gone, left
+
     # --- set-up ------------------------------------------------------------------------------------------------------
 
     def _database_findings(self) -> Iterator[Finding]:
         try:
             self._database.check()
-            found, head = migrations.current(self._database), migrations.head()
+            found, head = revisions.current(self._database), revisions.head()
         except DispatcherError as error:
             yield Finding("database", str(error), "start it, or correct DISPATCHER_DATABASE_URL")
             return
@@ -238,25 +261,6 @@ class Doctor:
             work(connection, key, now=self._database.now(connection))
 
         self._database.write(transaction)
-
-
-def repair(examine: Callable[[], list[Finding]]) -> tuple[list[Finding], list[Finding]]:
-    """Repair what is safe to repair, until nothing of it is left: the findings that are gone, and those that stay."""
-    gone: list[Finding] = []
-    left = examine()
-    while any(finding.repair is not None for finding in left):
-        before = left
-        for finding in before:
-            if finding.repair is not None:
-                finding.repair()
-        left = examine()
-        mended = [finding for finding in before if finding.repair is not None and finding not in left]
-        if not mended:
-            break
-        for finding in mended:
-            logger.warning("repaired: %s", finding, extra={"action": "repaired"})
-        gone += mended
-    return gone, left
 
 
 def _asks_every_sweep(chain_type: ChainType) -> bool:

@@ -22,6 +22,7 @@ from dispatcher.requests.checks import checked_requester
 from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction
 from dispatcher.storage import chain_types, chains, deliveries, overview
 from dispatcher.storage.database import Database
+from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ class Operations:
             return len(found)
 
         count = self._database.write(work)
-        logger.info("%d chains of a resource erased", count, extra={"action": "resource_erased", "chains": count})
+        emit(logger, Action.RESOURCE_ERASED, "%d chains of a resource are erased", count, chains=count)
         return count
 
     def _lock_for_erasing(self, connection: Connection, chain_ids: Sequence[int]) -> list[int]:

@@ -11,6 +11,7 @@ from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import CHAINS_QUEUE
 from dispatcher.settings import Settings
 from dispatcher.states import Outcome
+from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,12 @@ class Pages:
         """
         config = self._config.by_type.get(chain_type)
         if config is None:
-            logger.warning(
-                "a page of chain type %.100r, which is not in this configuration",
+            emit(
+                logger,
+                Action.UNKNOWN_PAGE,
+                "a sweep handed over a page of chain type %.100r, which is not in this configuration",
                 chain_type,
-                extra={"action": "unknown_page", "chain_type": chain_type[:100]},
+                chain_type=chain_type[:100],
             )
             return {"outcome": str(Outcome.UNKNOWN_DEFINITION), "enqueued": 0}
         queue = config.queue or CHAINS_QUEUE

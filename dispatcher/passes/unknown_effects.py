@@ -1,7 +1,7 @@
-"""What becomes of attempts that ended with their process: their effect is unknown."""
+"""What becomes of attempts that ended with their process: nobody knows whether their callback took effect."""
 
-import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy.engine import Connection
@@ -12,10 +12,22 @@ from dispatcher.domain.records import DeliveryRecord, Owed, is_local
 from dispatcher.states import DeliveryStatus
 from dispatcher.storage import chains, deliveries, overdue
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What became of one attempt: the message to publish at once, if any, and what a person must know.
+
+    `stopped` is the status in which a person decides. `orphan` says that the chain does not wait for the delivery.
+    """
+
+    delivery: DeliveryRecord
+    owed: Owed | None = None
+    stopped: DeliveryStatus | None = None
+    orphan: bool = False
+    error: str = ""
 
 
-def settle_crashed(
+def settle_unknown(
     connection: Connection,
     delivery: DeliveryRecord,
     chain_type: ChainType,
@@ -23,54 +35,48 @@ def settle_crashed(
     now: datetime,
     grace_seconds: float,
     random: Callable[[], float],
-) -> Owed | None:
-    """Settle an attempt whose lease has ended; the message to publish at once, if any.
+) -> Settlement:
+    """Settle an attempt whose lease has ended.
 
-    In-process ones are cancelled (or held); with `verify()` the next attempt asks it first, after the last one too,
-    but once; else `on_unknown` and the attempts left decide. A transition that this process does not know is left to
-    the worker that begins the next attempt and knows it.
+    An in-process attempt is cancelled (or held). A transition with `verify()` gets one more attempt, after its last one
+    too, because that attempt asks `verify()` first. Otherwise `on_unknown` and the attempts left decide. Where this
+    process does not know the transition, the worker that begins the next attempt knows it and decides.
     """
     if not overdue.lease_expired(connection, delivery):
-        return None
+        return Settlement(delivery)
     error = f"attempt {delivery.attempt} ended with its process: its effect is unknown"
     record = chains.read_one(connection, delivery.chain_id)
     if record.pending_delivery_id != delivery.id:  # the relay goes on, and `dispatcher doctor` names it
-        logger.error(
-            "delivery %s: its chain %s does not wait for it",
-            delivery.id,
-            delivery.chain_id,
-            extra={"action": "orphan_delivery", "chain_id": delivery.chain_id, "delivery_id": delivery.id},
-        )
         overdue.mark_unknown(connection, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
-        return None
+        return Settlement(delivery, orphan=True, error=error)
     known = chain_type.by_name.get(delivery.transition)
     local = is_local(delivery)
     can_verify = not local and delivery.attempt <= delivery.max_attempts and callable(getattr(known, "verify", None))
     if known is None and not local:
         overdue.mark_unknown(connection, delivery, seconds=0, grace_seconds=0, error=error)
-        return None
+        return Settlement(delivery)
     if chain_type.on_unknown == "hold" and not can_verify:
         deliveries.stop(connection, delivery, status=DeliveryStatus.HELD, unknown=True, error=error, now=now)
-        return None
+        return Settlement(delivery, stopped=DeliveryStatus.HELD, error=error)
     if known is None or local:
         deliveries.close_and_stay(connection, delivery, now=now, reason=error)
-        return None
+        return Settlement(delivery)
     if can_verify:
         overdue.mark_unknown(connection, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
-        return None if record.disabled else Owed(delivery.id, delivery.attempt + 1)
-    if delivery.attempt >= delivery.max_attempts:
-        if chain_type.on_dead == "hold":
-            deliveries.stop(connection, delivery, status=DeliveryStatus.DEAD, unknown=True, error=error, now=now)
-        else:
-            deliveries.skip(
-                connection,
-                delivery,
-                next_update_at=None,
-                due_at=due_after_move(chain_type, delivery.final_state, None, now),
-                now=now,
-                detail=f"out of attempts: {error}",
-            )
-        return None
-    seconds = known.retry.delay(delivery.attempt, random).total_seconds()
-    overdue.mark_unknown(connection, delivery, seconds=seconds, grace_seconds=0, error=error)
-    return None
+        return Settlement(delivery, owed=None if record.disabled else Owed(delivery.id, delivery.attempt + 1))
+    if delivery.attempt < delivery.max_attempts:
+        seconds = known.retry.delay(delivery.attempt, random).total_seconds()
+        overdue.mark_unknown(connection, delivery, seconds=seconds, grace_seconds=0, error=error)
+        return Settlement(delivery)
+    if chain_type.on_dead == "hold":
+        deliveries.stop(connection, delivery, status=DeliveryStatus.DEAD, unknown=True, error=error, now=now)
+        return Settlement(delivery, stopped=DeliveryStatus.DEAD, error=error)
+    deliveries.skip(
+        connection,
+        delivery,
+        next_update_at=None,
+        due_at=due_after_move(chain_type, delivery.final_state, None, now),
+        now=now,
+        detail=f"out of attempts: {error}",
+    )
+    return Settlement(delivery)

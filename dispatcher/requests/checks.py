@@ -1,7 +1,7 @@
 """What an application may ask: arguments of an enqueue, checked and in the form in which they travel."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from dispatcher.domain.config import Callback, ChainType
 from dispatcher.domain.records import Request
@@ -10,34 +10,36 @@ from dispatcher.errors import ConfigurationError
 from dispatcher.storage.models import MAX_REQUESTED_BY
 
 
-def checked_request(
-    config: ChainType,
-    *,
-    initial_context: Mapping[str, Any] | None,
-    callback: str | Callback | None,
-    callback_kwargs: Mapping[str, Any] | None,
-    requested_by: str | None,
-) -> Request:
+class Asked(TypedDict):
+    """What an application asks with an enqueue, in the words of `Dispatcher.enqueue`."""
+
+    initial_context: Mapping[str, Any] | None
+    callback: str | Callback | None
+    callback_kwargs: Mapping[str, Any] | None
+    requested_by: str | None
+
+
+def checked_request(chain_type: ChainType, asked: Asked) -> Request:
     """The request as it may travel; `NotSerializable`, `ConfigurationError` or `ValueError` says what cannot."""
     return Request(
-        checked_json("initial_context", initial_context),
-        registered_name(config, callback),
-        checked_json("callback_kwargs", callback_kwargs),
-        checked_requester(requested_by),
+        checked_json("initial_context", asked["initial_context"]),
+        registered_name(chain_type, asked["callback"]),
+        checked_json("callback_kwargs", asked["callback_kwargs"]),
+        checked_requester(asked["requested_by"]),
     )
 
 
-def registered_name(config: ChainType, callback: str | Callback | None) -> str | None:
+def registered_name(chain_type: ChainType, callback: str | Callback | None) -> str | None:
     """The name under which a callback is registered with its chain type; `ConfigurationError` if it is not."""
-    path = f"chain type {config.chain_type!r}"
+    path = f"chain type {chain_type.chain_type!r}"
     if callback is None:
         return None
     if isinstance(callback, str):
-        if callback not in config.callbacks:
-            known = ", ".join(map(repr, config.callbacks)) or "none"
+        if callback not in chain_type.callbacks:
+            known = ", ".join(map(repr, chain_type.callbacks)) or "none"
             raise ConfigurationError(f"no callback is registered as {callback!r} (registered: {known})", path)
         return callback
-    for name, function in config.callbacks.items():
+    for name, function in chain_type.callbacks.items():
         if function is callback:
             return name
     name = getattr(callback, "__name__", "")

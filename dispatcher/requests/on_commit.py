@@ -6,9 +6,10 @@ from typing import Any, Final
 
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session, SessionTransaction, scoped_session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from dispatcher.errors import DispatcherError
+from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
@@ -16,14 +17,12 @@ _WAITING: Final = "chain_dispatcher_waiting"
 _Waiting = list[tuple[SessionTransaction | None, Callable[[], Any]]]
 
 
-def run_after_commit(session: Session | scoped_session[Session], action: Callable[[], Any]) -> None:
+def run_after_commit(session: Session, action: Callable[[], Any]) -> None:
     """Run `action` once when the session's outermost transaction commits; forget it if its transaction rolls back.
 
     An action that was asked for inside a savepoint is forgotten when that savepoint rolls back. One that fails is
     logged as an error, and does not keep the others from running.
     """
-    if isinstance(session, scoped_session):  # its listeners would be on every session of its class
-        session = session()
     if _WAITING not in session.info:
         session.info[_WAITING] = []
         event.listen(session, "after_commit", _run)
@@ -41,9 +40,14 @@ def _run(session: Session) -> None:
     for _, action in waiting:
         try:
             action()
-        except (DispatcherError, SQLAlchemyError):
+        except (DispatcherError, SQLAlchemyError) as error:
             # The caller's commit has succeeded: an error out of it would say that it has not.
-            logger.exception("an enqueue after a commit failed", extra={"action": "enqueue_on_commit_failed"})
+            emit(
+                logger,
+                Action.ENQUEUE_ON_COMMIT_FAILED,
+                "an enqueue after a commit failed: the caller's transaction is committed, but the request may be lost",
+                error=error,
+            )
 
 
 def _forget(session: Session, rolled_back: SessionTransaction) -> None:

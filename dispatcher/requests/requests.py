@@ -1,36 +1,110 @@
 """On-demand requests: checked, written to the chain's row, and published."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from sqlalchemy.engine import URL, Connection
+from sqlalchemy.orm import Session, scoped_session
 
-from dispatcher.domain.config import ChainType
-from dispatcher.domain.records import Request
-from dispatcher.domain.resources import Resource
+from dispatcher.domain.config import ChainType, DispatcherConfig
+from dispatcher.domain.records import ChainRecord, Request
+from dispatcher.domain.resources import Resource, clean_resources
 from dispatcher.errors import EnqueueNotPublished
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import REQUESTS_QUEUE
+from dispatcher.requests.checks import Asked, checked_request
+from dispatcher.requests.on_commit import run_after_commit
+from dispatcher.settings import Settings
 from dispatcher.states import NEW
 from dispatcher.storage import chains, portable, store
 from dispatcher.storage.database import Database
+from dispatcher.storage.migrations.revisions import Migrated
+from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
 
 class Requests:
-    """Writes and publishes the requests of one deployment."""
+    """Takes the requests of one deployment. The names and types of what is asked are those of `checks.Asked`."""
 
-    def __init__(self, *, database: Database, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        *,
+        config: DispatcherConfig,
+        settings: Settings,
+        database: Database,
+        migrated: Migrated,
+        publisher: Publisher,
+    ) -> None:
+        self._config = config
+        self._settings = settings
         self._database = database
+        self._migrated = migrated
         self._publisher = publisher
+
+    # --- what an application asks ------------------------------------------------------------------------------------
+
+    def enqueue(
+        self,
+        type_name: str,
+        rsc_mappings: Iterable[tuple[str, str]],
+        *,
+        dry_run: bool,
+        best_effort: bool,
+        **asked: Unpack[Asked],
+    ) -> str | None:
+        """Write a request for the chain with these resources (created if absent) and publish it; the task's id."""
+        chain_type = self._config.get(type_name)
+        resources = clean_resources(rsc_mappings)
+        request = checked_request(chain_type, asked)
+        self._migrated.require()
+        return self._enqueue(chain_type, resources, request, dry_run=dry_run, best_effort=best_effort)
+
+    def enqueue_chain(
+        self, record: ChainRecord, *, dry_run: bool, best_effort: bool, **asked: Unpack[Asked]
+    ) -> str | None:
+        """Write a request for a chain that was read and publish it; the task's id. Raises `ChainMissing`."""
+        request = checked_request(self._config.get(record.chain_type), asked)
+        chain_id = record.id or None  # None: a dry run did not create it
+        if dry_run or self._settings.dry_run or chain_id is None:
+            return self._publish_dry_run(chain_id, record.chain_type, record.resources, request)
+        store.write_request(self._database, chain_id, request)
+        return self._publish(chain_id, best_effort=best_effort)
+
+    def enqueue_on_commit(
+        self,
+        session: Session | scoped_session[Session],
+        type_name: str,
+        rsc_mappings: Iterable[tuple[str, str]],
+        *,
+        dry_run: bool,
+        **asked: Unpack[Asked],
+    ) -> None:
+        """Enqueue when the caller's session commits; arguments are checked now.
+
+        A session on the dispatcher's own database writes the request in the caller's transaction.
+        """
+        if isinstance(session, scoped_session):
+            session = session()
+        chain_type = self._config.get(type_name)
+        resources = clean_resources(rsc_mappings)
+        request = checked_request(chain_type, asked)
+        if not (dry_run or self._settings.dry_run) and self._shares_database(session.get_bind().engine.url):
+            self._migrated.require()
+            chain_id = self._write(session.connection(), chain_type, resources, request)
+            run_after_commit(session, partial(self._publish, chain_id, best_effort=True))
+        else:
+            run_after_commit(session, partial(self._enqueue_later, chain_type, resources, request, dry_run=dry_run))
+
+    # --- chains that are asked for -----------------------------------------------------------------------------------
 
     def create(
         self,
         connection: Connection,
-        config: ChainType,
+        chain_type: ChainType,
         resources: Sequence[Resource],
         context: Mapping[str, Any] | None,
     ) -> int:
@@ -38,57 +112,81 @@ class Requests:
         now = self._database.now(connection)
         return chains.create(
             connection,
-            chain_type=config.chain_type,
+            chain_type=chain_type.chain_type,
             resources=resources,
             context=context,
-            due_at=now if config.candidates(NEW) else None,
+            due_at=now if chain_type.candidates(NEW) else None,
             now=now,
         )
 
     def create_many(
-        self, connection: Connection, *, config: ChainType, resources: Sequence[Sequence[Resource]]
+        self, connection: Connection, *, chain_type: ChainType, resources: Sequence[Sequence[Resource]]
     ) -> list[tuple[int, bool]]:
         """`(chain id, created here)` of the chain with exactly each of these resource sets, in their order."""
         now = self._database.now(connection)
-        due_at = now if config.candidates(NEW) else None
-        return portable.create_many(connection, config.chain_type, resources, due_at=due_at, now=now)
+        due_at = now if chain_type.candidates(NEW) else None
+        return portable.create_many(connection, chain_type.chain_type, resources, due_at=due_at, now=now)
 
-    def write(self, connection: Connection, config: ChainType, resources: Sequence[Resource], request: Request) -> int:
-        """The id of the chain with these resources (created if absent), with the request in its row."""
-        chain_id = chains.find_exact(connection, config.chain_type, resources)
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _enqueue_later(
+        self, chain_type: ChainType, resources: Sequence[Resource], request: Request, *, dry_run: bool
+    ) -> None:
+        self._migrated.require()
+        self._enqueue(chain_type, resources, request, dry_run=dry_run, best_effort=True)
+
+    def _enqueue(
+        self,
+        chain_type: ChainType,
+        resources: Sequence[Resource],
+        request: Request,
+        *,
+        dry_run: bool,
+        best_effort: bool,
+    ) -> str | None:
+        type_name = chain_type.chain_type
+        if dry_run or self._settings.dry_run:
+            with self._database.read() as connection:
+                chain_id = chains.find_exact(connection, type_name, resources)
+            return self._publish_dry_run(chain_id, type_name, resources, request)
+        chain_id = store.write_request_if_exists(self._database, type_name, resources, request)
         if chain_id is None:
-            chain_id = self.create(connection, config, resources, None)
+            chain_id = self._database.write(lambda connection: self._write(connection, chain_type, resources, request))
+        return self._publish(chain_id, best_effort=best_effort)
+
+    def _write(
+        self, connection: Connection, chain_type: ChainType, resources: Sequence[Resource], request: Request
+    ) -> int:
+        """The id of the chain with these resources (created if absent), with the request in its row."""
+        chain_id = chains.find_exact(connection, chain_type.chain_type, resources)
+        if chain_id is None:
+            chain_id = self.create(connection, chain_type, resources, None)
         chains.write_request(connection, chain_id, request, now=self._database.now(connection))
         return chain_id
 
-    def write_committed(self, config: ChainType, resources: Sequence[Resource], request: Request) -> int:
-        """As `write`, in a transaction of its own."""
-        chain_id = store.write_request_if_exists(self._database, config.chain_type, resources, request)
-        if chain_id is not None:
-            return chain_id
-        return self._database.write(lambda connection: self.write(connection, config, resources, request))
-
-    def publish(self, chain_id: int, *, best_effort: bool) -> str | None:
+    def _publish(self, chain_id: int, *, best_effort: bool) -> str | None:
         """The id of the task that executes the chain; `EnqueueNotPublished`, or None with `best_effort`."""
         try:
             return self._publisher.execute([chain_id], queue=REQUESTS_QUEUE)
         except PublishFailed as error:
             if best_effort:
-                logger.warning(
-                    "chain %s: request written, not published (%s)",
+                emit(
+                    logger,
+                    Action.REQUEST_NOT_PUBLISHED,
+                    "chain %s: its request is written, but not published (%s); the next sweep does the work",
                     chain_id,
                     error,
-                    extra={"action": "request_not_published", "chain_id": chain_id},
+                    chain_id=chain_id,
                 )
                 return None
             raise EnqueueNotPublished(chain_id, str(error)) from error
 
-    def publish_dry_run(
-        self, chain_id: int | None, chain_type: str, resources: Sequence[Resource], request: Request
+    def _publish_dry_run(
+        self, chain_id: int | None, type_name: str, resources: Sequence[Resource], request: Request
     ) -> str:
         """The id of the task that plans the chain and changes nothing; what was asked travels in the message."""
         plan = {
-            "chain_type": chain_type,
+            "chain_type": type_name,
             "resources": [list(pair) for pair in resources],
             "context": request.context,
             "callback": request.callback,
@@ -99,7 +197,7 @@ class Requests:
         except PublishFailed as error:
             raise EnqueueNotPublished(chain_id or 0, str(error), written=False) from error
 
-    def shares_database(self, theirs: URL) -> bool:
+    def _shares_database(self, theirs: URL) -> bool:
         """Whether the database at a caller's URL is the one that holds the chains."""
         ours = self._database.url
         if ours.get_backend_name() != theirs.get_backend_name():

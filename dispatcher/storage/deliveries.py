@@ -54,18 +54,18 @@ def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
 # --- attempts --------------------------------------------------------------------------------------------------------
 
 
-def why_not_begun(connection: Connection, delivery_id: str) -> AttemptOutcome:
-    """The outcome of an attempt that did not begin."""
-    row = connection.execute(
-        select(DELIVERY.c.status, CHAIN.c.disabled)
+def why_not_begun(connection: Connection, delivery_ids: Sequence[str]) -> dict[str, AttemptOutcome]:
+    """The outcomes of attempts that did not begin, by delivery id."""
+    rows = connection.execute(
+        select(DELIVERY.c.id, DELIVERY.c.status, CHAIN.c.disabled)
         .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
-        .where(DELIVERY.c.id == delivery_id)
-    ).one_or_none()
-    if row is None:
-        return AttemptOutcome.MISSING
-    if row.disabled and row.status == DeliveryStatus.PENDING:
-        return AttemptOutcome.DISABLED
-    return AttemptOutcome.STALE
+        .where(DELIVERY.c.id.in_(delivery_ids))
+    )
+    outcomes = dict.fromkeys(delivery_ids, AttemptOutcome.MISSING)
+    for row in rows:
+        waits = row.disabled and row.status == DeliveryStatus.PENDING
+        outcomes[row.id] = AttemptOutcome.DISABLED if waits else AttemptOutcome.STALE
+    return outcomes
 
 
 def renew_lease(connection: Connection, delivery: DeliveryRecord, *, lease_seconds: float) -> bool:

@@ -15,7 +15,7 @@ import psutil
 
 from dispatcher import Dispatcher, Settings
 from dispatcher.storage.database import Database
-from dispatcher.storage.migrations import upgrade
+from dispatcher.storage.migrations.runner import upgrade
 from tests.chaos import skew, workload
 from tests.chaos.failpoints import FAILPOINTS_VARIABLE, FLAG, NODE_VARIABLE, SEED_VARIABLE, VERSION_VARIABLE
 from tests.chaos.proxy import Proxy

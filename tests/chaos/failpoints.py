@@ -30,8 +30,8 @@ from sqlalchemy.exc import OperationalError
 
 from dispatcher import retry
 from dispatcher.coordination.locks import ChainLocks
-from dispatcher.delivery import attempts
-from dispatcher.delivery.attempts import Attempts
+from dispatcher.delivery import attempts, ends, local
+from dispatcher.delivery.ends import Ends
 from dispatcher.domain.records import DeliveryRecord
 from dispatcher.execution import executor
 from dispatcher.messages.publisher import Publisher
@@ -173,34 +173,35 @@ class Failpoints:
         Pages.publish = page_published  # type: ignore[method-assign]
 
     def _wrap_attempts(self) -> None:
-        attempt, finish, delivered_many = Attempts._attempt, attempts.finish, Attempts._delivered_many
+        make, record, record_called = attempts.make_attempt, ends.recorded, Ends.record_called
 
-        def attempted(attempts: Attempts, begun: Any, *arguments: Any) -> Any:
-            row = begun.delivery
+        def attempted(attempt: Any, *arguments: Any, **options: Any) -> Any:
+            row = attempt.delivery
             self.attempt = (row.id, row.attempt)
-            at = begun.begun.machine_now.isoformat()
+            at = attempt.begun.machine_now.isoformat()
             facts = {"key": row.idempotency_key, "chain": row.chain_id, "at": at}
             self.sink.write("begun", delivery=row.id, attempt=row.attempt, **facts)
-            return attempt(attempts, begun, *arguments)
+            return make(attempt, *arguments, **options)
 
-        def finished(rows: Any, row: DeliveryRecord, *arguments: Any, **options: Any) -> bool:
+        def recorded(rows: Any, row: DeliveryRecord, *arguments: Any, **options: Any) -> bool:
             self.hit("before_finish")
-            ok = finish(rows, row, *arguments, **options)
+            ok = record(rows, row, *arguments, **options)
             self.sink.write("finished", delivery=row.id, attempt=row.attempt, ok=ok)
             return ok
 
-        def all_finished(attempts: Attempts, called: Sequence[Any]) -> Any:
+        def all_recorded(recorder: Ends, called: Sequence[Any]) -> Any:
             if called:
                 self.hit("before_finish")
-            results = delivered_many(attempts, called)
+            results = record_called(recorder, called)
             for result in results:
                 ok = result.outcome == AttemptOutcome.DELIVERED
                 self.sink.write("finished", delivery=result.delivery_id, attempt=result.attempt, ok=ok)
             return results
 
-        Attempts._attempt = attempted  # type: ignore[method-assign]
-        Attempts._delivered_many = all_finished  # type: ignore[method-assign]
-        attempts.finish = finished
+        attempts.make_attempt = attempted  # type: ignore[assignment]
+        Ends.record_called = all_recorded  # type: ignore[method-assign]
+        ends.recorded = recorded
+        local.recorded = recorded
 
 
 def shorten_backoff() -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import delete, select, update
 
 from dispatcher import NEW, Chain, Dispatcher
 from dispatcher.coordination.locks import ChainLocks, LockFacts
-from dispatcher.operators.doctor import repair
+from dispatcher.passes.turns import Turns
 from dispatcher.storage.models import ChainRow, EventRow, TickRow
 from tests.integration.transitions import (
     CHAIN_TYPE,
@@ -61,7 +61,7 @@ def dispatcher(make_dispatcher: Make) -> Dispatcher:
 def touch_ticks(dispatcher: Dispatcher, ago: timedelta = timedelta(0)) -> None:
     """Beat's passes have last run `ago`."""
     for name in ("dispatcher.sweep", "dispatcher.relay"):
-        dispatcher._sweeper._claim(name, 1)
+        Turns(dispatcher.database).claim(name, 1)
         set_tick(dispatcher, name, datetime.now(UTC) - ago)
 
 
@@ -114,7 +114,7 @@ def test_a_chain_whose_delivery_is_missing_or_closed_is_named_and_made_due(
     expected = f"chain: {chain.id} waits for a delivery that is closed or missing; --repair makes it due"
     assert found(dispatcher, "chain", "delivery") == [expected]
 
-    gone, left = repair(dispatcher.examine)
+    gone, left = dispatcher.repair()
     assert [str(one) for one in gone] == [expected]
     assert found(dispatcher, "chain", "delivery") == [] and gone[0] not in left
     row = row_of(dispatcher, chain.id)
@@ -129,7 +129,7 @@ def test_an_open_delivery_that_no_chain_waits_for_is_named_and_closed(dispatcher
     expected = f"delivery: {delivery.id} is open, but its chain does not wait for it; --repair closes it as cancelled"
     assert found(dispatcher, "chain", "delivery") == [expected]
 
-    gone, _ = repair(dispatcher.examine)
+    gone, _ = dispatcher.repair()
     assert [str(one) for one in gone] == [expected]
     assert delivery_of(dispatcher, chain).status == "cancelled"
     assert actions(chain)[-1] == "cancelled"
@@ -144,12 +144,12 @@ def test_an_orphan_that_runs_is_closed_only_once_its_attempt_is_over(
     crashed(dispatcher, delivery)
     change_chain(dispatcher, chain.id, pending_delivery_id=None)
 
-    gone, left = repair(dispatcher.examine)
+    gone, left = dispatcher.repair()
     assert gone == [] and delivery_of(dispatcher, chain).status == "running"
     assert f"delivery: {delivery.id} is open" in "\n".join(map(str, left))
 
     make_dispatcher(cart(TRANSITIONS)).relay()
-    gone, _ = repair(dispatcher.examine)
+    gone, _ = dispatcher.repair()
     assert len(gone) == 1 and delivery_of(dispatcher, chain).status == "cancelled"
 
 
@@ -169,7 +169,7 @@ def test_what_a_deletion_by_hand_leaves_behind_stops_no_relay_and_is_closed(
     worker = make_dispatcher(cart(TRANSITIONS))
     assert worker.relay() == {"relayed": 1, "settled": 3}
 
-    mended, _ = repair(dispatcher.examine)
+    mended, _ = dispatcher.repair()
     assert len(mended) == 2 and {delivery_of(dispatcher, chain).status for chain in (gone, owed)} == {"cancelled"}
     assert {delivery_of(dispatcher, chain).status for chain in others} == {"pending"}
     dispatcher.database.write(lambda connection: connection.execute(update(EventRow).values(created_at=LONG_AGO)))
@@ -184,7 +184,7 @@ def test_repairing_does_not_end_with_the_first_page(dispatcher: Dispatcher) -> N
     for chain in chains:
         change_chain(dispatcher, chain.id, pending_delivery_id="0" * 32)
 
-    gone, left = repair(dispatcher.examine)
+    gone, left = dispatcher.repair()
 
     assert len(gone) == len(chains)
     assert not [one for one in left if one.area == "chain"]
@@ -200,7 +200,7 @@ def test_deliveries_that_wait_for_a_person_are_counted_and_left_alone(dispatcher
     assert line.startswith(f"delivery: 3 {status}: a person must decide; ")
     assert f"dispatcher deliveries list --status {status}" in line
 
-    gone, _ = repair(dispatcher.examine)
+    gone, _ = dispatcher.repair()
     assert gone == [] and dump_rows(dispatcher) == before
 
 
@@ -383,7 +383,7 @@ def test_keys_that_never_expire_are_named_and_deleted(make_dispatcher: Make, red
     expected = [f"redis: dispatcher:{key} never expires; --repair deletes it" for key in ("lock:1", "queued:3")]
     assert found(dispatcher, "redis") == expected
 
-    gone, _ = repair(dispatcher.examine)
+    gone, _ = dispatcher.repair()
     assert [str(one) for one in gone] == expected
     left = {key for key in dump_keys(redis_url) if b":" in key}
     assert left == {b"dispatcher:lock:2", b"shop:lock:1"}

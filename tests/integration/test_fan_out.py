@@ -259,7 +259,7 @@ def test_a_page_for_a_queue_that_has_become_full_is_left_to_a_later_sweep(
     for _ in range(2):  # another's messages
         new_chain(dispatcher, 9).enqueue()
     for message in take_messages(broker_url, "dispatcher.requests"):
-        dispatcher._publisher.execute(message.kwargs["chain_ids"], queue=CHAINS)
+        dispatcher._services.publisher.execute(message.kwargs["chain_ids"], queue=CHAINS)
 
     assert dispatcher.fan_out(CHAIN_TYPE, page) == {"chain_type": CHAIN_TYPE, "enqueued": 1, "held_back": 2}
 

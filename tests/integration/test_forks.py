@@ -144,7 +144,7 @@ def ids_of(dispatcher: Dispatcher) -> dict[str, int]:
     with dispatcher.database.read() as connection:
         ask = func.pg_backend_pid if dispatcher.database.dialect == "postgresql" else func.connection_id
         database = connection.execute(select(ask())).scalar_one()
-    locks = dispatcher._locks._client
+    locks = dispatcher._services.locks._client
     assert locks is not None
     with producer(dispatcher) as used:
         if uses_rabbitmq(dispatcher):
@@ -156,7 +156,7 @@ def ids_of(dispatcher: Dispatcher) -> dict[str, int]:
 
 @contextmanager
 def producer(dispatcher: Dispatcher) -> Iterator[Any]:
-    with dispatcher._publisher.app.producer_pool.acquire(block=True, timeout=5) as used:
+    with dispatcher._services.publisher.app.producer_pool.acquire(block=True, timeout=5) as used:
         used.connection.default_channel  # noqa: B018 - connects
         yield used
 
@@ -167,7 +167,7 @@ def work_of(dispatcher: Dispatcher, number: int) -> dict[str, Any]:
     tasks = []
     for turn in range(ROUNDS):
         assert dispatcher.chain(chain.id or 0).resources == (("online_booking", f"b{number}"),)
-        held = dispatcher._locks.acquire([number * ROUNDS + turn + 1])
+        held = dispatcher._services.locks.acquire([number * ROUNDS + turn + 1])
         assert held.token is not None and held.held == (number * ROUNDS + turn + 1,), "no answer, or another's"
         tasks.append(dispatcher.enqueue(CHAIN_TYPE, chain.resources, initial_context={"turn": turn}))
     return {"ids": ids_of(dispatcher), "tasks": tasks, "chain": chain.id}

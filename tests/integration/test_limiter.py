@@ -260,7 +260,7 @@ def test_without_a_lock_server_each_process_counts_for_itself(
         first, second = (one.seconds for one in answer if one is not None)
         assert second - first == pytest.approx(1200 / 0.95, abs=30)
         assert ask(limiters[0], PER_HOUR, has_place=True) is not None
-    assert caplog.text.count("rate limits hold for each process") == 2, "once per process"
+    assert caplog.text.count("each process counts its own calls for rate limits") == 2, "once per process"
 
 
 def test_the_line_of_a_process_on_its_own_becomes_full_too(make_limiter: Make) -> None:
@@ -284,7 +284,7 @@ def test_a_server_that_is_away_is_waited_for_and_not_for_ever(
 
     now += 301
     assert [ask(limiter, PER_HOUR) is None for _ in range(4)] == [True, True, True, False]
-    assert caplog.text.count("rate limits hold for each process") == 1
+    assert caplog.text.count("each process counts its own calls for rate limits") == 1
 
 
 def test_a_server_that_comes_back_counts_again(

@@ -18,8 +18,8 @@ from sqlalchemy.engine import ExceptionContext
 
 from dispatcher.errors import DatabaseNotMigrated, ServiceUnavailable
 from dispatcher.storage.database import Database
-from dispatcher.storage.migrations import current, head, require_current, upgrade
-from dispatcher.storage.migrations.runner import OPTIONS, configuration
+from dispatcher.storage.migrations.revisions import current, head, require_current
+from dispatcher.storage.migrations.runner import OPTIONS, configuration, upgrade
 from dispatcher.storage.models import Base
 
 pytestmark = pytest.mark.integration

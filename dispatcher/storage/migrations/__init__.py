@@ -1,5 +1,4 @@
-"""The tables' migrations (Alembic), and the functions that run them without an `alembic.ini`."""
+"""The tables' migrations: `revisions` says at which revision a database is, `runner` upgrades it with Alembic.
 
-from dispatcher.storage.migrations.runner import current, head, require_current, upgrade
-
-__all__ = ["current", "head", "require_current", "upgrade"]
+Only `runner` loads Alembic, and only commands and a new SQLite file need it.
+"""

@@ -1,0 +1,47 @@
+"""What the commands work on: the deployment that the settings describe.
+
+The library is imported when a command needs it and not before, because loading SQLAlchemy and Celery takes longer than
+printing a help text.
+"""
+
+from typing import TYPE_CHECKING
+
+from dispatcher.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from dispatcher.dispatcher import Dispatcher
+    from dispatcher.settings import Settings
+    from dispatcher.storage.database import Database
+
+
+def read_settings() -> "Settings":
+    """The settings; `ConfigurationError` names each environment variable that does not fit."""
+    from pydantic import ValidationError  # noqa: PLC0415 - see above
+
+    from dispatcher.settings import Settings  # noqa: PLC0415 - see above
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors()]
+        raise ConfigurationError("; ".join(problems)) from None  # which may show the value, a password perhaps
+
+
+def open_dispatcher(settings: "Settings | None" = None) -> "Dispatcher":
+    """The dispatcher of the configuration that `DISPATCHER_CONFIG` names."""
+    from dispatcher.dispatcher import Dispatcher  # noqa: PLC0415 - see above
+
+    return Dispatcher.from_settings(settings if settings is not None else read_settings())
+
+
+def open_database() -> "Database":
+    """The database of the settings, for commands that need no configuration."""
+    from dispatcher import addresses  # noqa: PLC0415 - see above
+    from dispatcher.storage.database import Database  # noqa: PLC0415 - see above
+
+    settings = read_settings()
+    return Database(addresses.database_url(settings), connect_seconds=settings.connect_seconds)
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    return f"DISPATCHER_{str(location[0]).upper()}" if location else "settings"

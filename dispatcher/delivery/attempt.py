@@ -1,0 +1,173 @@
+"""One attempt at a delivery: user code runs here, and the attempt's end is returned as a value.
+
+User code and database writes are in separate `try` blocks, so that a database error is never recorded as a failed
+callback. What each end means for the rows is the business of `ends`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, TypeAlias
+
+from dispatcher.domain.config import Callback, ChainType
+from dispatcher.domain.contexts import merged_context
+from dispatcher.domain.evaluation import GuardFailed, Plan, evaluate
+from dispatcher.domain.records import Begun, DeliveryRecord
+from dispatcher.errors import ends_process
+from dispatcher.transition import Transition
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A begun attempt with its definition, and until when this process may record its end (monotonic seconds)."""
+
+    begun: Begun
+    chain_type: ChainType
+    transition_class: type[Transition]
+    callback: Callback
+    now: datetime
+    finish_by: float
+
+    @property
+    def delivery(self) -> DeliveryRecord:
+        """The delivery's row as it was begun."""
+        return self.begun.delivery
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """The callback has returned; `transition` is the object that it was called with."""
+
+    transition: Transition
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """`verify()` has found the effect of an earlier attempt: nothing was called."""
+
+    transition: Transition
+
+
+@dataclass(frozen=True, slots=True)
+class NotValid:
+    """The last look found that the transition does not win any more: nothing was called."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """User code has raised `error`."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class StillUnknown:
+    """The effect of an earlier attempt stays unknown, and the chain type says that a person decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoneLeft:
+    """`verify()` found no effect, and there are no further attempts."""
+
+    transition: Transition
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOver:
+    """Another process has settled the delivery meanwhile."""
+
+
+End: TypeAlias = Called | Verified | NotValid | Failed | StillUnknown | NoneLeft | TakenOver
+"""How an attempt ended."""
+
+
+def make_attempt(
+    attempt: Attempt,
+    loaded: Mapping[str, Any] | BaseException,
+    *,
+    last_look_seconds: float,
+    mark_known: Callable[[Attempt], bool],
+) -> End:
+    """Settle what an earlier attempt left, look once more, call the callback; how the attempt ended.
+
+    `loaded` is what the batch's `load_context` gave for the chain. `mark_known` notes in the row that the earlier
+    attempts had no effect; False says that the delivery is no longer ours.
+    """
+    delivery = attempt.delivery
+    unknown = delivery.unknown
+    if unknown:
+        settled = _settle_unknown(attempt, loaded, mark_known)
+        if not isinstance(settled, bool):
+            return settled
+        unknown = settled
+    try:
+        context = _context(attempt, loaded)
+        transition = bare_transition(attempt, context)
+        age = attempt.begun.machine_now - delivery.planned_at
+        if not unknown and age >= timedelta(seconds=last_look_seconds):
+            plan = _look_again(attempt, context)
+            if plan.winner is None or type(plan.winner) is not attempt.transition_class:
+                return NotValid(plan)
+            transition = plan.winner
+            transition.idempotency_key = delivery.idempotency_key
+        attempt.callback(transition, **(delivery.kwargs or {}))
+    except BaseException as error:
+        if ends_process(error):
+            raise
+        return Failed(error)
+    return Called(transition)
+
+
+def _settle_unknown(
+    attempt: Attempt, loaded: Mapping[str, Any] | BaseException, mark_known: Callable[[Attempt], bool]
+) -> End | bool:
+    """The attempt's end where an earlier attempt's unknown effect decides it; else whether it is still unknown."""
+    try:
+        transition = bare_transition(attempt, _context(attempt, loaded))
+        took_place = verified(transition)
+    except BaseException as error:
+        if ends_process(error):
+            raise
+        return Failed(error)
+    if took_place:
+        return Verified(transition)
+    if took_place is None and attempt.chain_type.on_unknown == "hold":
+        return StillUnknown()
+    if took_place is False and not mark_known(attempt):
+        return TakenOver()
+    if attempt.delivery.attempt > attempt.delivery.max_attempts:
+        return NoneLeft(transition)
+    return took_place is None
+
+
+def bare_transition(attempt: Attempt, context: Mapping[str, Any]) -> Transition:
+    """The attempt's transition object, made without asking its guard."""
+    transition = attempt.transition_class(attempt.begun.chain.snapshot(), context)
+    transition.now = attempt.now
+    transition.idempotency_key = attempt.delivery.idempotency_key
+    return transition
+
+
+def verified(transition: Transition) -> bool | None:
+    """What the transition's `verify()` says of an earlier attempt's effect; None without one."""
+    verify = getattr(transition, "verify", None)
+    if verify is None:
+        return None
+    answer = verify()
+    return None if answer is None else bool(answer)
+
+
+def _context(attempt: Attempt, loaded: Mapping[str, Any] | BaseException) -> dict[str, Any]:
+    if isinstance(loaded, BaseException):
+        raise loaded
+    return merged_context(loaded, attempt.begun.chain.context, attempt.delivery.context)
+
+
+def _look_again(attempt: Attempt, context: Mapping[str, Any]) -> Plan:
+    candidates = attempt.chain_type.candidates(attempt.delivery.from_state)
+    try:
+        return evaluate(attempt.begun.chain.snapshot(), candidates, context, attempt.now)
+    except GuardFailed as error:
+        raise error.__cause__ or error from error

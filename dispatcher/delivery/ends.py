@@ -1,0 +1,352 @@
+"""What the end of an attempt means: the rows that are written, the result, the log line, and what is published next."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from typing import Final
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+
+from dispatcher.delivery.attempt import (
+    Attempt,
+    Called,
+    End,
+    Failed,
+    NoneLeft,
+    NotValid,
+    StillUnknown,
+    TakenOver,
+    Verified,
+    bare_transition,
+)
+from dispatcher.delivery.pacing import Deferral
+from dispatcher.delivery.recording import recorded
+from dispatcher.domain.config import ChainType
+from dispatcher.domain.decisions import due_after_move, next_update
+from dispatcher.domain.evaluation import Plan
+from dispatcher.domain.records import Begun, DeliveryRecord, Finished
+from dispatcher.domain.results import AttemptResult, describe, reasons_text
+from dispatcher.errors import PermanentFailure, ServiceUnavailable
+from dispatcher.messages.publisher import Publisher, PublishFailed
+from dispatcher.messages.queues import CHAINS_QUEUE, MAX_COUNTDOWN
+from dispatcher.retry import growing_interval
+from dispatcher.settings import Settings
+from dispatcher.states import AttemptOutcome, DeliveryStatus, EventAction
+from dispatcher.storage import deliveries, history, store
+from dispatcher.storage.database import Database
+from dispatcher.storage.deliveries import LostChain
+from dispatcher.telemetry import Action, emit
+from dispatcher.transition import Transition
+
+logger = logging.getLogger(__name__)
+
+_UNKNOWN_DEFINITION: Final = "unknown definition: "
+_LOGGED_AS: Final[Mapping[AttemptOutcome, Action]] = {
+    outcome: Action(f"attempt_{outcome}") for outcome in AttemptOutcome if outcome != AttemptOutcome.DRY_RUN
+}
+
+
+class Ends:
+    """Records the ends of attempts for one deployment. `random` draws the jitter of retries from [0, 1)."""
+
+    def __init__(
+        self, *, settings: Settings, database: Database, publisher: Publisher, random: Callable[[], float]
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._publisher = publisher
+        self._random = random
+
+    # --- attempts that did not get as far as user code ---------------------------------------------------------------
+
+    def not_begun(self, delivery_id: str, attempt: int, outcome: AttemptOutcome) -> AttemptResult:
+        """The result of an attempt that may not begin."""
+        return _logged(AttemptResult(delivery_id, attempt, outcome))
+
+    def unknown_definition(self, begun: Begun, name: str, now: datetime) -> AttemptResult:
+        """Take back the beginning of an attempt whose chain type, transition or callback this process does not know."""
+        delivery, record = begun.delivery, begun.chain
+        reason = f"{_UNKNOWN_DEFINITION}{name!r}"
+        waited = max((begun.machine_now - delivery.planned_at).total_seconds(), 0)
+        seconds = growing_interval(1 + int(waited // 60)).total_seconds()
+
+        def work(connection: Connection) -> None:
+            postponed = deliveries.postpone(connection, delivery, seconds=seconds, reason=reason)
+            if postponed and not (delivery.last_error or "").startswith(_UNKNOWN_DEFINITION):
+                history.add_event(
+                    connection,
+                    record.id,
+                    record.version,
+                    EventAction.UNKNOWN_DEFINITION,
+                    value=delivery.transition,
+                    from_state=record.state,
+                    to_state=record.state,
+                    detail=reason,
+                    now=now,
+                )
+
+        self._database.write(work)
+        return _logged(AttemptResult(delivery.id, delivery.attempt, AttemptOutcome.UNKNOWN_DEFINITION))
+
+    def deferred(self, attempt: Attempt, deferral: Deferral) -> AttemptResult:
+        """Take back the beginning of an attempt that hours or rate limits keep waiting."""
+        by_celery = deferral.seconds <= MAX_COUNTDOWN
+        grace = self._settings.queued_seconds if by_celery else 0.0
+
+        def work(connection: Connection) -> bool:
+            return deliveries.postpone(
+                connection, attempt.delivery, seconds=deferral.seconds, reason=deferral.reason, grace_seconds=grace
+            )
+
+        if not self._write(attempt, work, (DeliveryStatus.PENDING,), attempt_after=attempt.delivery.attempt - 1):
+            return _result(attempt, AttemptOutcome.STALE)
+        result = _result(attempt, AttemptOutcome.DEFERRED, deferral.why)
+        return replace(result, retry_seconds=deferral.seconds if by_celery else None)
+
+    def give_back(self, attempts: Sequence[Attempt]) -> None:
+        """Take back the beginning of attempts that were not called: the relay publishes them at once."""
+
+        def work(connection: Connection) -> None:
+            for attempt in attempts:
+                deliveries.postpone(connection, attempt.delivery, seconds=0, reason=None)
+
+        self._database.write(work)
+
+    def mark_known(self, attempt: Attempt) -> bool:
+        """Note that the earlier attempts had no effect; False when the delivery is no longer ours."""
+        return self._write(
+            attempt, lambda connection: deliveries.mark_known(connection, attempt.delivery), (DeliveryStatus.RUNNING,)
+        )
+
+    # --- ends --------------------------------------------------------------------------------------------------------
+
+    def record(self, attempt: Attempt, end: End, *, commit_may_have_succeeded: bool = False) -> AttemptResult:
+        """Write what an end means, try again while the database is away, and log it; the attempt's result."""
+        match end:
+            case Called(transition):
+                return self._delivered(attempt, transition, "", commit_may_have_succeeded=commit_may_have_succeeded)
+            case Verified(transition):
+                return self._delivered(attempt, transition, "verify() found the effect of an earlier attempt")
+            case NotValid(plan):
+                return self._cancelled(attempt, plan)
+            case Failed(error):
+                return self._failed(attempt, error)
+            case StillUnknown():
+                return self._stopped(attempt, DeliveryStatus.HELD, "the effect of an earlier attempt is unknown")
+            case NoneLeft(transition):
+                return self._out_of_attempts(attempt, transition, attempt.delivery.last_error or "")
+            case TakenOver():
+                return _result(attempt, AttemptOutcome.STALE, "the delivery was taken over meanwhile")
+
+    def record_called(self, called: Sequence[tuple[Attempt, Called]]) -> list[AttemptResult]:
+        """Record callbacks that returned, in one transaction; one by one, with all their retries, if that fails."""
+        if len(called) < 2:  # noqa: PLR2004 - a batch has several
+            return [self.record(attempt, end) for attempt, end in called]
+        finished = [finished_of(attempt, end.transition) for attempt, end in called]
+        now = called[0][0].now
+        try:
+            done = store.finish(self._database, finished, now=now)
+        except (ServiceUnavailable, DBAPIError, LostChain) as error:
+            emit(
+                logger,
+                Action.FINISH_FAILED,
+                "could not record the end of %d deliveries together (%s); trying each alone",
+                len(called),
+                type(error).__name__,
+            )
+            return [self.record(attempt, end, commit_may_have_succeeded=True) for attempt, end in called]
+        results = []
+        for (attempt, _), written in zip(called, finished, strict=True):
+            ours = attempt.delivery.id in done
+            results.append(_result(attempt, AttemptOutcome.DELIVERED if ours else AttemptOutcome.STALE))
+            if ours and attempt.chain_type.continue_ and written.due_at is not None:
+                self._publish_next(attempt)
+        return results
+
+    def _delivered(
+        self, attempt: Attempt, transition: Transition, detail: str, *, commit_may_have_succeeded: bool = False
+    ) -> AttemptResult:
+        finished = finished_of(attempt, transition)
+        if not recorded(
+            self._database,
+            attempt.delivery,
+            lambda: bool(store.finish(self._database, [finished], now=attempt.now)),
+            (DeliveryStatus.DELIVERED,),
+            finish_by=attempt.finish_by,
+            commit_may_have_succeeded=commit_may_have_succeeded,
+        ):
+            return _result(attempt, AttemptOutcome.STALE, "the delivery was taken over while the callback ran")
+        if attempt.chain_type.continue_ and finished.due_at is not None:
+            self._publish_next(attempt)
+        return _result(attempt, AttemptOutcome.DELIVERED, detail)
+
+    def _cancelled(self, attempt: Attempt, plan: Plan) -> AttemptResult:
+        won = type(plan.winner).__name__ if plan.winner is not None else "none"
+        reason = f"last look: {won} wins now; {reasons_text(plan.errors)}"
+
+        def work(connection: Connection) -> bool:
+            return deliveries.close_and_stay(connection, attempt.delivery, now=attempt.now, reason=reason)
+
+        if not self._write(attempt, work, (DeliveryStatus.CANCELLED,)):
+            return _result(attempt, AttemptOutcome.STALE)
+        self._publish_next(attempt)
+        return _result(attempt, AttemptOutcome.CANCELLED, reason)
+
+    def _failed(self, attempt: Attempt, error: BaseException) -> AttemptResult:
+        delivery, reason = attempt.delivery, describe(error)
+        if isinstance(error, PermanentFailure) or delivery.attempt >= delivery.max_attempts:
+            return self._out_of_attempts(attempt, _for_skipping(attempt), reason, error=error)
+        _log_failure(attempt, error)
+        seconds = attempt.transition_class.retry.delay(delivery.attempt, self._random).total_seconds()
+        by_celery = seconds <= MAX_COUNTDOWN
+        grace = self._settings.queued_seconds if by_celery else 0.0
+
+        def work(connection: Connection) -> bool:
+            return deliveries.retry(connection, delivery, seconds=seconds, grace_seconds=grace, error=reason)
+
+        if not self._write(attempt, work, (DeliveryStatus.PENDING,)):
+            return _result(attempt, AttemptOutcome.STALE)
+        result = _result(attempt, AttemptOutcome.RETRYING, reason)
+        return replace(result, retry_seconds=seconds if by_celery else None)
+
+    def _out_of_attempts(
+        self, attempt: Attempt, transition: Transition | None, reason: str, *, error: BaseException | None = None
+    ) -> AttemptResult:
+        if attempt.chain_type.on_dead == "hold":
+            return self._stopped(attempt, DeliveryStatus.DEAD, reason, error=error)
+        if error is not None:
+            _log_failure(attempt, error)
+        delivery = attempt.delivery
+        next_update_at = next_update(transition) if transition is not None else None
+        due_at = due_after_move(attempt.chain_type, delivery.final_state, next_update_at, attempt.now)
+
+        def work(connection: Connection) -> bool:
+            return deliveries.skip(
+                connection,
+                delivery,
+                next_update_at=next_update_at,
+                due_at=due_at,
+                now=attempt.now,
+                detail=f"out of attempts: {reason}",
+            )
+
+        done = self._write(attempt, work, (DeliveryStatus.SKIPPED,))
+        return _result(attempt, AttemptOutcome.SKIPPED if done else AttemptOutcome.STALE, reason)
+
+    def _stopped(
+        self, attempt: Attempt, status: DeliveryStatus, reason: str, *, error: BaseException | None = None
+    ) -> AttemptResult:
+        """The result of an attempt after which a person decides; its line is an ERROR with the traceback."""
+        delivery = attempt.delivery
+
+        def work(connection: Connection) -> bool:
+            return deliveries.stop(connection, delivery, status=status, error=reason, now=attempt.now)
+
+        done = self._write(attempt, work, (status,))
+        outcome = AttemptOutcome(status.value) if done else AttemptOutcome.STALE
+        return _result(attempt, outcome, reason, error=error)
+
+    def _write(
+        self,
+        attempt: Attempt,
+        work: Callable[[Connection], bool],
+        expected_statuses: Sequence[DeliveryStatus],
+        *,
+        attempt_after: int | None = None,
+    ) -> bool:
+        """Whether the end of an attempt is committed; tried again until the lease ends while the database is away."""
+        return recorded(
+            self._database,
+            attempt.delivery,
+            partial(self._database.write, work),
+            expected_statuses,
+            finish_by=attempt.finish_by,
+            attempt_after=attempt_after,
+        )
+
+    def _publish_next(self, attempt: Attempt) -> None:
+        """Publish the chain's next evaluation at once, where there is a broker."""
+        if not self._publisher.configured:
+            return
+        chain_id = attempt.delivery.chain_id
+        try:
+            self._publisher.execute([chain_id], queue=attempt.chain_type.queue or CHAINS_QUEUE)
+        except PublishFailed as error:
+            emit(
+                logger,
+                Action.CHAINS_NOT_PUBLISHED,
+                "chain %s: its next evaluation is not published (%s); the sweep will do it",
+                chain_id,
+                error,
+                chain_id=chain_id,
+            )
+
+
+def finished_of(attempt: Attempt, transition: Transition) -> Finished:
+    """A delivered attempt as it is to be recorded."""
+    return finished_delivery(attempt.delivery, transition, attempt.chain_type, attempt.now)
+
+
+def finished_delivery(
+    delivery: DeliveryRecord, transition: Transition, chain_type: ChainType, now: datetime
+) -> Finished:
+    """A delivery as delivered: with the rest that its transition asks for, and when its chain is due."""
+    next_update_at = next_update(transition)
+    due_at = due_after_move(chain_type, delivery.final_state, next_update_at, now)
+    return Finished(delivery, next_update_at, due_at)
+
+
+def _for_skipping(attempt: Attempt) -> Transition | None:
+    """The transition whose rest a skipped delivery keeps; None when it cannot even be made."""
+    try:
+        return bare_transition(attempt, attempt.delivery.context or {})
+    except Exception:  # noqa: BLE001 - user code: its constructor may be what failed
+        return None
+
+
+def _result(
+    attempt: Attempt, outcome: AttemptOutcome, detail: str = "", *, error: BaseException | None = None
+) -> AttemptResult:
+    delivery = attempt.delivery
+    result = AttemptResult(delivery.id, delivery.attempt, outcome, delivery.chain_id, delivery.transition, detail[:500])
+    return _logged(result, error)
+
+
+def _logged(result: AttemptResult, error: BaseException | None = None) -> AttemptResult:
+    emit(
+        logger,
+        _LOGGED_AS[result.outcome],
+        "chain %s: attempt %s of %s, delivery %s: %s %s",
+        result.chain_id,
+        result.attempt,
+        result.transition,
+        result.delivery_id,
+        result.outcome,
+        result.detail,
+        error=error,
+        chain_id=result.chain_id,
+        delivery_id=result.delivery_id,
+        attempt=result.attempt,
+        transition=result.transition,
+    )
+    return result
+
+
+def _log_failure(attempt: Attempt, error: BaseException) -> None:
+    delivery = attempt.delivery
+    emit(
+        logger,
+        Action.ATTEMPT_FAILED,
+        "chain %s: attempt %s of %s failed",
+        delivery.chain_id,
+        delivery.attempt,
+        delivery.transition,
+        error=error,
+        chain_id=delivery.chain_id,
+        delivery_id=delivery.id,
+        attempt=delivery.attempt,
+        transition=delivery.transition,
+    )

@@ -1,0 +1,144 @@
+"""The only attempt at a delivery that an application's own process has begun with `chain.execute()`."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError
+
+from dispatcher.delivery.ends import finished_delivery
+from dispatcher.delivery.recording import recorded
+from dispatcher.domain.config import Callback, DispatcherConfig
+from dispatcher.domain.records import DeliveryRecord
+from dispatcher.domain.results import ChainResult, describe
+from dispatcher.errors import ServiceUnavailable, ends_process
+from dispatcher.settings import Settings
+from dispatcher.states import DeliveryStatus, Outcome
+from dispatcher.storage import deliveries, store
+from dispatcher.storage.database import Database
+from dispatcher.telemetry import Action, emit
+from dispatcher.transition import Transition
+
+logger = logging.getLogger(__name__)
+
+
+class LocalAttempts:
+    """Makes in-process attempts for one deployment."""
+
+    def __init__(self, *, config: DispatcherConfig, settings: Settings, database: Database) -> None:
+        self._config = config
+        self._settings = settings
+        self._database = database
+
+    def deliver(self, result: ChainResult, callback: Callback, kwargs: Mapping[str, Any]) -> ChainResult:
+        """Make the attempt at a delivery that `Executor.execute_locally` has begun; the chain's result after it.
+
+        If the callback raises, the delivery is closed as cancelled, the chain is due, and the exception goes on
+        unchanged.
+        """
+        assert result.delivery_id is not None and result.transition is not None
+        with self._database.read() as connection:
+            delivery = deliveries.read(connection, result.delivery_id)
+            now = self._database.now(connection)
+        if delivery is None:
+            return replace(result, outcome=Outcome.STALE)
+        transition = result.transition
+        transition.idempotency_key = delivery.idempotency_key
+        with self._lease(delivery):
+            try:
+                callback(transition, **kwargs)
+            except BaseException as error:
+                if isinstance(error, SystemExit) and ends_process(error):
+                    raise  # a time limit: the effect is unknown, the lease ends, the relay settles it
+                self._cancel(delivery, error, now)
+                raise
+            done = self._record_delivered(delivery, transition, now)
+        if not done:
+            emit(
+                logger,
+                Action.END_NOT_RECORDED,
+                "chain %s: its delivery %s was taken over by another process while the callback ran here",
+                delivery.chain_id,
+                delivery.id,
+                chain_id=delivery.chain_id,
+                delivery_id=delivery.id,
+            )
+            return replace(result, outcome=Outcome.STALE)
+        return replace(result, outcome=Outcome.MOVED, state=delivery.final_state)
+
+    def _record_delivered(self, delivery: DeliveryRecord, transition: Transition, now: datetime) -> bool:
+        chain_type = self._config.get(transition.chain.chain_type)
+        finished = finished_delivery(delivery, transition, chain_type, now)
+        return recorded(
+            self._database,
+            delivery,
+            lambda: bool(store.finish(self._database, [finished], now=now)),
+            (DeliveryStatus.DELIVERED,),
+            finish_by=time.monotonic() + self._settings.lease_seconds,
+        )
+
+    def _cancel(self, delivery: DeliveryRecord, error: BaseException, now: datetime) -> None:
+        """Close the delivery as cancelled; what keeps that from being written is logged, not raised.
+
+        The caller must see what its callback raised.
+        """
+        reason = describe(error)
+        work = partial(
+            self._database.write,
+            lambda connection: deliveries.close_and_stay(connection, delivery, now=now, reason=reason),
+        )
+        try:
+            recorded(
+                self._database,
+                delivery,
+                work,
+                (DeliveryStatus.CANCELLED,),
+                finish_by=time.monotonic() + self._settings.lease_seconds,
+            )
+        except (ServiceUnavailable, DBAPIError) as problem:
+            emit(
+                logger,
+                Action.END_NOT_RECORDED,
+                "delivery %s: could not record its cancellation; the relay will settle it",
+                delivery.id,
+                error=problem,
+                chain_id=delivery.chain_id,
+                delivery_id=delivery.id,
+            )
+
+    @contextmanager
+    def _lease(self, delivery: DeliveryRecord) -> Iterator[None]:
+        """Renew the lease from a thread while the block runs."""
+        ended = threading.Event()
+        seconds = self._settings.lease_seconds
+
+        def renew() -> None:
+            while not ended.wait(seconds / 3):
+                try:
+                    if not self._database.write(
+                        lambda connection: deliveries.renew_lease(connection, delivery, lease_seconds=seconds)
+                    ):
+                        return
+                except (ServiceUnavailable, DBAPIError) as error:
+                    emit(
+                        logger,
+                        Action.LEASE_NOT_RENEWED,
+                        "delivery %s: its lease is not renewed (%s); trying again",
+                        delivery.id,
+                        type(error).__name__,
+                        delivery_id=delivery.id,
+                    )
+
+        thread = threading.Thread(target=renew, name=f"lease-{delivery.id}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()

@@ -1,0 +1,73 @@
+"""Records the end of an attempt, and tries again while the database is away."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from sqlalchemy.exc import DBAPIError
+
+from dispatcher.domain.records import DeliveryRecord
+from dispatcher.errors import ServiceUnavailable
+from dispatcher.states import DeliveryStatus
+from dispatcher.storage import deliveries
+from dispatcher.storage.database import Database
+from dispatcher.storage.deliveries import LostChain
+from dispatcher.telemetry import Action, emit
+
+logger = logging.getLogger(__name__)
+
+_MAX_PAUSE_SECONDS: Final = 2.0
+
+
+def recorded(
+    database: Database,
+    delivery: DeliveryRecord,
+    write: Callable[[], bool],
+    expected_statuses: Sequence[DeliveryStatus],
+    *,
+    finish_by: float,
+    commit_may_have_succeeded: bool = False,
+    attempt_after: int | None = None,
+) -> bool:
+    """Whether `write()` has committed; it is tried again while the database is away, until `finish_by` (monotonic s).
+
+    A commit may succeed although its caller sees an error. After an error the row is read: if it has one of
+    `expected_statuses` and the attempt `attempt_after` (None: this attempt), our earlier commit succeeded.
+    `commit_may_have_succeeded` says that there was an error before this call. Raises the database's error when the time
+    is over; the relay then settles the attempt as unknown.
+    """
+    pause = 0.05
+    while True:
+        try:
+            if write():
+                return True
+            return commit_may_have_succeeded and _is_ours(database, delivery, expected_statuses, attempt_after)
+        except LostChain:
+            return False
+        except (ServiceUnavailable, DBAPIError) as error:
+            if time.monotonic() + pause >= finish_by:
+                raise
+            emit(
+                logger,
+                Action.FINISH_FAILED,
+                "delivery %s: could not record the end of its attempt (%s); trying again",
+                delivery.id,
+                type(error).__name__,
+                delivery_id=delivery.id,
+            )
+            commit_may_have_succeeded = True
+        time.sleep(pause)
+        pause = min(pause * 2, _MAX_PAUSE_SECONDS)
+
+
+def _is_ours(
+    database: Database,
+    delivery: DeliveryRecord,
+    expected_statuses: Sequence[DeliveryStatus],
+    attempt_after: int | None,
+) -> bool:
+    with database.read() as connection:
+        row = deliveries.read(connection, delivery.id)
+    expected_attempt = delivery.attempt if attempt_after is None else attempt_after
+    return row is not None and row.attempt == expected_attempt and row.status in expected_statuses

@@ -1,0 +1,58 @@
+"""Prune: events and closed deliveries that are older than the retention are deleted, and never chains."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Final
+
+from sqlalchemy.engine import Connection
+
+from dispatcher.messages.queues import PRUNE
+from dispatcher.passes.turns import Turns, pass_seconds
+from dispatcher.settings import Settings
+from dispatcher.storage import deliveries, history
+from dispatcher.storage.database import Database
+from dispatcher.telemetry import Action, emit
+
+logger = logging.getLogger(__name__)
+
+_PAGE: Final = 500
+_TICK_SECONDS: Final = 3600.0
+_PASS_SECONDS: Final = 300.0
+
+
+class Pruner:
+    """Prunes one deployment."""
+
+    def __init__(self, *, settings: Settings, database: Database, turns: Turns) -> None:
+        self._settings = settings
+        self._database = database
+        self._turns = turns
+
+    def prune(self, *, days: float | None, tick: bool) -> dict[str, Any]:
+        """Delete events and closed deliveries older than `days` in batches: `{"events", "deliveries"}`.
+
+        `days` None takes the setting. With `tick=True` only the first caller within an hour does anything.
+        """
+        days = days if days is not None else self._settings.retention_days
+        if days is None:
+            return {"events": 0, "deliveries": 0}
+        if tick and not self._turns.claim(PRUNE, _TICK_SECONDS):
+            return {"claimed": False}
+        with self._database.read() as connection:
+            before = self._database.now(connection) - timedelta(days=days)
+            machine_before = self._database.machine_now(connection) - timedelta(days=days)
+        stop_at = time.monotonic() + pass_seconds(_PASS_SECONDS)
+        counts = {"events": 0, "deliveries": 0}
+        steps: Mapping[str, Callable[[Connection], int]] = {
+            "events": lambda connection: history.prune_events(connection, before=before, limit=_PAGE),
+            "deliveries": lambda connection: deliveries.prune(connection, before=machine_before, limit=_PAGE),
+        }
+        for name, step in steps.items():
+            deleted = _PAGE
+            while deleted == _PAGE and time.monotonic() < stop_at:
+                deleted = self._database.write(step)
+                counts[name] += deleted
+        emit(logger, Action.PRUNED, "prune: %s", counts, pruned=counts)
+        return counts

@@ -1,0 +1,30 @@
+"""The turns of the periodic passes: any number of beats may ask, and the tick's row gives each turn to one of them."""
+
+from datetime import timedelta
+
+from sqlalchemy.engine import Connection
+
+from dispatcher.storage import ticks
+from dispatcher.storage.database import Database
+
+
+class Turns:
+    """Gives out the turns of one deployment's passes."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def claim(self, name: str, interval_seconds: float) -> bool:
+        """True for one caller in each interval, False for all others."""
+
+        def work(connection: Connection) -> bool:
+            machine_now = self._database.machine_now(connection)
+            not_after = machine_now - timedelta(seconds=interval_seconds * 0.9)  # beats are not exact
+            return ticks.claim_tick(connection, name, machine_now=machine_now, not_after=not_after)
+
+        return self._database.write(work)
+
+
+def pass_seconds(interval_seconds: float) -> float:
+    """How long a pass with this interval may take, in seconds."""
+    return min(max(interval_seconds, 10.0), 300.0)

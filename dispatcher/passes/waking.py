@@ -1,0 +1,143 @@
+"""Wakes the chains that rest in a state whose candidates have changed, because the new ones were never asked.
+
+A fingerprint of each state's candidates is remembered in the chain type's row, with the time at which it was last in
+use.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Final
+
+from sqlalchemy.engine import Connection
+
+from dispatcher.domain.config import ChainType, DispatcherConfig
+from dispatcher.domain.fingerprints import fingerprint
+from dispatcher.settings import Settings
+from dispatcher.storage import chain_types, chains, ticks
+from dispatcher.storage.database import Database
+from dispatcher.telemetry import Action, emit
+
+logger = logging.getLogger(__name__)
+
+_PAGE: Final = 1000
+_POSITION: Final = "dispatcher.wake"
+_SWEEPS_OF_A_DEPLOY: Final = 10
+
+
+class Waker:
+    """Wakes the chains of changed states of one deployment."""
+
+    def __init__(self, *, config: DispatcherConfig, settings: Settings, database: Database) -> None:
+        self._config = config
+        self._settings = settings
+        self._database = database
+
+    def wake_changed_states(self, stop_at: float) -> None:
+        """Make the chains that rest in states whose candidates have changed due again, in batches.
+
+        During a deploy old and new workers take turns, so a fingerprint that was in use within the last sweeps is no
+        change. Once the old fingerprint is out of use the chains are made due again, because until then an old worker
+        may have looked at them, and laid them to rest by its own candidates. The next sweep continues with what is left
+        at `stop_at` (monotonic seconds).
+        """
+        forget = timedelta(seconds=self._settings.sweep_seconds * _SWEEPS_OF_A_DEPLOY)
+        type_names = [chain_type.chain_type for chain_type in self._config.chains]
+        with self._database.read() as connection:
+            known = {
+                type_name: {state: dict(seen) for state, seen in states.items()}
+                for type_name, states in chain_types.read_fingerprints(connection, type_names).items()
+            }
+            machine_now = self._database.machine_now(connection)
+        for chain_type in self._config.chains:
+            states = known.get(chain_type.chain_type)
+            fresh = _seen_now(chain_type, states or {}, machine_now, forget)
+            changed = (
+                []
+                if states is None
+                else [state for state in fresh if _changed(chain_type, state, states, machine_now, forget)]
+            )
+            if not all(self._wake_state(chain_type, state, stop_at) for state in changed):
+                continue
+            if states is None or changed or _needs_refresh(chain_type, states, machine_now, forget):
+                self._database.write(partial(_remember, chain_type.chain_type, fresh))
+
+    def _wake_state(self, chain_type: ChainType, state: str, stop_at: float) -> bool:
+        """Whether all chains that rest in a state are due; continues where an earlier sweep stopped."""
+        type_name, done = chain_type.chain_type, -1
+        key = f"{type_name}/{state}/{fingerprint(chain_type, state)}"
+
+        def work(connection: Connection) -> int:
+            positions = ticks.read_position(connection, _POSITION)
+            after_id = positions.get(key, 0)
+            if after_id == done:
+                return done
+            now = self._database.now(connection)
+            found = chains.make_due(
+                connection, chain_type=type_name, state=state, after_id=after_id, limit=_PAGE, now=now
+            )
+            after_id = done if found is None else found
+            ticks.write_position(connection, _POSITION, {**positions, key: after_id})
+            return after_id
+
+        emit(
+            logger,
+            Action.STATE_WOKEN,
+            "the candidates of chain type %s, state %s have changed: its chains are made due",
+            type_name,
+            state,
+            chain_type=type_name,
+            state=state,
+        )
+        while time.monotonic() < stop_at:
+            if self._database.write(work) == done:
+                return True
+        return False
+
+
+def _remember(type_name: str, fresh: Mapping[str, Mapping[str, str]], connection: Connection) -> None:
+    chain_types.write_fingerprints(connection, type_name, fresh)
+    positions = ticks.read_position(connection, _POSITION)
+    left = {key: position for key, position in positions.items() if not key.startswith(f"{type_name}/")}
+    if left != positions:
+        ticks.write_position(connection, _POSITION, left)
+
+
+def _seen_now(
+    chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime, forget: timedelta
+) -> dict[str, dict[str, str]]:
+    """The fingerprints to remember: those seen lately, and this configuration's own, as of now."""
+    return {
+        state: {
+            **{mark: seen for mark, seen in states.get(state, {}).items() if now - _time(seen) < forget},
+            fingerprint(chain_type, state): now.astimezone(UTC).isoformat(),
+        }
+        for state in sorted(chain_type.states)
+    }
+
+
+def _changed(
+    chain_type: ChainType, state: str, states: Mapping[str, Mapping[str, str]], now: datetime, forget: timedelta
+) -> bool:
+    seen = states.get(state, {})
+    if fingerprint(chain_type, state) in seen and (
+        len(seen) == 1 or all(now - _time(last) < forget for last in seen.values())
+    ):
+        return False
+    return bool(seen) or bool(chain_type.candidates(state))
+
+
+def _needs_refresh(
+    chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime, forget: timedelta
+) -> bool:
+    for state in chain_type.states:
+        last = states.get(state, {}).get(fingerprint(chain_type, state))
+        if last is None or now - _time(last) > forget / 4:
+            return True
+    return False
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text)

@@ -1,0 +1,89 @@
+"""At which revision the tables are, and at which they must be. It needs no Alembic, which takes long to load."""
+
+from typing import Final
+
+from sqlalchemy import Column, Connection, MetaData, String, Table, inspect, select
+from sqlalchemy.exc import OperationalError, ProgrammingError
+
+from dispatcher.errors import DatabaseNotMigrated
+from dispatcher.storage.database import Database
+from dispatcher.storage.dialects import is_conflict
+
+REVISIONS: Final = ("0001",)
+"""All revisions known here, newest first."""
+
+TABLE_PREFIX: Final = "chain_dispatcher_"
+
+VERSION: Final = Table(
+    f"{TABLE_PREFIX}alembic_version", MetaData(), Column("version_num", String(32), primary_key=True)
+)
+"""Alembic's table of ours: the application's own Alembic may live in the same database."""
+
+
+def head() -> str:
+    """The revision that this version of the library needs."""
+    return REVISIONS[0]
+
+
+def current(database: Database) -> str | None:
+    """The revision that the database is at; None when it has no tables of ours. One query when it has.
+
+    Raises `ServiceUnavailable` when the database cannot be reached.
+    """
+    try:
+        with database.read() as connection:
+            return _revision(connection)
+    except (OperationalError, ProgrammingError):
+        with database.read() as connection:
+            return revision_if_any(connection)
+
+
+class Migrated:
+    """Remembers, for one database, that its tables are there."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._known = False
+
+    def require(self) -> None:
+        """As `require_current`, with no query once it was so."""
+        if not self._known:
+            require_current(self._database)
+            self._known = True
+
+
+def require_current(database: Database) -> None:
+    """Raise `DatabaseNotMigrated` unless the tables are as new as this version needs; SQLite ones are upgraded instead.
+
+    One query when all is well. A revision that this version does not know is accepted as a newer one: during a
+    deployment old workers run on the new tables, and a migration therefore either expands (adds what old code does
+    not mind) or, a release later, contracts (drops what no running code uses any more), never both.
+    """
+    try:
+        found = current(database)
+    except OperationalError as error:
+        # SQLite refuses, whatever the timeout, to switch a new file to WAL while another process does just that.
+        if database.dialect != "sqlite" or not is_conflict(error):
+            raise
+        found = None
+    if suffices(found):
+        return
+    if database.dialect != "sqlite":
+        raise DatabaseNotMigrated(found, head())
+    from dispatcher.storage.migrations.runner import upgrade  # noqa: PLC0415 - Alembic, which is needed only here
+
+    upgrade(database)
+
+
+def suffices(found: str | None) -> bool:
+    """Whether this version can work on tables of that revision; one that it does not know is a newer one."""
+    return found is not None and (found == head() or found not in REVISIONS)
+
+
+def revision_if_any(connection: Connection) -> str | None:
+    """The revision that the database is at, where the table that says so may be missing."""
+    return _revision(connection) if inspect(connection).has_table(VERSION.name) else None
+
+
+def _revision(connection: Connection) -> str | None:
+    return connection.execute(select(VERSION.c.version_num)).scalars().first()

@@ -1,0 +1,165 @@
+"""One call per log event: it writes the log line, with its `extra`, and tells the listeners (metrics, traces)."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final, TypeAlias
+
+_own_logger = logging.getLogger(__name__)
+
+
+class Action(StrEnum):
+    """What a log line of level INFO or above says that happened. `docs/reference/logging.md` lists them."""
+
+    ATTEMPT_CANCELLED = "attempt_cancelled"
+    ATTEMPT_DEAD = "attempt_dead"
+    ATTEMPT_DEFERRED = "attempt_deferred"
+    ATTEMPT_DELIVERED = "attempt_delivered"
+    ATTEMPT_DISABLED = "attempt_disabled"
+    ATTEMPT_FAILED = "attempt_failed"
+    ATTEMPT_HELD = "attempt_held"
+    ATTEMPT_MISSING = "attempt_missing"
+    ATTEMPT_RETRYING = "attempt_retrying"
+    ATTEMPT_SKIPPED = "attempt_skipped"
+    ATTEMPT_STALE = "attempt_stale"
+    ATTEMPT_UNKNOWN_DEFINITION = "attempt_unknown_definition"
+    CALLBACK_IGNORED = "callback_ignored"
+    CHAIN_MOVED = "chain_moved"
+    CHAINS_NOT_PUBLISHED = "chains_not_published"
+    DELIVERIES_NOT_PUBLISHED = "deliveries_not_published"
+    DELIVERY_PLANNED = "delivery_planned"
+    DRY_RUN = "dry_run"
+    DRY_RUN_FAILED = "dry_run_failed"
+    END_NOT_RECORDED = "end_not_recorded"
+    ENQUEUE_ON_COMMIT_FAILED = "enqueue_on_commit_failed"
+    FINISH_FAILED = "finish_failed"
+    GUARD_FAILED = "guard_failed"
+    LEASE_NOT_RENEWED = "lease_not_renewed"
+    LOCK_SERVER_AWAY = "lock_server_away"
+    MOVED_WITHOUT_CALLBACK = "moved_without_callback"
+    NO_CALLBACK = "no_callback"
+    ORPHAN_DELIVERY = "orphan_delivery"
+    PRUNED = "pruned"
+    QUEUE_FULL = "queue_full"
+    RATE_LIMIT_ALONE = "rate_limit_alone"
+    RATE_LIMIT_SERVER_AWAY = "rate_limit_server_away"
+    RELAYED = "relayed"
+    REPAIRED = "repaired"
+    REQUEST_NOT_PUBLISHED = "request_not_published"
+    RESOURCE_ERASED = "resource_erased"
+    REST_IGNORED = "rest_ignored"
+    STATE_WOKEN = "state_woken"
+    SWEPT = "swept"
+    TASK_FAILED = "task_failed"
+    TIME_ZONE_UNKNOWN = "time_zone_unknown"
+    TYPE_PAUSED = "type_paused"
+    UNKNOWN_DEFINITION = "unknown_definition"
+    UNKNOWN_PAGE = "unknown_page"
+
+
+ERRORS: Final = frozenset(
+    {
+        Action.ATTEMPT_DEAD,
+        Action.ATTEMPT_HELD,
+        Action.DRY_RUN_FAILED,
+        Action.END_NOT_RECORDED,
+        Action.ENQUEUE_ON_COMMIT_FAILED,
+        Action.GUARD_FAILED,
+        Action.ORPHAN_DELIVERY,
+        Action.REST_IGNORED,
+        Action.TASK_FAILED,
+        Action.TYPE_PAUSED,
+    }
+)
+"""The actions that a person must look at: level ERROR."""
+
+WARNINGS: Final = frozenset(
+    {
+        Action.ATTEMPT_FAILED,
+        Action.ATTEMPT_UNKNOWN_DEFINITION,
+        Action.CALLBACK_IGNORED,
+        Action.CHAINS_NOT_PUBLISHED,
+        Action.DELIVERIES_NOT_PUBLISHED,
+        Action.FINISH_FAILED,
+        Action.LEASE_NOT_RENEWED,
+        Action.LOCK_SERVER_AWAY,
+        Action.MOVED_WITHOUT_CALLBACK,
+        Action.NO_CALLBACK,
+        Action.QUEUE_FULL,
+        Action.RATE_LIMIT_ALONE,
+        Action.RATE_LIMIT_SERVER_AWAY,
+        Action.REPAIRED,
+        Action.REQUEST_NOT_PUBLISHED,
+        Action.TIME_ZONE_UNKNOWN,
+        Action.UNKNOWN_DEFINITION,
+        Action.UNKNOWN_PAGE,
+    }
+)
+"""The actions that the library deals with by itself, later: level WARNING. All others are INFO."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogEvent:
+    """What a listener gets: the action, its level (of `logging`), the facts of its `extra`, and what was raised."""
+
+    action: Action
+    level: int
+    facts: Mapping[str, Any]
+    error: BaseException | None = None
+
+
+Listener: TypeAlias = Callable[[LogEvent], None]
+
+_listeners: list[Listener] = []
+
+
+def level_of(action: Action) -> int:
+    """The level of `logging` at which an action is logged."""
+    if action in ERRORS:
+        return logging.ERROR
+    return logging.WARNING if action in WARNINGS else logging.INFO
+
+
+def emit(
+    logger: logging.Logger,
+    action: Action,
+    message: str,
+    *arguments: object,
+    error: BaseException | None = None,
+    level: int | None = None,
+    **facts: Any,
+) -> None:
+    """Log `message % arguments` with `extra={"action": action, **facts}`, and tell every listener.
+
+    `error` is logged with its traceback. `level` is given only where an action is less important than usual.
+    """
+    level = level_of(action) if level is None else level
+    if logger.isEnabledFor(level):
+        logger.log(level, message, *arguments, exc_info=error, extra={"action": action.value, **facts}, stacklevel=2)
+    if _listeners:
+        event = LogEvent(action, level, facts, error)
+        for listener in tuple(_listeners):
+            _tell(listener, event)
+
+
+def listen(listener: Listener) -> Callable[[], None]:
+    """Have `listener` called with every `LogEvent` of this process, whatever the log level; call the result to end it.
+
+    It runs where the event happens, at times inside a task or a request: it must be quick. What it raises is logged.
+    """
+    _listeners.append(listener)
+
+    def end() -> None:
+        if listener in _listeners:
+            _listeners.remove(listener)
+
+    return end
+
+
+def _tell(listener: Listener, event: LogEvent) -> None:
+    try:
+        listener(event)
+    except Exception:
+        # User code. It is not told through `emit`, because that would call the same listener again.
+        _own_logger.exception("a listener failed on %s", event.action, extra={"action": "listener_failed"})
