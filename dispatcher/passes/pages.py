@@ -1,4 +1,4 @@
-"""Pages of due chains on their way into a queue: marked once, then published here or by whichever worker is free."""
+"""Pages of due chains on their way into a queue: marked once, then published here or by another worker."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 class Pages:
     """Marks and publishes the pages of one deployment.
 
-    A chain is marked as queued by the sweep that found it, before its page is handed over: so the next sweep leaves
-    alone what still waits for a worker, and a page whose message is lost is found again when its markers end, as an
-    execution whose message is lost.
+    The sweep that finds a chain marks it as queued before it hands the page over. The next sweep then skips chains that
+    still wait for a worker. When the message of a page is lost, its markers end, and the next sweep finds the chains
+    again, just as when the message of an execution is lost.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Pages:
     def publish_handed_over(self, chain_type: str, chain_ids: Sequence[int], *, dry_run: bool) -> dict[str, Any]:
         """Publish the executions of a page that a sweep handed over: `{"chain_type", "enqueued"}`.
 
-        What its queue has no room for is left to the next sweep and counted as `"held_back"`. A type that this
-        configuration does not have publishes nothing: `{"outcome": "unknown_definition", "enqueued": 0}`; its chains
-        are due, and another worker may know it when their markers have ended. Raises as `publish`.
+        Chains for which the queue has no room are left to the next sweep and counted as `"held_back"`. Of a type that
+        this configuration does not know nothing is published: `{"outcome": "unknown_definition", "enqueued": 0}`. Its
+        chains stay due; when their markers have ended, another worker may know the type. Raises as `publish`.
         """
         config = self._config.by_type.get(chain_type)
         if config is None:

@@ -1,4 +1,4 @@
-"""The sweep: pages of due chains are marked and published. One that runs out of time remembers where it stopped."""
+"""The sweep: pages of due chains are marked and published. A sweep that runs out of time remembers where it stopped."""
 
 import logging
 import time
@@ -75,8 +75,8 @@ class Sweeper:
         With `sweep_fanout` also `"handed_over"`: the chains whose executions other workers publish. Each due chain is
         in one of these three counts.
 
-        With `tick=True` it is one of possibly many beats', and only the first within the interval does anything
-        (`{"claimed": False}` for the others). Raises `PublishFailed`.
+        With `tick=True` only the first caller within the interval does anything (`{"claimed": False}` for the others),
+        because any number of beats may run. Raises `PublishFailed`.
         """
         if tick and not dry_run and not self._turns.claim(SWEEP, self._settings.sweep_seconds):
             return {"claimed": False}

@@ -1,4 +1,4 @@
-"""What the deployment remembers beside its chains: ticks of periodic passes, and its chain types.
+"""What the deployment remembers of its chain types: pauses, budgets, fingerprints.
 
 On the caller's connection; nothing here commits.
 """
@@ -24,7 +24,7 @@ def paused_types(connection: Connection) -> set[str]:
 
 
 def set_paused(connection: Connection, name: str, *, paused: bool, reason: str | None) -> bool:
-    """Pause or resume a chain type; False when it was so already."""
+    """Pause or resume a chain type; False when nothing had to change."""
     connection.execute(insert_or_ignore(connection, TypeRow).values(name=name))
     kept = reason[:MAX_DETAIL] if paused and reason else None
     done = connection.execute(
@@ -47,7 +47,8 @@ def lock_budget(
     """
     query = select(TYPE).where(TypeRow.name == name).with_for_update()
     row = connection.execute(query).one_or_none()
-    if row is None:  # not inserted each time: MySQL's INSERT IGNORE shares a lock on the row, and two deadlock after it
+    # Do not INSERT IGNORE every time: on MySQL it takes a shared lock, and two transactions that upgrade it deadlock.
+    if row is None:
         connection.execute(insert_or_ignore(connection, TypeRow).values(name=name))
         row = connection.execute(query).one()
     if row.paused:
@@ -59,14 +60,14 @@ def lock_budget(
             update(TypeRow).where(TypeRow.name == name).values(chains_estimate=estimate, estimated_at=machine_now)
         )
     limit = limit_of(estimate)
-    assert limit is not None  # only asked for types that have one
+    assert limit is not None  # budgets are locked for types with a limit only
     if row.window_at is None or machine_now - row.window_at >= _BUDGET_WINDOW:
         return Budget(machine_now, 0, limit)
     return Budget(row.window_at, row.window_plans, limit)
 
 
 def spend_budget(connection: Connection, name: str, budget: Budget, *, spent: int, wanted: int) -> bool:
-    """Note the plans that were written; False, and the type is paused with the reason, when more were wanted."""
+    """Note the plans that were written; False when more were wanted: then the type is paused, with the reason."""
     enough = wanted <= budget.left
     reason = (
         None if enough else f"max_plans_per_hour: {budget.limit} used up in the hour from {budget.window_at:%H:%M} UTC"

@@ -1,7 +1,8 @@
 """Reads of chains, and the guarded writes that change them, on the caller's connection. Nothing here commits.
 
-A guarded write names in its WHERE clause what the caller read; a row that changed meanwhile is not written, and the
-function says so. Every plan, move, close and operator action increments `version`; every enqueue increments `wake`.
+A guarded write compares the row with what the caller read. When the row has changed meanwhile, nothing is written, and
+the function's result says so. Every plan, move, close and operator action increments `version`; every enqueue
+increments `wake`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from dispatcher.storage.rows import CHAIN_COLUMNS, records_of
 from dispatcher.storage.statements import at_once, insert_or_ignore, is_due, one_row
 
 _PARAMETERS: Final = 1000
-_READ: Final = (  # made once: making a statement costs more than executing it
+_READ: Final = (  # built once, because building a statement costs more than executing it
     select(*CHAIN_COLUMNS, RESOURCE.c.resource_type, RESOURCE.c.resource_id, clock_plus(0).label("machine_now"))
     .select_from(CHAIN.outerjoin(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id))
     .where(CHAIN.c.id.in_(bindparam("ids", expanding=True)))
@@ -66,7 +67,7 @@ def find_exact(
 
 
 def find_containing(connection: Connection, chain_type: str, resources: Sequence[Resource]) -> int | None:
-    """The id of the one chain that has at least these resources, or None; several: `AmbiguousChain`."""
+    """The id of the only chain that has at least these resources, or None; `AmbiguousChain` if there are several."""
     found = list(
         connection.execute(
             select(RESOURCE.c.chain_id)
@@ -113,10 +114,10 @@ def due_page(
 ) -> list[DuePosition]:
     """The next due chains of a type after a position, in the order (due_at, id)."""
     query = select(CHAIN.c.due_at, CHAIN.c.id).where(is_due(now)).limit(limit)
-    # Each database gets what it searches in the index, however many chains are at rest or due at one moment.
+    # Each database gets a query that it answers from the index, however many chains rest or are due at the same time.
     if connection.dialect.name in ("mysql", "mariadb"):
-        # For `=` they may walk all entries of a type, those at rest first; row values they compare one by one; for the
-        # `or` below they may merge this index with another, and sort all that is due.
+        # With `=` MySQL may walk all entries of a type, the resting chains first. It compares row values without an
+        # index. For the `or` below it may merge this index with another, and sort everything that is due.
         query = query.with_hint(CHAIN, "FORCE INDEX (ix_chain_dispatcher_chain_due)")
         query = query.where(CHAIN.c.chain_type >= chain_type, CHAIN.c.chain_type <= chain_type)
         query = query.order_by(CHAIN.c.chain_type, CHAIN.c.due_at, CHAIN.c.id)
@@ -143,7 +144,7 @@ def create(
     due_at: datetime | None,
     now: datetime,
 ) -> int:
-    """The id of the chain with exactly these resources, made in NEW unless another caller was first."""
+    """The id of the chain with exactly these resources, created in NEW unless another caller was faster."""
     key = resource_key(resources)
     statement = insert_or_ignore(connection, CHAIN).values(
         chain_type=chain_type,
@@ -159,7 +160,7 @@ def create(
     else:
         made = one_row(connection.execute(statement))
     chain_id = find_exact(connection, chain_type, resources, lock=not made)
-    assert chain_id is not None  # the unique constraint: either ours or the one that was there
+    assert chain_id is not None  # by the unique constraint: either our chain, or the chain that existed before
     if made:
         connection.execute(
             insert(RESOURCE),
@@ -178,7 +179,7 @@ def write_request(connection: Connection, chain_id: int, request: Request, *, no
     An open delivery or a disabled chain keeps `due_at` empty: closing or enabling makes it due. Raises
     `ChainMissing`.
     """
-    # Read and decided in locking statements: the caller's own transaction may have an old snapshot.
+    # Locking statements read the newest row; the caller's own transaction may have an old snapshot.
     row = connection.execute(
         select(CHAIN.c.version, CHAIN.c.request).where(CHAIN.c.id == chain_id).with_for_update()
     ).one_or_none()
@@ -203,7 +204,7 @@ def write_request(connection: Connection, chain_id: int, request: Request, *, no
 def set_disabled(
     connection: Connection, chain_id: int, *, disabled: bool, requested_by: str | None, now: datetime
 ) -> bool:
-    """Disable or enable a chain; False when it was so already. Raises `ChainMissing`."""
+    """Disable or enable a chain; False when nothing had to change. Raises `ChainMissing`."""
     record = read_one(connection, chain_id, lock=True)
     if record.disabled == disabled:
         return False
@@ -221,7 +222,7 @@ def set_disabled(
 def set_resource_disabled(
     connection: Connection, resource: Resource, *, disabled: bool, requested_by: str | None, now: datetime
 ) -> list[int]:
-    """Disable or enable every chain that has this resource, in one guarded statement; the ids of those that changed."""
+    """Disable or enable every chain that has this resource; the ids of the chains that changed."""
     has_it = select(RESOURCE.c.chain_id).where(
         RESOURCE.c.resource_type == resource[0], RESOURCE.c.resource_id == resource[1]
     )
@@ -300,7 +301,7 @@ def set_state(
 def make_due(
     connection: Connection, *, chain_type: str, state: str, after_id: int, limit: int, now: datetime
 ) -> int | None:
-    """Make the next batch of chains resting in a state due; the last id seen, or None when there are no more."""
+    """Make the next batch of chains that rest in a state due; the last id seen, or None when there are no more."""
     ids = (
         connection.execute(
             select(CHAIN.c.id)
@@ -323,7 +324,7 @@ def make_due(
             or_(CHAIN.c.due_at.is_(None), CHAIN.c.due_at > now),
         )
         .values(
-            version=CHAIN.c.version + 1,  # a plan or rest made meanwhile by the old candidates is stale
+            version=CHAIN.c.version + 1,  # so that a plan or rest that the old candidates have made meanwhile is stale
             due_at=at_once(now),
         )
     )

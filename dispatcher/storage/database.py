@@ -66,7 +66,7 @@ class Database:
 
     @property
     def engine(self) -> Engine:
-        """This process's engine; a forked child gets its own and leaves its parent's connections alone."""
+        """This process's engine. A forked child makes a new engine and does not use its parent's connections."""
         return self._engines.engine
 
     @property
@@ -107,7 +107,7 @@ class Database:
     def write_statement(self, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
         """The rows of one data-changing statement, which commits by itself: no BEGIN, no COMMIT. Errors as `write`.
 
-        PostgreSQL only: `statement` is in the driver's own words, `%(name)s` for a parameter.
+        PostgreSQL only: `statement` is written for the driver, with `%(name)s` for a parameter.
         """
 
         def attempt() -> list[Any]:
@@ -135,7 +135,7 @@ class Database:
         """Domain time, where the database's clock was read along with something else."""
         if self.clock is not None:
             return self.clock()
-        if machine_now is None or self.dialect == "sqlite":  # which would tell this host's time in milliseconds only
+        if machine_now is None or self.dialect == "sqlite":  # SQLite's clock is this host's, and has milliseconds only
             return datetime.now(UTC)
         return machine_now
 
@@ -164,14 +164,14 @@ class Database:
 
 
 def commit(step: Callable[[], Result]) -> Result:
-    """What `step()` returns, which commits a writing transaction. (One place for all: fault injection goes here.)"""
+    """What `step()` returns, which commits a writing transaction. All commits pass here: tests can fail them."""
     return step()
 
 
 def run_statement(connection: Connection, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
-    """The rows of a statement in the driver's own words, past SQLAlchemy, whose part costs three times the driver's.
+    """The rows of a statement that is written for the driver: SQLAlchemy's part would cost three times the driver's.
 
-    A driver's error is raised as SQLAlchemy's `DBAPIError`, as everywhere.
+    An error of the driver is raised as SQLAlchemy's `DBAPIError`, as everywhere.
     """
     dialect = connection.dialect
     driver_error: type[Exception] = dialect.loaded_dbapi.Error
@@ -187,7 +187,7 @@ def run_statement(connection: Connection, statement: str, parameters: Mapping[st
         if gone:
             connection.invalidate(error)
         raise wrapped from error
-    except BaseException as error:  # in the midst of an answer: nobody may use this connection again
+    except BaseException as error:  # the answer was not read to its end: nobody may use this connection again
         connection.invalidate(error)
         raise
     finally:
@@ -195,7 +195,7 @@ def run_statement(connection: Connection, statement: str, parameters: Mapping[st
 
 
 def _aware(clock: Callable[[], datetime]) -> Callable[[], datetime]:
-    """`clock`, which must give aware datetimes: a naive one would be taken for the server's own zone somewhere."""
+    """`clock`, which must give aware datetimes: some databases would take a naive one for the server's time zone."""
 
     def now() -> datetime:
         moment = clock()

@@ -83,7 +83,7 @@ def postpone(
 ) -> bool:
     """Take back the beginning of an attempt, without using it up; its message counts as lost `grace_seconds` later.
 
-    `reason` None keeps the last one, which says what the delivery waited for before.
+    With `reason` None the row keeps its last reason.
     """
     done = connection.execute(
         update(DELIVERY)
@@ -219,7 +219,7 @@ def mark_known(connection: Connection, delivery: DeliveryRecord) -> bool:
 
 
 class LostChain(Exception):  # noqa: N818 - not an error for callers: it undoes the transaction
-    """The chain is not tied to the delivery that is being closed: the whole transaction must be undone."""
+    """Raised inside a transaction to roll it back: the chain does not wait for the delivery. Callers return `stale`."""
 
 
 CLOSED_VALUES: Final[Mapping[str, Any]] = {
@@ -236,7 +236,10 @@ CLOSED_VALUES: Final[Mapping[str, Any]] = {
 def moved_values(
     state: str, *, next_update_at: datetime | None, due_at: datetime | None, now: datetime
 ) -> dict[str, Any]:
-    """The columns of a chain whose delivery took it to `state`; a request that waits stays, unless this is the end."""
+    """The columns of a chain whose delivery took it to `state`.
+
+    A waiting request is kept, except when the new state is terminal.
+    """
     return {
         "state": state,
         "version": CHAIN.c.version + 1,
@@ -295,7 +298,7 @@ def _event(
 
 
 def follow_disabling(connection: Connection, chain_ids: Sequence[int], *, disabled: bool) -> None:
-    """Take the pending deliveries of disabled chains out of the relay's sight, or give them back."""
+    """Hide the pending deliveries of disabled chains from the relay, or show them to it again."""
     for start in range(0, len(chain_ids), 1000):
         connection.execute(
             update(DELIVERY)
@@ -317,7 +320,7 @@ def reopen(
 ) -> None:
     """Open the next attempt of a delivery that does not run, at once; the relay publishes it.
 
-    Whoever retries a held one has decided what its unknown effect was: it is not held for that again.
+    A person who retries a held delivery has decided what its unknown effect was, so it is not held for that again.
     """
     connection.execute(
         update(DELIVERY)
@@ -343,10 +346,10 @@ def reopen(
 
 def free_chain(connection: Connection, chain_id: int, *, now: datetime) -> None:
     """Make a chain due that waits for a delivery which is closed or missing; nothing if it does not."""
-    # Locked before it is asked what it waits for: a delivery planned while this waited for the row would seem missing.
+    # Lock the chain first: a delivery that is planned while this waits for the row would otherwise seem to be missing.
     chains.read_many(connection, [chain_id], lock=True)
     owed = select(DELIVERY.c.id).where(
-        DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES])
+        DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(status) for status in OPEN_STATUSES])
     )
     connection.execute(
         update(CHAIN)
@@ -356,7 +359,7 @@ def free_chain(connection: Connection, chain_id: int, *, now: datetime) -> None:
 
 
 def close_orphan(connection: Connection, delivery_id: str, *, now: datetime) -> None:
-    """Close an open delivery as cancelled if its chain is missing, or does not wait for it and it does not run."""
+    """Close an open delivery as cancelled if its chain is missing, or does not wait for it while it does not run."""
     delivery = read(connection, delivery_id, lock=True)
     if delivery is None or delivery.status in CLOSED_STATUSES:
         return

@@ -69,7 +69,7 @@ def make_engines(url: URL, *, connect_seconds: float) -> Engines:
     reading: dict[str, Any] = {"dispatcher_writes": False}
     writing: dict[str, Any] = {"dispatcher_writes": True}
     dialect = url.get_backend_name()
-    if dialect == "postgresql":  # its engine is in AUTOCOMMIT, so that a single statement changes nothing here
+    if dialect == "postgresql":  # its engine is in AUTOCOMMIT already, which suits single statements
         writing["isolation_level"] = _ISOLATION
     elif dialect != "sqlite":
         reading["isolation_level"] = "AUTOCOMMIT"  # single statements need no BEGIN and no ROLLBACK
@@ -88,14 +88,14 @@ def _make_engine(url: URL, connect_seconds: float) -> Engine:
     elif dialect == "postgresql":
         arguments["connect_timeout"] = max(2, seconds)
         arguments["application_name"] = "chain-dispatcher"
-        # A server that vanished without a word is given up: keepalives while waiting, the timeout while sending.
+        # Give up a server that vanished: keepalives find it while we wait, the timeout while we send.
         arguments.update(keepalives_idle=30, keepalives_interval=10, keepalives_count=3, tcp_user_timeout=60_000)
         options.update(isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
     else:
         arguments["connect_timeout"] = seconds
         arguments["read_timeout"] = arguments["write_timeout"] = 30
         if url.get_driver_name() == "pymysql" and url.password:
-            arguments["password"] = url.password.encode()  # the driver would encode it as Latin-1
+            arguments["password"] = url.password.encode()  # as bytes, because the driver would encode text as Latin-1
         options["isolation_level"] = _ISOLATION
     if dialect != "sqlite":
         options.update(pool_timeout=connect_seconds, pool_recycle=1800)
@@ -116,7 +116,7 @@ def normal_url(url: str) -> URL:
     """`url` with its driver named. Raises `ArgumentError` or `ValueError` for one that cannot be parsed safely."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite" and url.count("@") > 1:
-        raise ValueError("unquoted @")  # what follows it would be in errors and logs, as host, database or option
+        raise ValueError("unquoted @")  # the rest of the password would be taken for host or database, and be logged
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername in ("mysql", "mariadb"):
@@ -157,7 +157,7 @@ def _note_use(_: Any, record: ConnectionPoolEntry) -> None:
 
 
 def _ping_idle(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
-    """Replace a connection that died while it was idle; one in steady use is not asked each time."""
+    """Replace a connection that died while it was idle; a connection in steady use is not checked each time."""
     if time.monotonic() - record.info.get("used_at", time.monotonic()) < _IDLE_SECONDS:
         return
     try:
@@ -170,7 +170,7 @@ def _ping_idle(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN is deferred; ours is chosen in _begin_sqlite
+    connection.isolation_level = None  # the driver's BEGIN is deferred; _begin_sqlite chooses ours
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {_SQLITE_BUSY_MS}")
     cursor.execute("PRAGMA journal_mode = WAL")

@@ -1,9 +1,9 @@
 """The tables: chains, their resources, events, deliveries, ticks and types.
 
-Timestamps are aware UTC with microseconds. The chain's `context` and `request` stand at the end of a row whose
-indexes do not touch them; `version` orders a chain's history. Events and deliveries have no foreign key to their
-chain: each is written in the transaction of a guarded write of the chain, or of its delivery, so that checking once
-more would cost a fifth of a plan and find nothing. What a `DELETE` by hand leaves behind, the doctor finds.
+Timestamps are aware UTC with microseconds. No index contains a chain's `context` or `request`; `version` orders a
+chain's history. Events and deliveries have no foreign key to their chain. Each is written in the transaction of a
+guarded write of the chain or of its delivery, so a foreign key would find nothing, and cost a fifth of a plan. The
+doctor finds what a `DELETE` by hand leaves behind.
 """
 
 from datetime import UTC, datetime
@@ -76,13 +76,13 @@ class Name(TypeDecorator[str]):
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name not in ("mysql", "mariadb"):
             return super().load_dialect_impl(dialect)
-        # The two servers have no such collation in common, and a `mysql://` URL may lead to either.
+        # MySQL and MariaDB have no such collation in common, and a `mysql://` URL may lead to either server.
         collation = "utf8mb4_nopad_bin" if dialect.is_mariadb else "utf8mb4_0900_bin"  # type: ignore[attr-defined]
         return dialect.type_descriptor(mysql.VARCHAR(self.length, charset="utf8mb4", collation=collation))
 
 
 class Prose(TypeDecorator[str]):
-    """Text of any origin, such as an error's: what some database cannot keep (NUL, lone surrogates) is replaced."""
+    """Text of any origin, such as an error. What some database cannot store (NUL, surrogates) is replaced."""
 
     impl = Text
     cache_ok = True
@@ -97,7 +97,7 @@ class Prose(TypeDecorator[str]):
 
 
 def storable(text: str) -> str:
-    """`text` with what some database cannot keep replaced."""
+    """`text` with the characters replaced that some database cannot store."""
     return text.replace("\x00", "\ufffd").encode(errors="replace").decode()
 
 
@@ -248,8 +248,8 @@ class DeliveryRow(Base):
             postgresql_where=text("publish_after IS NOT NULL"),
             sqlite_where=text("publish_after IS NOT NULL"),
         ),
-        # Not on the status alone: PostgreSQL would look there for the running ones instead of for the one by its id,
-        # by a plan that was made when they were few.
+        # Not on the status alone: by a plan that was made while few deliveries ran, PostgreSQL would search this index
+        # for all running deliveries instead of looking up a delivery by its id.
         Index(
             "ix_chain_dispatcher_delivery_status",
             "status",

@@ -14,9 +14,9 @@ from dispatcher.storage.statements import is_running, one_row, when_enabled
 def claim_overdue(
     connection: Connection, *, limit: int, grace_seconds: float, pending: bool = True
 ) -> list[DeliveryRecord]:
-    """Deliveries that the relay must look at, the longest waiting first; others will not get them for `grace_seconds`.
+    """The deliveries that the relay must look at, oldest first; another relay gets them only after `grace_seconds`.
 
-    Pending ones lost their message (left out with `pending=False`), running ones outlived their lease.
+    A pending delivery has lost its message (left out with `pending=False`); a running delivery has outlived its lease.
     """
     query = select(*DELIVERY_COLUMNS).where(_overdue())
     if not pending:
@@ -34,7 +34,7 @@ def claim_overdue(
 
 
 def _overdue(seconds: float = 0) -> ColumnElement[bool]:
-    # The clock is read once, in a subquery: PostgreSQL's goes on within a statement, which no index can be searched by.
+    # The subquery reads the clock once. PostgreSQL's clock moves on within a statement, so no index could be used.
     return DELIVERY.c.publish_after <= select(clock_plus(-seconds)).scalar_subquery()
 
 
@@ -45,12 +45,12 @@ def late(connection: Connection, *, seconds: float, limit: int) -> list[str]:
 
 
 def look_later(connection: Connection, delivery: DeliveryRecord, *, seconds: float) -> None:
-    """Take a running delivery that this process cannot settle out of the relay's sight for a while."""
+    """Hide a running delivery that this process cannot settle from the relay for `seconds`."""
     connection.execute(update(DELIVERY).where(is_running(delivery)).values(publish_after=clock_plus(seconds)))
 
 
 def lease_expired(connection: Connection, delivery: DeliveryRecord) -> bool:
-    """Whether this attempt is still the running one and its lease has ended; locks the row."""
+    """Whether this attempt still runs and its lease has ended; locks the row."""
     row = connection.execute(
         select(DELIVERY.c.id).where(is_running(delivery), DELIVERY.c.lease_until <= clock_plus(0)).with_for_update()
     ).one_or_none()
@@ -60,7 +60,7 @@ def lease_expired(connection: Connection, delivery: DeliveryRecord) -> bool:
 def mark_unknown(
     connection: Connection, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str
 ) -> bool:
-    """Open the next attempt of a delivery whose worker died inside one: its effect is unknown."""
+    """Open the next attempt of a delivery whose worker died during an attempt, so that its effect is unknown."""
     done = connection.execute(
         update(DELIVERY)
         .where(is_running(delivery), DELIVERY.c.lease_until <= clock_plus(0))

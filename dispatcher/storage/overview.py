@@ -77,7 +77,7 @@ def count_stopped(connection: Connection) -> dict[str, int]:
 def chains_astray(connection: Connection, *, limit: int) -> list[int]:
     """Chains that wait for a delivery which is closed or missing, ascending."""
     owed = select(DELIVERY.c.id).where(
-        DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES])
+        DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(status) for status in OPEN_STATUSES])
     )
     query = select(CHAIN.c.id).where(CHAIN.c.pending_delivery_id.is_not(None), ~owed.exists())
     return list(connection.execute(query.order_by(CHAIN.c.id).limit(limit)).scalars())
@@ -90,7 +90,7 @@ def orphans(connection: Connection, *, limit: int) -> list[str]:
         .outerjoin(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
         .where(
             DELIVERY.c.finished_at.is_(None),
-            DELIVERY.c.status.in_([str(one) for one in OPEN_STATUSES]),
+            DELIVERY.c.status.in_([str(status) for status in OPEN_STATUSES]),
             or_(CHAIN.c.pending_delivery_id.is_(None), CHAIN.c.pending_delivery_id != DELIVERY.c.id),
         )
     )

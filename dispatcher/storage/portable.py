@@ -37,7 +37,10 @@ from dispatcher.storage.statements import grouped, insert_many, insert_or_ignore
 
 
 def lock_unchanged(connection: Connection, records: Sequence[ChainRecord]) -> dict[int, bool]:
-    """The chains that are as they were read (version, enabled, nothing open), locked: `{id: nobody enqueued it}`."""
+    """Lock the chains that are unchanged since they were read (same version, enabled, nothing open): `{id: not woken}`.
+
+    *Not woken* is True where no enqueue arrived since the read, so that the chain's request may be cleared.
+    """
     rows = connection.execute(
         select(CHAIN.c.id, CHAIN.c.version, CHAIN.c.wake, CHAIN.c.disabled, CHAIN.c.pending_delivery_id)
         .where(CHAIN.c.id.in_(sorted(record.id for record in records)))
@@ -53,28 +56,34 @@ def lock_unchanged(connection: Connection, records: Sequence[ChainRecord]) -> di
 
 
 def write_locked(
-    connection: Connection, writes: Sequence[Write], asleep: Mapping[int, bool], *, now: datetime, timing: Timing
+    connection: Connection, writes: Sequence[Write], not_woken: Mapping[int, bool], *, now: datetime, timing: Timing
 ) -> dict[int, str | None]:
-    """As `write`, for the chains that `lock_unchanged` has locked."""
+    """Write what came of executions of chains that `lock_unchanged` has locked: `{chain id: id of a new delivery}`."""
     moves, rests, planned = by_kind(
-        [one for one in writes if one.record.id in asleep and (asleep[one.record.id] or not isinstance(one, Rest))]
+        [
+            change
+            for change in writes
+            if change.record.id in not_woken and (not_woken[change.record.id] or not isinstance(change, Rest))
+        ]
     )
-    done: dict[int, str | None] = dict.fromkeys([one.record.id for one in moves] + [one.record.id for one in rests])
+    done: dict[int, str | None] = dict.fromkeys(
+        [change.record.id for change in moves] + [change.record.id for change in rests]
+    )
     if moves:
-        _move(connection, moves, asleep, now=now)
+        _move(connection, moves, not_woken, now=now)
     if rests:
         _rest(connection, rests, now=now)
     if planned:
-        done.update(_plan(connection, planned, asleep, now=now, timing=timing))
+        done.update(_plan(connection, planned, not_woken, now=now, timing=timing))
     return done
 
 
-def _move(connection: Connection, moves: Sequence[Move], asleep: Mapping[int, bool], *, now: datetime) -> None:
-    groups = grouped(moves, lambda one: (one.to_state, one.next_update_at, one.due_at, asleep[one.record.id]))
+def _move(connection: Connection, moves: Sequence[Move], not_woken: Mapping[int, bool], *, now: datetime) -> None:
+    groups = grouped(moves, lambda move: (move.to_state, move.next_update_at, move.due_at, not_woken[move.record.id]))
     for (to_state, next_update_at, due_at, consumed), group in groups.items():
         connection.execute(
             update(CHAIN)
-            .where(CHAIN.c.id.in_(sorted(one.record.id for one in group)))
+            .where(CHAIN.c.id.in_(sorted(move.record.id for move in group)))
             .values(
                 state=to_state,
                 version=CHAIN.c.version + 1,
@@ -90,44 +99,44 @@ def _move(connection: Connection, moves: Sequence[Move], asleep: Mapping[int, bo
         connection,
         [
             history.event_values(
-                one.record.id,
-                one.record.version + 1,
+                move.record.id,
+                move.record.version + 1,
                 EventAction.STATE_TRANSITION,
                 now=now,
-                value=one.to_state,
-                from_state=one.record.state,
-                to_state=one.to_state,
-                requested_by=one.requested_by,
-                detail=one.transition,
+                value=move.to_state,
+                from_state=move.record.state,
+                to_state=move.to_state,
+                requested_by=move.requested_by,
+                detail=move.transition,
             )
-            for one in moves
+            for move in moves
         ],
     )
 
 
 def _rest(connection: Connection, rests: Sequence[Rest], *, now: datetime) -> None:
-    groups = grouped(rests, lambda one: (one.due_at, one.failures, one.clear_request))
+    groups = grouped(rests, lambda rest: (rest.due_at, rest.failures, rest.clear_request))
     for (due_at, failures, clear_request), group in groups.items():
         connection.execute(
             update(CHAIN)
-            .where(CHAIN.c.id.in_(sorted(one.record.id for one in group)))
+            .where(CHAIN.c.id.in_(sorted(rest.record.id for rest in group)))
             .values(due_at=due_at, failures=failures, **({"request": None} if clear_request else {}))
         )
     add_events(
         connection,
         [
             history.event_values(
-                one.record.id,
-                one.record.version,
-                one.event,
+                rest.record.id,
+                rest.record.version,
+                rest.event,
                 now=now,
-                value=one.record.state,
-                from_state=one.record.state,
-                to_state=one.record.state,
-                detail=one.detail,
+                value=rest.record.state,
+                from_state=rest.record.state,
+                to_state=rest.record.state,
+                detail=rest.detail,
             )
-            for one in rests
-            if one.event is not None
+            for rest in rests
+            if rest.event is not None
         ],
     )
 
@@ -135,16 +144,16 @@ def _rest(connection: Connection, rests: Sequence[Rest], *, now: datetime) -> No
 def _plan(
     connection: Connection,
     planned: Sequence[PlannedDelivery],
-    asleep: Mapping[int, bool],
+    not_woken: Mapping[int, bool],
     *,
     now: datetime,
     timing: Timing,
 ) -> dict[int, str]:
-    ids = {one.record.id: new_id() for one in planned}
+    ids = {plan.record.id: new_id() for plan in planned}
     insert_many(
         connection,
         DELIVERY,
-        [deliveries.values_of(one, ids[one.record.id]) for one in planned],
+        [deliveries.values_of(plan, ids[plan.record.id]) for plan in planned],
         planned_at=clock_plus(0),
         **_standing(timing),
     )
@@ -153,11 +162,11 @@ def _plan(
         .where(DELIVERY.c.chain_id == CHAIN.c.id, DELIVERY.c.chain_version == CHAIN.c.version + 1)
         .scalar_subquery()
     )
-    for consumed, group in grouped(planned, lambda one: asleep[one.record.id]).items():
+    for consumed, group in grouped(planned, lambda plan: not_woken[plan.record.id]).items():
         connection.execute(
             update(CHAIN)
-            .where(CHAIN.c.id.in_(sorted(one.record.id for one in group)))
-            .ordered_values(  # MySQL evaluates from left to right: the subquery needs the version as it was
+            .where(CHAIN.c.id.in_(sorted(plan.record.id for plan in group)))
+            .ordered_values(  # MySQL evaluates from left to right, and the subquery needs the old version
                 (CHAIN.c.pending_delivery_id, owed),
                 (CHAIN.c.version, CHAIN.c.version + 1),
                 (CHAIN.c.due_at, None),
@@ -170,17 +179,17 @@ def _plan(
         connection,
         [
             history.event_values(
-                one.record.id,
-                one.record.version + 1,
+                plan.record.id,
+                plan.record.version + 1,
                 EventAction.PLANNED,
                 now=now,
-                value=one.transition,
-                from_state=one.record.state,
-                to_state=one.final_state,
-                requested_by=one.requested_by,
-                detail=one.callback,
+                value=plan.transition,
+                from_state=plan.record.state,
+                to_state=plan.final_state,
+                requested_by=plan.requested_by,
+                detail=plan.callback,
             )
-            for one in planned
+            for plan in planned
         ],
     )
     return ids
@@ -207,10 +216,14 @@ def begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float)
     rows = connection.execute(
         with_chain()
         .where(
-            tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_([(one.delivery_id, one.attempt - 1) for one in owed]),
+            tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_(
+                [(message.delivery_id, message.attempt - 1) for message in owed]
+            ),
             DELIVERY.c.status == DeliveryStatus.PENDING,
             DELIVERY.c.next_attempt_at <= clock_plus(0),
-            DELIVERY.c.publish_after.is_not(None),  # of a chain that was disabled while this waited for the row
+            DELIVERY.c.publish_after.is_not(
+                None
+            ),  # NULL: the chain was disabled while this statement waited for the row
             CHAIN.c.pending_delivery_id == DELIVERY.c.id,
             ~CHAIN.c.disabled,
         )
@@ -233,17 +246,17 @@ def begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float)
         )
     )
     read = [begun_from(group) for group in of_delivery.values()]
-    return [replace(one, delivery=begun_of(one.delivery)) for one in read]
+    return [replace(message, delivery=begun_of(message.delivery)) for message in read]
 
 
 def finish(connection: Connection, finished: Sequence[Finished], *, now: datetime) -> set[str]:
-    by_id = {one.delivery.id: one for one in finished}
+    by_id = {end.delivery.id: end for end in finished}
     ours = set(
         connection.execute(
             select(DELIVERY.c.id)
             .where(
                 tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_(
-                    [(one.delivery.id, one.delivery.attempt) for one in finished]
+                    [(end.delivery.id, end.delivery.attempt) for end in finished]
                 ),
                 DELIVERY.c.status == DeliveryStatus.RUNNING,
             )
@@ -254,7 +267,7 @@ def finish(connection: Connection, finished: Sequence[Finished], *, now: datetim
     rows = connection.execute(
         select(CHAIN.c.id, CHAIN.c.version, CHAIN.c.pending_delivery_id)
         .where(
-            CHAIN.c.id.in_(sorted(one.delivery.chain_id for one in finished)),
+            CHAIN.c.id.in_(sorted(end.delivery.chain_id for end in finished)),
             CHAIN.c.pending_delivery_id.in_(sorted(ours)),
         )
         .order_by(CHAIN.c.id)
@@ -266,31 +279,31 @@ def finish(connection: Connection, finished: Sequence[Finished], *, now: datetim
         return set()
     connection.execute(
         update(DELIVERY)
-        .where(DELIVERY.c.id.in_([one.delivery.id for one in done]))
+        .where(DELIVERY.c.id.in_([end.delivery.id for end in done]))
         .values(status=DeliveryStatus.DELIVERED, **deliveries.CLOSED_VALUES)
     )
-    groups = grouped(done, lambda one: (one.delivery.final_state, one.next_update_at, one.due_at))
+    groups = grouped(done, lambda end: (end.delivery.final_state, end.next_update_at, end.due_at))
     for (state, next_update_at, due_at), group in groups.items():
         connection.execute(
             update(CHAIN)
-            .where(CHAIN.c.id.in_(sorted(one.delivery.chain_id for one in group)))
+            .where(CHAIN.c.id.in_(sorted(end.delivery.chain_id for end in group)))
             .values(deliveries.moved_values(state, next_update_at=next_update_at, due_at=due_at, now=now))
         )
     add_events(
         connection,
         [
             history.event_values(
-                one.delivery.chain_id,
-                versions[one.delivery.id] + 1,
+                end.delivery.chain_id,
+                versions[end.delivery.id] + 1,
                 EventAction.STATE_TRANSITION,
                 now=now,
-                value=one.delivery.final_state,
-                from_state=one.delivery.from_state,
-                to_state=one.delivery.final_state,
-                requested_by=one.delivery.requested_by,
-                detail=one.delivery.transition,
+                value=end.delivery.final_state,
+                from_state=end.delivery.from_state,
+                to_state=end.delivery.final_state,
+                requested_by=end.delivery.requested_by,
+                detail=end.delivery.transition,
             )
-            for one in done
+            for end in done
         ],
     )
     return set(versions)
@@ -322,7 +335,7 @@ def create_many(
             }
         else:
             connection.execute(statement, rows)
-            # Whoever else creates a chain commits it with its resources: one without any was made here.
+            # Another process commits a chain together with its resources, so a chain without any was made here.
             ids = _ids_by_key(connection, chain_type, missing)
             theirs = set(
                 connection.execute(select(RESOURCE.c.chain_id).where(RESOURCE.c.chain_id.in_(ids.values()))).scalars()

@@ -1,18 +1,21 @@
-"""PostgreSQL's own way of the hot paths: one statement, which commits by itself, for what `portable` does in several.
+"""The hot writes on PostgreSQL: one statement, which commits by itself, for each transaction of `portable`.
 
-Where a batch has writes of several kinds they share a transaction, after one lock in id order; types with a budget are
-written by the statements of `portable`.
+A batch with writes of several kinds is one transaction that first locks all its chains in id order. Chain types with a
+budget are written by `portable`.
 
-Each statement takes a whole batch as arrays, one per column, in the order of the rows' ids. The guards are those of
-`portable`. A row that another transaction changed after the statement began is locked and its guard asked again as it
-then is; what a guard asks of *another* table's row is not asked again, so each guard that matters there stands in the
-written row as well (a delivery of a disabled chain has no `publish_after`).
+Each statement takes a whole batch as arrays, one array per column, sorted by id. The guards are those of `portable`.
+When another transaction has changed a row after the statement began, PostgreSQL waits, and then checks the guard again
+on the new row. It does not check again what a guard asks of a row of *another* table. Each such guard must therefore be
+visible in the written row as well: the delivery of a disabled chain has no `publish_after`.
 
-The statements are in the driver's own words: `portable` needs SQLAlchemy to speak to three databases, this module
-speaks to one, and what SQLAlchemy costs would be most of what a chain costs. Two things in them are for the planner: an
-array in a sub-select is planned once (one whose length it sees is planned anew each time, which takes longer than to
-execute it), and behind a LIMIT that it does not see it expects one row, and looks each up by its key, even by a plan
-that was made when the tables were small.
+The statements are written for the driver, not for SQLAlchemy, because SQLAlchemy's part would be most of the cost of a
+chain. Two tricks are for PostgreSQL's planner, as `EXPLAIN (ANALYZE) EXECUTE` of a prepared statement shows:
+
+- An array parameter stands in a sub-select, `unnest((SELECT %(ids)s::bigint[]))`. Without it the planner sees the
+  array's length and plans anew for every call, which takes longer than the execution.
+- `LIMIT (SELECT cardinality(...))` hides the number of rows. The planner then expects few rows and looks up each by its
+  key (`Index Scan using pk_chain_dispatcher_chain`), also by a plan that was made while the tables were small. Without
+  it, such a plan would read the whole table (`Seq Scan on chain_dispatcher_chain`).
 """
 
 import json
@@ -158,7 +161,7 @@ WITH old AS (
 SELECT id FROM old"""
 
 
-# That a delivery is given to the relay is asked in a CASE, or its small index would be searched instead of its key.
+# `publish_after` is asked in a CASE, because the planner would otherwise search the relay's index instead of the key.
 _BEGIN: Final = """
 UPDATE chain_dispatcher_delivery d
 SET status = 'running', attempt = d.attempt + 1,
@@ -181,7 +184,8 @@ RETURNING
         FROM chain_dispatcher_resource r WHERE r.chain_id = c.id),
   clock_timestamp()"""
 
-# Fewer moved than closed must undo the whole statement: dividing by zero is how a statement says so itself.
+# A single statement cannot ROLLBACK. It divides by zero to abort itself when fewer chains moved than deliveries closed;
+# `finish` translates that SQLSTATE into LostChain.
 _DIVISION_BY_ZERO: Final = "22012"
 _FINISH: Final = """
 WITH i AS (
@@ -234,83 +238,83 @@ def write(run: Run, writes: Sequence[Write], *, now: datetime, timing: Timing) -
     moves, rests, planned = by_kind(writes)
     done: dict[int, str | None] = {}
     if moves:
-        done.update(dict.fromkeys(move(run, moves, now=now)))
+        done.update(dict.fromkeys(write_moves(run, moves, now=now)))
     if rests:
-        done.update(dict.fromkeys(rest(run, rests, now=now)))
+        done.update(dict.fromkeys(write_rests(run, rests, now=now)))
     if planned:
-        done.update(plan(run, planned, now=now, timing=timing))
+        done.update(write_plans(run, planned, now=now, timing=timing))
     return done
 
 
-def move(run: Run, moves: Sequence[Move], *, now: datetime) -> set[int]:
-    """Move chains; the ids of those that are as they were read, with a request that came in meanwhile kept."""
-    moves = sorted(moves, key=lambda one: one.record.id)
+def write_moves(run: Run, moves: Sequence[Move], *, now: datetime) -> set[int]:
+    """Move chains; the ids of those that are unchanged since they were read. A request that came since is kept."""
+    moves = sorted(moves, key=lambda move: move.record.id)
     rows = run(
         _MOVE,
         {
-            **_read_as(one.record for one in moves),
-            "from_states": [one.record.state for one in moves],
-            "to_states": [one.to_state for one in moves],
-            "rests": [one.next_update_at for one in moves],
-            "dues": [one.due_at for one in moves],
-            "names": [one.transition for one in moves],
-            "by": [one.requested_by for one in moves],
+            **_read_as(move.record for move in moves),
+            "from_states": [move.record.state for move in moves],
+            "to_states": [move.to_state for move in moves],
+            "rests": [move.next_update_at for move in moves],
+            "dues": [move.due_at for move in moves],
+            "names": [move.transition for move in moves],
+            "by": [move.requested_by for move in moves],
             "now": now,
         },
     )
     return {row[0] for row in rows}
 
 
-def rest(run: Run, rests: Sequence[Rest], *, now: datetime) -> set[int]:
-    """Let chains stay; the ids of those that are as they were read and that nobody enqueued meanwhile."""
-    rests = sorted(rests, key=lambda one: one.record.id)
+def write_rests(run: Run, rests: Sequence[Rest], *, now: datetime) -> set[int]:
+    """Let chains stay; the ids of those that are unchanged since they were read and were not enqueued meanwhile."""
+    rests = sorted(rests, key=lambda rest: rest.record.id)
     rows = run(
         _REST,
         {
-            **_read_as(one.record for one in rests),
-            "states": [one.record.state for one in rests],
-            "dues": [one.due_at for one in rests],
-            "failures": [one.failures for one in rests],
-            "clears": [one.clear_request for one in rests],
-            "actions": [None if one.event is None else one.event.value for one in rests],
-            "details": [storable(one.detail[:MAX_DETAIL]) if one.detail else None for one in rests],
+            **_read_as(rest.record for rest in rests),
+            "states": [rest.record.state for rest in rests],
+            "dues": [rest.due_at for rest in rests],
+            "failures": [rest.failures for rest in rests],
+            "clears": [rest.clear_request for rest in rests],
+            "actions": [None if rest.event is None else rest.event.value for rest in rests],
+            "details": [storable(rest.detail[:MAX_DETAIL]) if rest.detail else None for rest in rests],
             "now": now,
         },
     )
     return {row[0] for row in rows}
 
 
-def plan(
+def write_plans(
     run: Run,
     planned: Sequence[PlannedDelivery],
     *,
     now: datetime,
     timing: Timing,
 ) -> dict[int, str]:
-    """The new deliveries' ids, by chain; chains that are not as they were read get none."""
-    planned = sorted(planned, key=lambda one: one.record.id)
+    """Plan deliveries; their ids by chain id. A chain that has changed since it was read gets none."""
+    planned = sorted(planned, key=lambda plan: plan.record.id)
     ids = [new_id() for _ in planned]
     rows = run(
         _PLAN,
         {
-            **_read_as(one.record for one in planned),
-            "from_states": [one.record.state for one in planned],
+            **_read_as(plan.record for plan in planned),
+            "from_states": [plan.record.state for plan in planned],
             "delivery_ids": ids,
-            "keys": [idempotency_key(one.record.id, one.record.moves, one.transition) for one in planned],
-            "names": [one.transition for one in planned],
-            "final_states": [one.final_state for one in planned],
-            "callbacks": [one.callback for one in planned],
-            "max_attempts": [one.max_attempts for one in planned],
-            "kwargs": [_json(one.kwargs) for one in planned],
-            "contexts": [_json(one.context) for one in planned],
-            "by": [one.requested_by for one in planned],
+            "keys": [idempotency_key(plan.record.id, plan.record.moves, plan.transition) for plan in planned],
+            "names": [plan.transition for plan in planned],
+            "final_states": [plan.final_state for plan in planned],
+            "callbacks": [plan.callback for plan in planned],
+            "max_attempts": [plan.max_attempts for plan in planned],
+            "kwargs": [_json(plan.kwargs) for plan in planned],
+            "contexts": [_json(plan.context) for plan in planned],
+            "by": [plan.requested_by for plan in planned],
             "now": now,
             "publish_seconds": timing.publish_seconds,
             "lease_seconds": timing.lease_seconds,
         },
     )
     applied = {row[0] for row in rows}
-    return {one.record.id: made for one, made in zip(planned, ids, strict=True) if one.record.id in applied}
+    return {plan.record.id: made for plan, made in zip(planned, ids, strict=True) if plan.record.id in applied}
 
 
 def write_request(run: Run, chain_id: int, request: Request, *, now: datetime | None) -> bool:
@@ -321,12 +325,12 @@ def write_request(run: Run, chain_id: int, request: Request, *, now: datetime | 
 
 def begin(run: Run, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
     """Begin those of these attempts that may begin, in id order; the others are left as they are."""
-    owed = sorted(owed, key=lambda one: one.delivery_id)
+    owed = sorted(owed, key=lambda message: message.delivery_id)
     rows = run(
         _BEGIN,
         {
-            "ids": [one.delivery_id for one in owed],
-            "attempts": [one.attempt for one in owed],
+            "ids": [message.delivery_id for message in owed],
+            "attempts": [message.attempt for message in owed],
             "lease_seconds": lease_seconds,
         },
     )
@@ -338,20 +342,20 @@ def begin(run: Run, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun
         )
         for row in rows
     ]
-    return sorted(begun, key=lambda one: one.delivery.id)
+    return sorted(begun, key=lambda message: message.delivery.id)
 
 
 def finish(run: Run, finished: Sequence[Finished], *, now: datetime) -> set[str]:
-    """Record delivered attempts and move their chains; the ids of those that were still this process's to finish.
+    """Record delivered attempts and move their chains; the ids of the deliveries that this process still held.
 
-    None of them is recorded, and `LostChain` raised, when a chain was taken from its delivery meanwhile.
+    Raises `LostChain`, and records none of them, when a chain does not wait for its delivery any more.
     """
-    finished = sorted(finished, key=lambda one: one.delivery.id)
+    finished = sorted(finished, key=lambda end: end.delivery.id)
     parameters = {
-        "ids": [one.delivery.id for one in finished],
-        "attempts": [one.delivery.attempt for one in finished],
-        "rests": [one.next_update_at for one in finished],
-        "dues": [one.due_at for one in finished],
+        "ids": [end.delivery.id for end in finished],
+        "attempts": [end.delivery.attempt for end in finished],
+        "rests": [end.next_update_at for end in finished],
+        "dues": [end.due_at for end in finished],
         "now": now,
     }
     try:

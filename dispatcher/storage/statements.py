@@ -38,7 +38,7 @@ def insert_many(connection: Connection, table: Table, rows: Sequence[Mapping[str
     if not rows:
         return
     statement = insert(table).values(**common) if common else insert(table)
-    if connection.dialect.insert_returning:  # what makes SQLAlchemy send many rows in one statement
+    if connection.dialect.insert_returning:  # with RETURNING, SQLAlchemy sends many rows in one statement
         statement = statement.returning(next(iter(table.primary_key.columns)))
     connection.execute(statement, list(rows))
 
@@ -57,7 +57,7 @@ def one_row(result: Any) -> bool:
 
 
 def unless_disabled(due_at: datetime | None) -> Any:
-    """`due_at`, or NULL for a disabled chain: enabling makes it due."""
+    """`due_at`, or NULL for a disabled chain, which becomes due when it is enabled."""
     return None if due_at is None else case((~CHAIN.c.disabled, literal(due_at, CHAIN.c.due_at.type)))
 
 
@@ -80,9 +80,10 @@ def is_running(delivery: DeliveryRecord) -> Any:
 
 
 def when_enabled(moment: clock_plus) -> Any:
-    """`moment`, or NULL while the chain is disabled: enabling it gives the relay the delivery back.
+    """`moment`, or NULL while the chain is disabled; enabling the chain shows the delivery to the relay again.
 
-    The chain's row is locked: one that is just being enabled, and was read as disabled, would not be given back.
+    The chain's row is locked, because a chain that another transaction is just enabling would be read as disabled, and
+    nobody would show the delivery to the relay again.
     """
     chain = select(CHAIN.c.disabled).where(CHAIN.c.id == DELIVERY.c.chain_id)
     disabled = chain.with_for_update(read=True).scalar_subquery()
@@ -90,7 +91,7 @@ def when_enabled(moment: clock_plus) -> Any:
 
 
 def new_id() -> str:
-    """A UUID that grows with time, so that new rows lie together in the index. (RFC 9562, version 7.)"""
+    """A UUID that grows with time, so that new rows are neighbours in the index. (RFC 9562, version 7.)"""
     milliseconds = time.time_ns() // 1_000_000
     value = (milliseconds & (1 << 48) - 1) << 80 | int.from_bytes(os.urandom(10), "big")
     value = value & ~(0xF << 76) | 0x7 << 76

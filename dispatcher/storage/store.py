@@ -1,4 +1,4 @@
-"""The hot paths, for any number of rows at once: chains read and made, executions and requests written, attempts begun.
+"""The hot reads and writes, for any number of rows at once: chains, executions, requests, attempts.
 
 There are two ways to write: `portable` for every database, in a transaction of several statements, and `postgresql`
 with one statement that commits by itself. This module chooses between them. Both lock rows in id order and compare them
@@ -41,22 +41,22 @@ def read_one(database: Database, chain_id: int) -> ChainRecord:
 def write(database: Database, writes: Sequence[Write], *, now: datetime, timing: Timing) -> dict[int, str | None]:
     """Write what came of executions, in one transaction: `{chain id: id of its new delivery, if any}`.
 
-    A chain that changed since it was read is left out, and so is one that only rests and was enqueued meanwhile.
+    Left out are chains that have changed since they were read, and chains that only rest and were enqueued meanwhile.
     """
     if database.dialect != _POSTGRESQL:
 
         def work(connection: Connection) -> dict[int, str | None]:
-            asleep = portable.lock_unchanged(connection, [one.record for one in writes])
-            return portable.write_locked(connection, writes, asleep, now=now, timing=timing)
+            not_woken = portable.lock_unchanged(connection, [change.record for change in writes])
+            return portable.write_locked(connection, writes, not_woken, now=now, timing=timing)
 
         return database.write(work)
-    if len({type(one) for one in writes}) == 1:
+    if len({type(change) for change in writes}) == 1:
         return postgresql.write(database.write_statement, writes, now=now, timing=timing)
 
     def statements(connection: Connection) -> dict[int, str | None]:
         run = partial(run_statement, connection)
-        # Each statement has chains of its own: in id order over all of them.
-        postgresql.lock(run, [one.record.id for one in writes])
+        # Each statement locks its chains in id order; this lock makes it the order over all statements.
+        postgresql.lock(run, [change.record.id for change in writes])
         return postgresql.write(run, writes, now=now, timing=timing)
 
     return database.write(statements)
@@ -79,7 +79,7 @@ def write_request_if_exists(
 ) -> int | None:
     """Write a request to the chain with exactly these resources; its id.
 
-    None without such a chain, and on databases where the transaction that can make one costs no more.
+    None without such a chain, and on databases where the transaction that also creates a chain costs no more.
     """
     if database.dialect != _POSTGRESQL:
         return None
@@ -93,14 +93,14 @@ def write_request_if_exists(
 
 
 def begin(database: Database, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
-    """Begin those of these attempts that may begin, in id order; the others are left as they are."""
+    """Begin those of these attempts that may begin, in id order; the other rows are not changed."""
     if database.dialect == _POSTGRESQL:
         return postgresql.begin(database.write_statement, owed, lease_seconds=lease_seconds)
     return database.write(lambda connection: portable.begin(connection, owed, lease_seconds=lease_seconds))
 
 
 def finish(database: Database, finished: Sequence[Finished], *, now: datetime) -> set[str]:
-    """Record delivered attempts and move their chains; the ids of those that were still this process's to finish."""
+    """Record delivered attempts and move their chains; the ids of the deliveries that this process still held."""
     if database.dialect == _POSTGRESQL:
         return postgresql.finish(database.write_statement, finished, now=now)
     return database.write(lambda connection: portable.finish(connection, finished, now=now))

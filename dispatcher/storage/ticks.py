@@ -11,7 +11,7 @@ from dispatcher.storage.statements import insert_or_ignore, one_row
 
 
 def claim_tick(connection: Connection, name: str, *, machine_now: datetime, not_after: datetime) -> bool:
-    """Claim a periodic pass: True for one caller, False when another claimed it after `not_after`."""
+    """Claim a periodic pass: True for the first caller, False when another caller has claimed it after `not_after`."""
     connection.execute(insert_or_ignore(connection, TickRow).values(name=name))
     done = connection.execute(
         update(TickRow)
@@ -28,7 +28,7 @@ def read_ticks(connection: Connection) -> dict[str, datetime]:
 
 
 def read_position(connection: Connection, name: str) -> dict[str, Any]:
-    """Where a periodic pass stopped; empty when it begins anew."""
+    """Where a periodic pass stopped; empty when it starts from the beginning."""
     position: dict[str, Any] | None = connection.execute(
         select(TickRow.position).where(TickRow.name == name)
     ).scalar_one_or_none()

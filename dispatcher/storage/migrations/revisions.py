@@ -46,7 +46,7 @@ class Migrated:
         self._known = False
 
     def require(self) -> None:
-        """As `require_current`, with no query once it was so."""
+        """As `require_current`; after the first success without a query."""
         if not self._known:
             require_current(self._database)
             self._known = True
@@ -55,9 +55,9 @@ class Migrated:
 def require_current(database: Database) -> None:
     """Raise `DatabaseNotMigrated` unless the tables are as new as this version needs; SQLite ones are upgraded instead.
 
-    One query when all is well. A revision that this version does not know is accepted as a newer one: during a
-    deployment old workers run on the new tables, and a migration therefore either expands (adds what old code does
-    not mind) or, a release later, contracts (drops what no running code uses any more), never both.
+    One query when all is well. A revision that this version does not know is accepted, because it is newer. During a
+    deployment old workers run on the new tables. A migration therefore either expands (it adds what old code ignores)
+    or, a release later, contracts (it drops what no running code uses any more), never both.
     """
     try:
         found = current(database)
@@ -76,7 +76,7 @@ def require_current(database: Database) -> None:
 
 
 def suffices(found: str | None) -> bool:
-    """Whether this version can work on tables of that revision; one that it does not know is a newer one."""
+    """Whether this version can work on tables of that revision; a revision that it does not know is a newer one."""
     return found is not None and (found == head() or found not in REVISIONS)
 
 
