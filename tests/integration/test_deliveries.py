@@ -926,7 +926,7 @@ def test_an_end_is_written_again_and_again_while_the_database_is_away(
 
     handler = Reopen()
     sink.effect = close_database
-    logger = logging.getLogger("dispatcher.delivery.attempts")
+    logger = logging.getLogger("dispatcher.delivery.recording")
     logger.addHandler(handler)
     try:
         result = attempt(dispatcher, delivery)
