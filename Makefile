@@ -10,7 +10,7 @@ CORE := dispatcher/domain/*,dispatcher/errors.py,dispatcher/states.py,dispatcher
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos bench lint format clean
+.PHONY: help demo test chaos pictures bench lint format clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: $(VENV)/dev.stamp ## Run the tests with branch coverage; pytest's argument
 
 chaos: $(VENV)/dev.stamp ## Run the whole chaos suite, an hour; CHAOS_CHAINS, CHAOS_SEED, CHAOS_RESULTS; pytest's arguments in ARGS
 	CHAOS_MATRIX=1 $(BIN)/python -m pytest tests/chaos -m chaos -p no:randomly $(ARGS)
+
+pictures: $(VENV)/dev.stamp ## Make the pictures and tables of the architecture page from the code
+	$(BIN)/python -m tools.pictures
 
 bench: $(VENV)/bench.stamp ## Measure against raw Celery and DBOS; its arguments in ARGS="--quick"
 	$(BIN)/python -m benchmarks $(ARGS)
