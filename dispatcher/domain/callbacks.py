@@ -46,11 +46,11 @@ def choose_callback(chain_type: ChainType, transition: type[Transition], request
     """
     if transition.final_state == DONE:
         return MOVE_WITHOUT
-    own = getattr(transition, "callback", NOT_GIVEN)
-    if own is None:
+    method = getattr(transition, "callback", NOT_GIVEN)
+    if method is None:
         return MOVE_WITHOUT
-    if own is not NOT_GIVEN:
-        return CallbackChoice(CallbackKind.OWN, _call_own)
+    if method is not NOT_GIVEN:
+        return CallbackChoice(CallbackKind.OWN, _call_method)
     if requested is not None:
         return CallbackChoice(f"{CallbackKind.NAMED}:{requested}", chain_type.callbacks[requested])
     if isinstance(chain_type.callback, NoCallbackGiven):
@@ -60,20 +60,20 @@ def choose_callback(chain_type: ChainType, transition: type[Transition], request
     return CallbackChoice(CallbackKind.TYPE, chain_type.callback)
 
 
-def choose_for(chain: ChainType, winner: Transition, asked: Request, call: LocalCall | None) -> CallbackChoice:
+def choose_for(chain_type: ChainType, winner: Transition, asked: Request, call: LocalCall | None) -> CallbackChoice:
     """The callback of a winner. In this process any callback at all is `local`; nothing found moves with a warning."""
     if call is None:
-        return choose_callback(chain, type(winner), asked.callback)
-    return choose_local(chain, winner, call)
+        return choose_callback(chain_type, type(winner), asked.callback)
+    return choose_local(chain_type, winner, call)
 
 
-def choose_local(chain: ChainType, winner: Transition, call: LocalCall) -> CallbackChoice:
+def choose_local(chain_type: ChainType, winner: Transition, call: LocalCall) -> CallbackChoice:
     """The callback of a winner in an in-process execution; `kind` is "" for a move without one."""
-    choice = choose_callback(chain, type(winner), None)
+    choice = choose_callback(chain_type, type(winner), None)
     if choice.kind == CallbackKind.OWN:
         return CallbackChoice(CallbackKind.LOCAL, choice.call)
-    own_says_none = getattr(winner, "callback", choice) is None
-    if call.callback is not None and winner.final_state != DONE and not own_says_none:
+    wants_none = getattr(winner, "callback", choice) is None
+    if call.callback is not None and winner.final_state != DONE and not wants_none:
         return CallbackChoice(CallbackKind.LOCAL, call.callback)
     if choice is NO_CALLBACK_FOUND:
         emit(
@@ -91,7 +91,7 @@ def choose_local(chain: ChainType, winner: Transition, call: LocalCall) -> Callb
 def resolve_callback(chain_type: ChainType, transition: type[Transition], kind: str) -> Callback:
     """The function that a delivery's row means by `kind`; `KeyError` when this configuration has none."""
     if kind == CallbackKind.OWN and callable(getattr(transition, "callback", None)):
-        return _call_own
+        return _call_method
     if kind == CallbackKind.TYPE and callable(chain_type.callback):
         return chain_type.callback
     name = kind.removeprefix(f"{CallbackKind.NAMED}:")
@@ -102,12 +102,12 @@ def resolve_callback(chain_type: ChainType, transition: type[Transition], kind: 
 
 def limits_of(chain_type: ChainType, transition: type[Transition], kind: str) -> tuple[RateLimit, ...]:
     """The rate limits of a delivery: its chain type's and its callback's, where they have one; `kind` as in its row."""
-    own = kind == CallbackKind.OWN
-    function = transition.callback if own else resolve_callback(chain_type, transition, kind)
+    is_method = kind == CallbackKind.OWN
+    function = transition.callback if is_method else resolve_callback(chain_type, transition, kind)
     return tuple(limit for limit in (chain_type.rate, limit_of(function)) if limit is not None)
 
 
-def _call_own(transition: Transition, **callback_kwargs: Any) -> Any:
-    own = transition.callback
-    assert own is not None  # resolve_callback and choose_callback looked
-    return own(**callback_kwargs)
+def _call_method(transition: Transition, **callback_kwargs: Any) -> Any:
+    method = transition.callback
+    assert method is not None  # resolve_callback and choose_callback looked
+    return method(**callback_kwargs)

@@ -215,13 +215,13 @@ class DispatcherConfig:
             ]
         )
 
-    def get(self, chain_type: str) -> ChainType:
+    def get(self, type_name: str) -> ChainType:
         """The chain type of that name; `ConfigurationError` if there is none."""
-        found = self.by_type.get(chain_type)
-        if found is None:
-            known = ", ".join(map(repr, self.by_type)) or "none"
-            raise ConfigurationError(f"unknown chain type (configured: {known})", f"chain type {chain_type!r}")
-        return found
+        chain_type = self.by_type.get(type_name)
+        if chain_type is None:
+            names = ", ".join(map(repr, self.by_type)) or "none"
+            raise ConfigurationError(f"unknown chain type (configured: {names})", f"chain type {type_name!r}")
+        return chain_type
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
@@ -247,11 +247,11 @@ def _check_transition(candidate: object, where: str) -> None:
     if candidate.is_valid is Transition.is_valid or not callable(candidate.is_valid):
         raise ConfigurationError("has no `is_valid()`", path)
     _check_not_async(candidate.is_valid, "`is_valid`", path)
-    own = getattr(candidate, "callback", None)
-    if own is not None and not callable(own):
+    method = getattr(candidate, "callback", None)
+    if method is not None and not callable(method):
         raise ConfigurationError("`callback` must be a method, or None for a move without one", path)
-    _check_not_async(own, "`callback`", path)
-    if callable(own) and final_state == DONE:
+    _check_not_async(method, "`callback`", path)
+    if callable(method) and final_state == DONE:
         emit(logger, Action.CALLBACK_IGNORED, "%s: its callback is never called, because it leads to DONE", path)
     if not isinstance(candidate.retry, RetryPolicy):
         raise ConfigurationError("`retry` must be a RetryPolicy", path)
@@ -264,51 +264,53 @@ def _check_transition(candidate: object, where: str) -> None:
         _check_recheck(candidate.recheck_seconds, path)
 
 
-def _check_options(chain: ChainType, path: str) -> None:
-    if not (chain.callback is None or isinstance(chain.callback, NoCallbackGiven) or callable(chain.callback)):
+def _check_options(chain_type: ChainType, path: str) -> None:
+    if not (
+        chain_type.callback is None or isinstance(chain_type.callback, NoCallbackGiven) or callable(chain_type.callback)
+    ):
         raise ConfigurationError("`callback` must be callable, or None for moves without one", path)
-    _check_not_async(chain.callback, "`callback`", path)
-    if not isinstance(chain.callbacks, Mapping):
+    _check_not_async(chain_type.callback, "`callback`", path)
+    if not isinstance(chain_type.callbacks, Mapping):
         raise ConfigurationError("`callbacks` must be a dict of names to functions", path)
-    for name, function in chain.callbacks.items():
+    for name, function in chain_type.callbacks.items():
         _check_name(name, "callback name", path)
         if not callable(function):
             raise ConfigurationError(f"`callbacks`[{name!r}] is not callable", path)
         _check_not_async(function, f"`callbacks`[{name!r}]", path)
-    if chain.load_context is not None and not callable(chain.load_context):
+    if chain_type.load_context is not None and not callable(chain_type.load_context):
         raise ConfigurationError("`load_context` must be callable", path)
-    _check_not_async(chain.load_context, "`load_context`", path)
-    if chain.queue is not None:
-        _check_name(chain.queue, "queue", path)
-    _check_recheck(chain.recheck_seconds, path)
-    if not isinstance(chain.continue_, bool):
+    _check_not_async(chain_type.load_context, "`load_context`", path)
+    if chain_type.queue is not None:
+        _check_name(chain_type.queue, "queue", path)
+    _check_recheck(chain_type.recheck_seconds, path)
+    if not isinstance(chain_type.continue_, bool):
         raise ConfigurationError("`continue` must be True or False", path)
-    if chain.on_unknown not in ("retry", "hold"):
+    if chain_type.on_unknown not in ("retry", "hold"):
         raise ConfigurationError('`on_unknown` must be "retry" or "hold"', path)
-    if chain.on_dead not in ("hold", "skip"):
+    if chain_type.on_dead not in ("hold", "skip"):
         raise ConfigurationError('`on_dead` must be "hold" or "skip"', path)
-    if not _is_plan_limit(chain.max_plans_per_hour):
+    if not _is_plan_limit(chain_type.max_plans_per_hour):
         raise ConfigurationError('`max_plans_per_hour` must be a number of at least 1, or a share such as "5%"', path)
-    _check_pacing(chain, path)
+    _check_pacing(chain_type, path)
 
 
-def _check_pacing(chain: ChainType, path: str) -> None:
+def _check_pacing(chain_type: ChainType, path: str) -> None:
     for option, value in (("rate_limit", "rate"), ("delivery_hours", "hours"), ("time_zone", "zone")):
         try:
-            getattr(chain, value)
+            getattr(chain_type, value)
         except ValueError as error:
             raise ConfigurationError(f"`{option}` {error}", path) from None
 
 
 def _check_shared_limits(chain_types: Iterable[ChainType]) -> None:
     """Two rates of one name would each let their own number through."""
-    known: dict[str, RateLimit] = {}
-    for chain in chain_types:
-        own = [getattr(transition, "callback", None) for transition in chain.by_name.values()]
-        for limit in map(limit_of, (chain.callback, *chain.callbacks.values(), *own)):
-            if limit is not None and known.setdefault(limit.name, limit) != limit:
-                problem = f"the limit {limit.name!r} has two rates: {known[limit.name]} and {limit}"
-                raise ConfigurationError(problem, f"chain type {chain.chain_type!r}")
+    limits: dict[str, RateLimit] = {}
+    for chain_type in chain_types:
+        methods = [getattr(transition, "callback", None) for transition in chain_type.by_name.values()]
+        for limit in map(limit_of, (chain_type.callback, *chain_type.callbacks.values(), *methods)):
+            if limit is not None and limits.setdefault(limit.name, limit) != limit:
+                problem = f"the limit {limit.name!r} has two rates: {limits[limit.name]} and {limit}"
+                raise ConfigurationError(problem, f"chain type {chain_type.chain_type!r}")
 
 
 def _check_recheck(seconds: object, path: str) -> None:

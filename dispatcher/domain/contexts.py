@@ -22,12 +22,14 @@ class Evaluated:
     error: Exception | None = None
 
 
-def load_contexts(chain: ChainType, records: Sequence[ChainRecord]) -> dict[int, Mapping[str, Any] | BaseException]:
+def load_contexts(
+    chain_type: ChainType, records: Sequence[ChainRecord]
+) -> dict[int, Mapping[str, Any] | BaseException]:
     """What the type's `load_context` gives for these chains; an exception for each chain it fails for.
 
     A loader that fails for the batch is asked once more per chain, so that one chain's failure is its own.
     """
-    loader = chain.load_context
+    loader = chain_type.load_context
     if loader is None or not records:
         return {}
     try:
@@ -40,7 +42,7 @@ def load_contexts(chain: ChainType, records: Sequence[ChainRecord]) -> dict[int,
             return {records[0].id: error}
     results: dict[int, Mapping[str, Any] | BaseException] = {}
     for record in records:
-        results.update(load_contexts(chain, [record]))
+        results.update(load_contexts(chain_type, [record]))
     return results
 
 
@@ -53,24 +55,24 @@ def merged_context(
 
 def evaluate_record(
     record: ChainRecord,
-    chain: ChainType | None,
+    chain_type: ChainType | None,
     loaded: Mapping[str, Any] | BaseException,
     asked: Mapping[str, Any] | None,
     now: datetime,
 ) -> Evaluated:
     """The plan for one chain, or what kept it from being made; user code runs here, with no connection in use."""
-    if chain is None:
+    if chain_type is None:
         return Evaluated(None, UnknownDefinition(record.id, f"chain type {record.chain_type!r}"))
-    if record.state not in chain.states:
+    if record.state not in chain_type.states:
         return Evaluated(None, UnknownDefinition(record.id, f"state {record.state!r}"))
     if isinstance(loaded, BaseException):
         failure = GuardFailed("load_context", f"{type(loaded).__name__}: {loaded}")
         failure.__cause__ = loaded
         return Evaluated(None, failure)
     context = merged_context(loaded, record.context, asked)
-    candidates = chain.candidates(record.state)
+    candidates = chain_type.candidates(record.state)
     try:
-        plan = evaluate(record.snapshot(), candidates, context, now, recheck_seconds=chain.recheck_seconds)
+        plan = evaluate(record.snapshot(), candidates, context, now, recheck_seconds=chain_type.recheck_seconds)
     except GuardFailed as error:
         return Evaluated(None, error)
     return Evaluated(plan)

@@ -38,7 +38,7 @@ class Decision:
 
 def decide(
     record: ChainRecord,
-    chain: ChainType | None,
+    chain_type: ChainType | None,
     evaluated: Evaluated,
     asked: Request,
     *,
@@ -46,7 +46,7 @@ def decide(
     call: LocalCall | None,
 ) -> Decision:
     """What is to be written for one chain that was evaluated, and the result it then has."""
-    if evaluated.plan is None or chain is None:
+    if evaluated.plan is None or chain_type is None:
         return _failed(record, evaluated.error, now)
     plan = evaluated.plan
     winner = plan.winner
@@ -57,7 +57,7 @@ def decide(
         return Decision(result, None if rest.changes_nothing else rest)
     name = type(winner).__name__
     try:
-        choice = choose_for(chain, winner, asked, call)
+        choice = choose_for(chain_type, winner, asked, call)
     except KeyError as error:
         return _failed(record, UnknownDefinition(record.id, f"callback {error.args[0]!r}"), now)
     if choice is NO_CALLBACK_FOUND:
@@ -71,7 +71,7 @@ def decide(
             transition=name,
             to_state=winner.final_state,
             next_update_at=next_update_at,
-            due_at=due_after_move(chain, winner.final_state, next_update_at, now),
+            due_at=due_after_move(chain_type, winner.final_state, next_update_at, now),
             requested_by=asked.requested_by,
         )
         return Decision(ChainResult(record.id, Outcome.MOVED, winner.final_state, winner, plan.errors), move)
@@ -89,9 +89,11 @@ def decide(
     return Decision(result, planned)
 
 
-def due_after_move(chain: ChainType, state: str, next_update_at: datetime | None, now: datetime) -> datetime | None:
+def due_after_move(
+    chain_type: ChainType, state: str, next_update_at: datetime | None, now: datetime
+) -> datetime | None:
     """When a chain that just came to `state` must be looked at: at once, after its rest, or never (terminal)."""
-    if not chain.candidates(state):
+    if not chain_type.candidates(state):
         return None
     return max(now, next_update_at) if next_update_at is not None else now
 

@@ -25,10 +25,10 @@ class DeliveryHours:
     @classmethod
     def parse(cls, text: object) -> "DeliveryHours":
         """The hours of "08:00-20:00", "22:00-06:00" or "18:00-24:00". Raises `ValueError` for anything else."""
-        found = _HOURS.fullmatch(text) if isinstance(text, str) else None
-        if found is None:
+        match = _HOURS.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
             raise ValueError('must be hours such as "08:00-20:00"')
-        start_hour, start_minute, end_hour, end_minute = (int(part) for part in found.groups(default="0"))
+        start_hour, start_minute, end_hour, end_minute = (int(part) for part in match.groups(default="0"))
         hours = cls(time(start_hour, start_minute), time(end_hour, end_minute))
         if hours.start == hours.end:
             raise ValueError("must begin and end at different times")

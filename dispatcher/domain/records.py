@@ -73,12 +73,12 @@ class ChainRecord:
 
 
 def unsaved_record(
-    chain_type: str, resources: tuple[Resource, ...], context: Mapping[str, Any] | None, now: datetime
+    type_name: str, resources: tuple[Resource, ...], context: Mapping[str, Any] | None, now: datetime
 ) -> ChainRecord:
     """A chain in NEW that is not in the database: its id is 0."""
     return ChainRecord(
         id=0,
-        chain_type=chain_type,
+        chain_type=type_name,
         state=NEW,
         disabled=False,
         next_update_at=None,
@@ -189,13 +189,13 @@ def by_kind(writes: Iterable[Write]) -> tuple[list[Move], list[Rest], list[Plann
     moves: list[Move] = []
     rests: list[Rest] = []
     planned: list[PlannedDelivery] = []
-    for one in writes:
-        if isinstance(one, Move):
-            moves.append(one)
-        elif isinstance(one, Rest):
-            rests.append(one)
+    for write in writes:
+        if isinstance(write, Move):
+            moves.append(write)
+        elif isinstance(write, Rest):
+            rests.append(write)
         else:
-            planned.append(one)
+            planned.append(write)
     return moves, rests, planned
 
 
