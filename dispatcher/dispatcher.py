@@ -108,8 +108,8 @@ class Dispatcher:
         context = checked_json("initial_context", initial_context)
 
         def find(connection: Connection) -> int | None:
-            look = chains.find_containing if can_be_subset else chains.find_exact
-            return look(connection, chain_type, resources)
+            find_chain = chains.find_containing if can_be_subset else chains.find_exact
+            return find_chain(connection, chain_type, resources)
 
         self._ready()
         with self.database.read() as connection:
@@ -295,7 +295,7 @@ class Dispatcher:
         """Make one attempt at each of these deliveries; one result for each."""
         self._ready()
         if self.settings.dry_run:
-            return [AttemptResult(one.delivery_id, one.attempt, AttemptOutcome.DRY_RUN) for one in owed]
+            return [AttemptResult(message.delivery_id, message.attempt, AttemptOutcome.DRY_RUN) for message in owed]
         return self._services.attempts.deliver(owed)
 
     def sweep(self, *, tick: bool = False, dry_run: bool = False) -> dict[str, Any]:

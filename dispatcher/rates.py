@@ -28,10 +28,10 @@ class RateLimit:
     @classmethod
     def parse(cls, name: str, rate: object) -> "RateLimit":
         """The limit of "10/s", "100/m", "5000/h" or "20000/d". Raises `ValueError` for anything else."""
-        found = _RATE.fullmatch(rate) if isinstance(rate, str) else None
-        if found is None or int(found[1]) > MAX_AMOUNT:
+        match = _RATE.fullmatch(rate) if isinstance(rate, str) else None
+        if match is None or int(match[1]) > MAX_AMOUNT:
             raise ValueError(f'must be a rate such as "10/s", "100/m", "5000/h" or "20000/d", of at most {MAX_AMOUNT}')
-        return cls(name, int(found[1]), _SECONDS[found[2]])
+        return cls(name, int(match[1]), _SECONDS[match[2]])
 
     def __str__(self) -> str:
         unit = next(unit for unit, seconds in _SECONDS.items() if seconds == self.seconds)
@@ -63,5 +63,5 @@ def rate_limit(rate: str, *, name: str | None = None) -> Callable[[Function], Fu
 
 def limit_of(function: object) -> RateLimit | None:
     """The limit that `rate_limit` has given a function or method, or None."""
-    found = getattr(function, _MARK, None)
-    return found if isinstance(found, RateLimit) else None
+    limit = getattr(function, _MARK, None)
+    return limit if isinstance(limit, RateLimit) else None

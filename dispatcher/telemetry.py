@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
-_own_logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class Action(StrEnum):
@@ -140,7 +140,7 @@ def emit(
     if _listeners:
         event = LogEvent(action, level, facts, error)
         for listener in tuple(_listeners):
-            _tell(listener, event)
+            _call(listener, event)
 
 
 def listen(listener: Listener) -> Callable[[], None]:
@@ -157,9 +157,9 @@ def listen(listener: Listener) -> Callable[[], None]:
     return end
 
 
-def _tell(listener: Listener, event: LogEvent) -> None:
+def _call(listener: Listener, event: LogEvent) -> None:
     try:
         listener(event)
     except Exception:
         # User code. It is not told through `emit`, because that would call the same listener again.
-        _own_logger.exception("a listener failed on %s", event.action, extra={"action": "listener_failed"})
+        _logger.exception("a listener failed on %s", event.action, extra={"action": "listener_failed"})
