@@ -38,7 +38,7 @@ _AWAY_WAIT_SECONDS: Final = 30.0
 _ALONE_SECONDS: Final = 300.0
 
 # A place behind everybody in KEYS, in the line KEYS[1]. ARGV, microseconds: now, not before, pace, length of the line.
-_BOOK: Final = """
+_TAKE_PLACE: Final = """
 local free = tonumber(ARGV[2])
 for i = 1, #KEYS do
   free = math.max(free, tonumber(redis.call('GET', KEYS[i])) or 0)
@@ -78,8 +78,8 @@ class RateLimiter:
         random: Callable[[], float] = random.random,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self._shared = _SharedBook(client, f"{prefix}:rate", clock) if client is not None else None
-        self._own: _OwnBook | None = None
+        self._shared = _SharedCounter(client, f"{prefix}:rate", clock) if client is not None else None
+        self._local: _LocalCounter | None = None
         self._random = random
         self._away_since: float | None = None
         self._away_until = 0.0
@@ -102,28 +102,28 @@ class RateLimiter:
                 return refusal
         if self._away_since is not None and time.monotonic() < self._away_since + _ALONE_SECONDS:
             return Refusal("the server that counts for the rate limit is away", self._spread(_AWAY_WAIT_SECONDS))
-        if self._own is None:
+        if self._local is None:
             emit(logger, Action.RATE_LIMIT_ALONE, "no lock server: each process counts its own calls for rate limits")
-            self._own = _OwnBook()
-        return self._ask(self._own, limits, has_place=has_place)
+            self._local = _LocalCounter()
+        return self._ask(self._local, limits, has_place=has_place)
 
-    def _ask(self, book: "_Book", limits: Sequence[RateLimit], *, has_place: bool) -> Refusal | None:
+    def _ask(self, counter: "_Counter", limits: Sequence[RateLimit], *, has_place: bool) -> Refusal | None:
         for limit in limits:
-            if not has_place and book.has_line(limit):
-                return self._refusal(book, limit, has_place=False)
-            if len(limits) > 1 and not book.windows.test(_item(limit), limit.name):
-                return self._refusal(book, limit, has_place=has_place)
+            if not has_place and counter.has_line(limit):
+                return self._refusal(counter, limit, has_place=False)
+            if len(limits) > 1 and not counter.windows.test(_item(limit), limit.name):
+                return self._refusal(counter, limit, has_place=has_place)
         for limit in limits:
-            if not book.windows.hit(_item(limit), limit.name):
-                return self._refusal(book, limit, has_place=has_place)
+            if not counter.windows.hit(_item(limit), limit.name):
+                return self._refusal(counter, limit, has_place=has_place)
         return None
 
-    def _refusal(self, book: "_Book", limit: RateLimit, *, has_place: bool) -> Refusal:
-        now = book.now()
-        window = book.windows.get_window_stats(_item(limit), limit.name)
+    def _refusal(self, counter: "_Counter", limit: RateLimit, *, has_place: bool) -> Refusal:
+        now = counter.now()
+        window = counter.windows.get_window_stats(_item(limit), limit.name)
         # A window's last moment belongs to it.
         not_before = max(window.reset_time, now) + 0.001 if window.remaining <= 0 else now
-        place = book.place(limit, now=now, not_before=not_before, has_place=has_place)
+        place = counter.place(limit, now=now, not_before=not_before, has_place=has_place)
         if place is None:
             return Refusal(f"the line of rate limit {limit} is full", not_before - now + self._spread(_LINE_SECONDS))
         return Refusal(f"{_PLACE}{limit}", max(place - now, 0.001))
@@ -156,7 +156,7 @@ def _pace(limit: RateLimit) -> float:
     return limit.seconds / limit.amount / _PACE
 
 
-class _Book(ABC):
+class _Counter(ABC):
     """Where calls are counted and places are given away."""
 
     windows: MovingWindowRateLimiter
@@ -191,12 +191,12 @@ class _ServerTime(RedisStorage):
         return (float(window[0]), int(window[1])) if window else (now, 0)
 
 
-class _SharedBook(_Book):
+class _SharedCounter(_Counter):
     def __init__(self, client: redis.Redis, prefix: str, clock: Callable[[], float] | None) -> None:
         self._client = client
         self._prefix = prefix
         self._clock = clock if clock is not None else self._server_time
-        self._book = client.register_script(_BOOK)
+        self._take_place = client.register_script(_TAKE_PLACE)
         self.windows = MovingWindowRateLimiter(_ServerTime(client, prefix, self._clock))
 
     def _server_time(self) -> float:
@@ -213,28 +213,28 @@ class _SharedBook(_Book):
     def place(self, limit: RateLimit, *, now: float, not_before: float, has_place: bool) -> float | None:
         keys = self._line_keys(limit)[1:] if has_place else self._line_keys(limit)
         seconds = (now, not_before, _pace(limit), _LINE_SECONDS)
-        answer = self._book(keys=keys, args=[round(value * 1e6) for value in seconds])
+        answer = self._take_place(keys=keys, args=[round(value * 1e6) for value in seconds])
         return None if answer == -1 else float(answer) / 1e6
 
     def _line_keys(self, limit: RateLimit) -> list[str]:
         return [f"{self._prefix}:{key}" for key in _keys(limit)]
 
 
-class _OwnBook(_Book):
+class _LocalCounter(_Counter):
     def __init__(self) -> None:
-        self._booked: dict[str, float] = {}
+        self._next_free: dict[str, float] = {}
         self.windows = MovingWindowRateLimiter(MemoryStorage())
 
     def now(self) -> float:
         return time.time()
 
     def has_line(self, limit: RateLimit) -> bool:
-        return max(self._booked.get(key, 0.0) for key in _keys(limit)) > self.now()
+        return max(self._next_free.get(key, 0.0) for key in _keys(limit)) > self.now()
 
     def place(self, limit: RateLimit, *, now: float, not_before: float, has_place: bool) -> float | None:
         keys = _keys(limit)[1:] if has_place else _keys(limit)
-        free = max(not_before, *(self._booked.get(key, not_before) for key in keys))
+        free = max(not_before, *(self._next_free.get(key, not_before) for key in keys))
         if free > not_before + _LINE_SECONDS:
             return None
-        self._booked[keys[0]] = free + _pace(limit)
+        self._next_free[keys[0]] = free + _pace(limit)
         return free
