@@ -109,12 +109,12 @@ class Publisher:
             return
         for start in range(0, len(owed), size):
             group = owed[start : start + size]
-            kwargs = {"deliveries": [[one.delivery_id, one.attempt] for one in group]}
+            kwargs = {"deliveries": [[message.delivery_id, message.attempt] for message in group]}
             self._send(DELIVER, kwargs, CALLBACKS_QUEUE, producer)
 
-    def fan_out(self, chain_type: str, chain_ids: Sequence[int]) -> None:
+    def fan_out(self, type_name: str, chain_ids: Sequence[int]) -> None:
         """Hand a page of chains to another worker, which publishes their executions. Raises `PublishFailed`."""
-        self._send(FAN_OUT, {"chain_type": chain_type, "chain_ids": list(chain_ids)}, SWEEPS_QUEUE, None)
+        self._send(FAN_OUT, {"chain_type": type_name, "chain_ids": list(chain_ids)}, SWEEPS_QUEUE, None)
 
     @contextmanager
     def batch(self) -> Iterator[Producer]:
@@ -172,8 +172,8 @@ class Publisher:
         with self._failures():
             if producer is None:
                 seconds = self._settings.connect_seconds
-                with self.app.producer_pool.acquire(block=True, timeout=seconds) as own:
-                    return self._send_with(own, name, kwargs, queue, retry=True)
+                with self.app.producer_pool.acquire(block=True, timeout=seconds) as pooled:
+                    return self._send_with(pooled, name, kwargs, queue, retry=True)
             return self._send_with(producer, name, kwargs, queue, retry=False)
 
     def _send_with(self, producer: Producer, name: str, kwargs: Mapping[str, Any], queue: str, *, retry: bool) -> str:

@@ -63,9 +63,9 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
     }
 
 
-def declared_queues(own: Sequence[str] = ()) -> list[Queue]:
+def declared_queues(type_queues: Sequence[str] = ()) -> list[Queue]:
     """The queues of this package and the chain types' own ones, on-demand requests first."""
-    names = dict.fromkeys([*QUEUES, *own])
+    names = dict.fromkeys([*QUEUES, *type_queues])
     return [Queue(name, Exchange(name, type="direct"), routing_key=name) for name in names]
 
 
