@@ -36,8 +36,8 @@ def registered_name(chain_type: ChainType, callback: str | Callback | None) -> s
         return None
     if isinstance(callback, str):
         if callback not in chain_type.callbacks:
-            known = ", ".join(map(repr, chain_type.callbacks)) or "none"
-            raise ConfigurationError(f"no callback is registered as {callback!r} (registered: {known})", path)
+            names = ", ".join(map(repr, chain_type.callbacks)) or "none"
+            raise ConfigurationError(f"no callback is registered as {callback!r} (registered: {names})", path)
         return callback
     for name, function in chain_type.callbacks.items():
         if function is callback:
