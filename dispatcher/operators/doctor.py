@@ -110,13 +110,15 @@ class Doctor:
 
     def _database_clock_findings(self) -> Iterator[Finding]:
         with self._database.read() as connection:
-            there = self._database.machine_now(connection)
-        yield from self._clock_finding("database", there)
+            server_now = self._database.machine_now(connection)
+        yield from self._clock_finding("database", server_now)
 
-    def _clock_finding(self, area: str, there: datetime) -> Iterator[Finding]:
-        apart = abs((datetime.now(UTC) - there).total_seconds())
-        if apart > _CLOCK_SECONDS:
-            yield Finding(area, f"its clock and this host's are {apart:.0f} s apart", "synchronise the clocks (NTP)")
+    def _clock_finding(self, area: str, server_now: datetime) -> Iterator[Finding]:
+        difference = abs((datetime.now(UTC) - server_now).total_seconds())
+        if difference > _CLOCK_SECONDS:
+            yield Finding(
+                area, f"its clock and this host's are {difference:.0f} s apart", "synchronise the clocks (NTP)"
+            )
 
     def _redis_findings(self) -> Iterator[Finding]:
         try:
@@ -148,13 +150,13 @@ class Doctor:
         except (DispatcherError, PublishFailed) as error:
             yield Finding("broker", str(error), "start it, or correct DISPATCHER_BROKER_URL")
             return
-        own = [chain.queue for chain in self._config.chains if chain.queue is not None]
-        for queue in dict.fromkeys([*QUEUES, *own]):
+        type_queues = [chain_type.queue for chain_type in self._config.chains if chain_type.queue is not None]
+        for queue in dict.fromkeys([*QUEUES, *type_queues]):
             if queue not in consumed:
                 yield Finding("worker", f"none answers for queue {queue}", "start one that consumes it")
         if consumed:
             yield from self._limit_findings()
-        for queue in dict.fromkeys([*QUEUES, *own]):
+        for queue in dict.fromkeys([*QUEUES, *type_queues]):
             try:
                 waiting = self._publisher.backlog(queue)
             except PublishFailed:
@@ -216,14 +218,14 @@ class Doctor:
                 f"{row.name} is paused: {row.paused_reason}",
                 f"`dispatcher chain-types resume {quote(row.name)}`",
             )
-        for (chain_type, state), count in self._operations.unknown_states().items():
-            if chain_type in self._config.by_type:
-                remedy = f"`dispatcher chains map --type {quote(chain_type)} --from {quote(state)} --to STATE`"
+        for (type_name, state), count in self._operations.unknown_states().items():
+            if type_name in self._config.by_type:
+                remedy = f"`dispatcher chains map --type {quote(type_name)} --from {quote(state)} --to STATE`"
             else:
                 remedy = "put the chain type back into the configuration"
             yield Finding(
                 "chain type",
-                f"{count} chains of {chain_type} are in state {state!r}, which this configuration does not know",
+                f"{count} chains of {type_name} are in state {state!r}, which this configuration does not know",
                 remedy,
             )
 
@@ -235,9 +237,9 @@ class Doctor:
             paused = chain_types.paused_types(connection)
             due = [
                 position.due_at
-                for name, chain_type in self._config.by_type.items()
-                if name not in paused and not _asks_every_sweep(chain_type)
-                for position in chains.due_page(connection, chain_type=name, now=domain_now, after=None, limit=1)
+                for type_name, chain_type in self._config.by_type.items()
+                if type_name not in paused and not _asks_every_sweep(chain_type)
+                for position in chains.due_page(connection, chain_type=type_name, now=domain_now, after=None, limit=1)
             ]
         for name, seconds in ((SWEEP, self._settings.sweep_seconds), (RELAY, self._settings.relay_seconds)):
             last_at = last_ticks.get(name)
@@ -266,4 +268,4 @@ class Doctor:
 def _asks_every_sweep(chain_type: ChainType) -> bool:
     """Whether some of its chains are due all the time, because nothing is written when a guard says no again."""
     rechecks = [candidate.recheck_seconds for candidate in chain_type.by_name.values()]
-    return 0 in [chain_type.recheck_seconds if isinstance(one, TypeDefault) else one for one in rechecks]
+    return 0 in [chain_type.recheck_seconds if isinstance(recheck, TypeDefault) else recheck for recheck in rechecks]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum, auto
 from typing import Final
 
 from sqlalchemy.engine import Connection
@@ -37,6 +38,16 @@ class MapCounts:
 
     mapped: int
     waiting: int
+
+
+class _MapOutcome(Enum):
+    """What a mapping of states did with one chain."""
+
+    MAPPED = auto()
+    WAITING = auto()
+    """An attempt runs, so the chain keeps its state."""
+    GONE = auto()
+    """The chain has left the old state meanwhile, or is erased."""
 
 
 class Operations:
@@ -93,13 +104,13 @@ class Operations:
             text = f"{action} to {state}" + (f": {reason}" if reason else "")
             deliveries.close_and_stay(connection, delivery, now=now, reason=text, requested_by=requested_by)
             record = chains.read_one(connection, chain_id, lock=True)
-        config = self._config.by_type.get(record.chain_type)
+        chain_type = self._config.by_type.get(record.chain_type)
         chains.set_state(
             connection,
             record,
             state=state,
             action=action,
-            due_at=now if config is not None and config.candidates(state) else None,
+            due_at=now if chain_type is not None and chain_type.candidates(state) else None,
             requested_by=requested_by,
             reason=reason,
             now=now,
@@ -119,8 +130,8 @@ class Operations:
             if is_local(delivery):
                 deliveries.close_and_stay(connection, delivery, now=now, reason=_ANEW, requested_by=requested_by)
                 return
-            known = self._config.by_type.get(record.chain_type)
-            transition = known.by_name.get(delivery.transition) if known is not None else None
+            chain_type = self._config.by_type.get(record.chain_type)
+            transition = chain_type.by_name.get(delivery.transition) if chain_type is not None else None
             more = transition.retry.max_attempts if transition is not None else 1
             maximum = delivery.max_attempts
             if delivery.status in _STOPPED or delivery.attempt >= maximum:
@@ -148,12 +159,12 @@ class Operations:
         """Close the delivery a chain owes as skipped and move the chain as if it had been delivered; its id."""
 
         def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
-            config = self._config.get(record.chain_type)
+            chain_type = self._config.get(record.chain_type)
             deliveries.skip(
                 connection,
                 delivery,
                 next_update_at=None,
-                due_at=due_after_move(config, delivery.final_state, None, now),
+                due_at=due_after_move(chain_type, delivery.final_state, None, now),
                 now=now,
                 requested_by=requested_by,
                 detail=reason,
@@ -223,45 +234,43 @@ class Operations:
 
     # --- a chain type ------------------------------------------------------------------------------------------------
 
-    def set_paused(self, chain_type: str, *, paused: bool, reason: str | None) -> bool:
+    def set_paused(self, type_name: str, *, paused: bool, reason: str | None) -> bool:
         """Pause a chain type (nothing more of it is planned) or resume it; False when it was so already."""
-        self._config.get(chain_type)
+        self._config.get(type_name)
         return self._database.write(
-            lambda connection: chain_types.set_paused(connection, chain_type, paused=paused, reason=reason)
+            lambda connection: chain_types.set_paused(connection, type_name, paused=paused, reason=reason)
         )
 
     def map_states(
-        self, chain_type: str, from_state: str, to_state: str, *, requested_by: str | None, dry_run: bool
+        self, type_name: str, from_state: str, to_state: str, *, requested_by: str | None, dry_run: bool
     ) -> MapCounts:
         """Put every chain of a type from one state into another, in batches; a dry run only counts.
 
         The new state must be another one, of the configuration; chains with a running attempt are left and counted.
         """
         requested_by = checked_requester(requested_by)
-        where = f"chain type {chain_type!r}, state {to_state!r}"
-        if to_state not in self._config.get(chain_type).states:
+        where = f"chain type {type_name!r}, state {to_state!r}"
+        if to_state not in self._config.get(type_name).states:
             raise ConfigurationError("unknown state", where)
         if to_state == from_state:
             raise ConfigurationError("is the state that is to be left", where)
         if not is_text(from_state):
-            raise ConfigurationError("is no state", f"chain type {chain_type!r}, state {from_state!r}")
+            raise ConfigurationError("is no state", f"chain type {type_name!r}, state {from_state!r}")
         mapped = waiting = after_id = 0
         while True:
             with self._database.read() as connection:
                 ids = chains.list_ids(
-                    connection, chain_type=chain_type, state=from_state, after_id=after_id, limit=_BATCH
+                    connection, chain_type=type_name, state=from_state, after_id=after_id, limit=_BATCH
                 )
             if not ids:
                 return MapCounts(mapped, waiting)
             after_id = ids[-1]
             for chain_id in ids:
-                done = True if dry_run else self._map_one(chain_id, from_state, to_state, requested_by)
-                mapped += done is True
-                waiting += done is False
+                outcome = _MapOutcome.MAPPED if dry_run else self._map_one(chain_id, from_state, to_state, requested_by)
+                mapped += outcome is _MapOutcome.MAPPED
+                waiting += outcome is _MapOutcome.WAITING
 
-    def _map_one(self, chain_id: int, from_state: str, to_state: str, requested_by: str | None) -> bool | None:
-        """Whether the chain was put into the new state; None when it has left the old one meanwhile."""
-
+    def _map_one(self, chain_id: int, from_state: str, to_state: str, requested_by: str | None) -> _MapOutcome:
         def work(connection: Connection) -> bool:
             return self._put(
                 connection,
@@ -274,20 +283,21 @@ class Operations:
             )
 
         try:
-            return self._database.write(work) or None
+            was_put = self._database.write(work)
         except DeliveryPending:
-            return False
+            return _MapOutcome.WAITING
         except ChainMissing:
-            return None
+            return _MapOutcome.GONE
+        return _MapOutcome.MAPPED if was_put else _MapOutcome.GONE
 
     def unknown_states(self) -> Mapping[tuple[str, str], int]:
         """`{(chain type, state): chains}` of the states that no configuration here has any more."""
         with self._database.read() as connection:
-            found = overview.count_by_state(connection)
+            counts = overview.count_by_state(connection)
         return {
-            (chain_type, state): count
-            for (chain_type, state), count in found.items()
-            if (known := self._config.by_type.get(chain_type)) is None or state not in known.states
+            (type_name, state): count
+            for (type_name, state), count in counts.items()
+            if (chain_type := self._config.by_type.get(type_name)) is None or state not in chain_type.states
         }
 
 
