@@ -73,21 +73,21 @@ def move(chain_id: int, state: str, reason: str, requested_by: str) -> None:
 
 
 @click.command("map")
-@click.option("--type", "chain_type", required=True, help="The chain type.")
+@click.option("--type", "type_name", required=True, help="The chain type.")
 @click.option("--from", "from_state", required=True, help="The state that is to be left.")
 @click.option("--to", "to_state", required=True, help="The state of the configuration that takes its place.")
 @by_option
 @dry_run_option
 @yes_option
-def map_states(chain_type: str, from_state: str, to_state: str, requested_by: str, dry_run: bool, yes: bool) -> None:  # noqa: PLR0917 - click passes them by name
+def map_states(type_name: str, from_state: str, to_state: str, requested_by: str, dry_run: bool, yes: bool) -> None:  # noqa: PLR0917 - click passes them by name
     """Put all chains of a type from one state into another; counts them first."""
     dispatcher = open_dispatcher()
-    planned = dispatcher.map_states(chain_type, from_state, to_state, dry_run=True)
-    click.echo(f"{planned.mapped} chains of {chain_type} are in state {from_state}")
+    planned = dispatcher.map_states(type_name, from_state, to_state, dry_run=True)
+    click.echo(f"{planned.mapped} chains of {type_name} are in state {from_state}")
     if dry_run or not planned.mapped:
         return
     _confirm(f"put them into {to_state}?", yes=yes)
-    done = dispatcher.map_states(chain_type, from_state, to_state, requested_by=requested_by)
+    done = dispatcher.map_states(type_name, from_state, to_state, requested_by=requested_by)
     click.echo(f"{done.mapped} mapped, {done.waiting} left because an attempt runs")
 
 
@@ -105,7 +105,7 @@ def _filters(statuses: Sequence[str], limit: int) -> Callable[[Callable[..., Any
             click.option(
                 "--limit", type=click.IntRange(1, _SHOWN), default=limit, show_default=True, help="At most so many."
             ),
-            click.option("--type", "chain_type", help="Only of this chain type."),
+            click.option("--type", "type_name", help="Only of this chain type."),
             click.option(
                 "--status", "statuses", type=click.Choice(statuses), multiple=True, help="Only in this status."
             ),
@@ -121,10 +121,10 @@ def _filters(statuses: Sequence[str], limit: int) -> Callable[[Callable[..., Any
 @_filters(_STATUSES, 100)
 @json_option
 def list_deliveries(
-    chain_id: int | None, statuses: Sequence[str], chain_type: str | None, limit: int, as_json: bool
+    chain_id: int | None, statuses: Sequence[str], type_name: str | None, limit: int, as_json: bool
 ) -> None:
     """List deliveries, newest first."""
-    found = _find(open_dispatcher(), chain_id, statuses, chain_type, limit)
+    found = _find(open_dispatcher(), chain_id, statuses, type_name, limit)
     if as_json:
         print_json([_values(delivery) for delivery in found])
         return
@@ -157,7 +157,7 @@ def _decision(verb: str, past: str, act: "Callable[[Chain, str, str], Any]", tex
     def decide(  # noqa: PLR0917 - click passes them by name
         chain_id: int | None,
         statuses: Sequence[str],
-        chain_type: str | None,
+        type_name: str | None,
         limit: int,
         requested_by: str,
         yes: bool,
@@ -165,14 +165,14 @@ def _decision(verb: str, past: str, act: "Callable[[Chain, str, str], Any]", tex
     ) -> None:
         if (chain_id is None) == (not statuses):
             raise click.UsageError("name a delivery by --chain, or choose several by --status")
-        if chain_id is not None and chain_type is not None:
+        if chain_id is not None and type_name is not None:
             raise click.UsageError("--type chooses among several deliveries, --chain names one")
         dispatcher = open_dispatcher()
         if chain_id is not None:
             act(dispatcher.chain(chain_id), requested_by, reason)
             click.echo(f"1 {past}")
             return
-        found = _find(dispatcher, None, statuses, chain_type, limit)
+        found = _find(dispatcher, None, statuses, type_name, limit)
         if not found:
             click.echo("no such delivery")
             return
@@ -181,7 +181,7 @@ def _decision(verb: str, past: str, act: "Callable[[Chain, str, str], Any]", tex
         for delivery in found:
             try:
                 chosen = _find(dispatcher, delivery.chain_id, statuses, None, _SHOWN)
-                if delivery.id not in {one.id for one in chosen}:
+                if delivery.id not in {match.id for match in chosen}:
                     click.echo(f"dispatcher: delivery {delivery.id} has changed meanwhile", err=True)
                     continue
                 act(dispatcher.chain(delivery.chain_id), requested_by, reason)
@@ -221,11 +221,11 @@ _decision(
 
 
 def _find(
-    dispatcher: "Dispatcher", chain_id: int | None, statuses: Sequence[str], chain_type: str | None, limit: int
+    dispatcher: "Dispatcher", chain_id: int | None, statuses: Sequence[str], type_name: str | None, limit: int
 ) -> "list[DeliveryRecord]":
     return dispatcher.find_deliveries(
         chain_id=chain_id,
-        chain_type=chain_type,
+        chain_type=type_name,
         statuses=[DeliveryStatus(status) for status in statuses],
         limit=limit,
     )
@@ -290,9 +290,9 @@ def chain_types() -> None:
 def list_types(as_json: bool) -> None:
     """List the chain types of the configuration, and which are paused."""
     dispatcher = open_dispatcher()
-    known = {row.name: row for row in dispatcher.find_types()}
+    rows_by_name = {row.name: row for row in dispatcher.find_types()}
     paused = {
-        name: row.paused_reason or "" if (row := known.get(name)) is not None and row.paused else None
+        name: row.paused_reason or "" if (row := rows_by_name.get(name)) is not None and row.paused else None
         for name in dispatcher.config.by_type
     }
     if as_json:
@@ -330,11 +330,11 @@ def doctor(repair: bool, as_json: bool) -> None:
     dispatcher = open_dispatcher()
     mended, left = dispatcher.repair() if repair else ([], dispatcher.examine())
     if as_json:
-        told = [(finding, True) for finding in mended] + [(finding, False) for finding in left]
+        reported = [(finding, True) for finding in mended] + [(finding, False) for finding in left]
         print_json(
             [
-                {"area": one.area, "problem": one.problem, "remedy": one.remedy, "repaired": repaired}
-                for one, repaired in told
+                {"area": finding.area, "problem": finding.problem, "remedy": finding.remedy, "repaired": repaired}
+                for finding, repaired in reported
             ]
         )
     else:

@@ -59,5 +59,5 @@ def moment(when: datetime | None) -> str:
     return when.isoformat(sep=" ", timespec="seconds") if when is not None else ""
 
 
-def resources(resources: Iterable[tuple[str, str]]) -> str:
+def resource_words(resources: Iterable[tuple[str, str]]) -> str:
     return " ".join(f"{resource_type}={resource_id}" for resource_type, resource_id in resources)
