@@ -41,8 +41,8 @@ def _make() -> tuple[Celery, Dispatcher]:
             raise ServiceUnavailable("broker", "", NO_BROKER)
     except (DispatcherError, ValidationError) as error:
         _fail(error)
-    own = [chain.queue for chain in dispatcher.config.chains if chain.queue is not None]
-    celery.conf.update(celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=own))
+    type_queues = [chain_type.queue for chain_type in dispatcher.config.chains if chain_type.queue is not None]
+    celery.conf.update(celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=type_queues))
     if "CELERY_CONFIG_MODULE" in os.environ:
         _lay_over(celery, os.environ["CELERY_CONFIG_MODULE"])
     install(celery, dispatcher)

@@ -67,15 +67,15 @@ def install(app: Celery, dispatcher: Dispatcher) -> None:
 
 
 def _add_settings(app: Celery, dispatcher: Dispatcher) -> None:
-    own = [chain.queue for chain in dispatcher.config.chains if chain.queue is not None]
-    added = celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=own)
+    type_queues = [chain_type.queue for chain_type in dispatcher.config.chains if chain_type.queue is not None]
+    added = celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=type_queues)
     queues = list(app.conf.task_queues or ())
     if not queues:
         name = app.conf.task_default_queue
         exchange = Exchange(app.conf.task_default_exchange or name, type=app.conf.task_default_exchange_type)
         queues = [Queue(name, exchange, routing_key=app.conf.task_default_routing_key or name)]
     names = {queue.name for queue in queues}
-    app.conf.task_queues = [*queues, *(queue for queue in declared_queues(own) if queue.name not in names)]
+    app.conf.task_queues = [*queues, *(queue for queue in declared_queues(type_queues) if queue.name not in names)]
     routes = app.conf.task_routes or []
     app.conf.task_routes = [added["task_routes"], *(routes if isinstance(routes, list | tuple) else [routes])]
     # A broker that says nothing must not block an application's enqueue for ever: where the app sets no timeouts.
@@ -96,9 +96,9 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
 
     @task(FAN_OUT, time_limit=600)
     def fan_out(chain_type: Any = None, chain_ids: Any = ()) -> Any:
-        name = chain_type if isinstance(chain_type, str) else ""
+        type_name = chain_type if isinstance(chain_type, str) else ""
         ids = chain_ids_of(chain_ids, limit=_MAX_PAGE)
-        return _named_outcome(lambda: dispatcher.fan_out(name, ids))
+        return _named_outcome(lambda: dispatcher.fan_out(type_name, ids))
 
     @task(RELAY, time_limit=600)
     def relay(*_: Any, **__: Any) -> Any:
@@ -126,19 +126,19 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
         results = dispatcher.deliver(owed)
         again = [result for result in results if result.retry_seconds is not None]
         if again and len(results) == 1:
-            (one,) = again
+            (result,) = again
             raise self.retry(
                 args=(),
-                kwargs={"deliveries": [[one.delivery_id, one.next_attempt]]},
-                countdown=one.retry_seconds,
-                exc=AttemptAgain(one.detail),
+                kwargs={"deliveries": [[result.delivery_id, result.next_attempt]]},
+                countdown=result.retry_seconds,
+                exc=AttemptAgain(result.detail),
                 throw=False,
                 queue=CALLBACKS_QUEUE,
             )
-        for one in again:
+        for result in again:
             deliver_callback.apply_async(
-                kwargs={"deliveries": [[one.delivery_id, one.next_attempt]]},
-                countdown=one.retry_seconds,
+                kwargs={"deliveries": [[result.delivery_id, result.next_attempt]]},
+                countdown=result.retry_seconds,
                 queue=CALLBACKS_QUEUE,
             )
         return summary_of_attempts(results)
@@ -154,7 +154,11 @@ def chain_ids_of(raw: Any, *, limit: int = MAX_IDS) -> list[int]:
         raw = [raw]
     if not isinstance(raw, list | tuple):
         return []
-    ids = [one for one in raw[:limit] if isinstance(one, int) and not isinstance(one, bool) and 0 < one < 2**63]
+    ids = [
+        chain_id
+        for chain_id in raw[:limit]
+        if isinstance(chain_id, int) and not isinstance(chain_id, bool) and 0 < chain_id < 2**63
+    ]
     return list(dict.fromkeys(ids))
 
 
@@ -163,13 +167,13 @@ def owed_of(raw: Any) -> list[Owed]:
     if not isinstance(raw, list | tuple):
         return []
     return [
-        Owed(one[0], one[1])
-        for one in raw[:MAX_IDS]
-        if isinstance(one, list | tuple)
-        and len(one) == 2  # noqa: PLR2004 - a pair
-        and isinstance(one[0], str)
-        and isinstance(one[1], int)
-        and not isinstance(one[1], bool)
+        Owed(pair[0], pair[1])
+        for pair in raw[:MAX_IDS]
+        if isinstance(pair, list | tuple)
+        and len(pair) == 2  # noqa: PLR2004 - a pair
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], int)
+        and not isinstance(pair[1], bool)
     ]
 
 
@@ -224,10 +228,10 @@ def _plan(dispatcher: Dispatcher, ids: Sequence[int], plan: Any) -> Any:
     }
     if ids:
         return summary_of_chains([dispatcher.plan_chain(chain_id, **options) for chain_id in ids])
-    chain_type, resources = plan.get("chain_type"), plan.get("resources")
+    type_name, resources = plan.get("chain_type"), plan.get("resources")
     result = dispatcher.plan_chain(
         None,
-        chain_type=chain_type if isinstance(chain_type, str) else "",
+        chain_type=type_name if isinstance(type_name, str) else "",
         resources=resources if isinstance(resources, list) else (),
         **options,
     )
