@@ -6,7 +6,7 @@ from dispatcher import DONE, NEW, Transition
 from examples.win_back import sink
 from examples.win_back.transitions import BoughtAgain, Lapsed180, Offer90, Reminder30
 
-CHAIN_TYPE: Final = "win_back"
+TYPE_NAME: Final = "win_back"
 
 
 def send(transition: Transition, **callback_kwargs: Any) -> None:
@@ -26,7 +26,7 @@ def send(transition: Transition, **callback_kwargs: Any) -> None:
 CONFIG: Final[dict[str, Any]] = {
     "chains": [
         {
-            "chain_type": CHAIN_TYPE,
+            "chain_type": TYPE_NAME,
             "callback": send,
             "continue": True,  # after a move, find out at once when the next step is due
             "transitions": {

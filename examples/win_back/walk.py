@@ -10,7 +10,7 @@ from typing import Any, Final
 from dispatcher import DONE, Chain, Dispatcher
 from dispatcher.embedded.stack import Stack
 from examples.win_back import clock
-from examples.win_back.config import CHAIN_TYPE
+from examples.win_back.config import TYPE_NAME
 from examples.win_back.progress import DayProgress
 from examples.win_back.purchases import LAST_DAY, Order
 
@@ -44,7 +44,7 @@ class Shop:
             earlier = [chain for chain in self._open.get(order.customer, []) if chain.refresh().state != DONE]
             for chain in earlier:
                 chain.enqueue(requested_by="shop")
-            chain = self._dispatcher.get_or_create_resource_chain(CHAIN_TYPE, order.resources)
+            chain = self._dispatcher.get_or_create_resource_chain(TYPE_NAME, order.resources)
             self._open[order.customer] = [*earlier, chain]
             self.chains[order] = chain
 
@@ -95,7 +95,7 @@ class Calendar:
     def _show(self, day: date, stats: Mapping[str, Any]) -> None:
         callbacks = stats["deliveries"]["delivered"]
         if time.monotonic() > self._counted + _COUNT_SECONDS:
-            self._ended = len(self._dispatcher.find_chains(chain_type=CHAIN_TYPE, state=DONE, limit=stats["chains"]))
+            self._ended = len(self._dispatcher.find_chains(chain_type=TYPE_NAME, state=DONE, limit=stats["chains"]))
             self._counted = time.monotonic()
         self._progress.show(day, chains=stats["chains"], moves=callbacks + self._ended, callbacks=callbacks)
 
