@@ -44,13 +44,13 @@ def _chain_type(name: str, transition: type[Transition], **options: Any) -> dict
 
 def config(*names: str) -> dict[str, Any]:
     """The chain types of these names: a fleet has only the ones that it is measured with."""
-    known = {
+    by_name = {
         "still": _chain_type("still", Never, callback=count),
         "step": _chain_type("step", Always, callback=count),
         "on_demand": _chain_type("on_demand", Always, callbacks={"answer": answer}, recheck_seconds=None),
         "silent": _chain_type("silent", Silent),
     }
-    return {"chains": [known[name] for name in names]}
+    return {"chains": [by_name[name] for name in names]}
 
 
 CONFIG = config("still", "step", "on_demand", "silent")

@@ -123,7 +123,7 @@ class RawTwoHops(RawLane):
 class ChainLane(Lane):
     """A fleet of this project's own workers, and the chains of one type in a database of its own."""
 
-    chain_type: str
+    type_name: str
     chains_per_task = 1
     deliveries_per_task = 1
 
@@ -138,7 +138,7 @@ class ChainLane(Lane):
         environment |= {"DISPATCHER_CONFIG": "benchmarks.chains:CONFIG", "DISPATCHER_REDIS_URL": self.redis_url}
         self.fleet = self._stack.enter_context(Fleet("workers", environment))
         options = Settings(**settings, redis_url=self.servers.staging_url)
-        self.dispatcher = self._stack.enter_context(Dispatcher(chains.config(self.chain_type), settings=options))
+        self.dispatcher = self._stack.enter_context(Dispatcher(chains.config(self.type_name), settings=options))
         self.database = self.dispatcher.database
         self.warm_up()
 
@@ -186,15 +186,15 @@ class ChainLane(Lane):
 class Evaluations(ChainLane):
     """Chains that stay where they are: every guard says no."""
 
-    chain_type = "still"
+    type_name = "still"
     _due = 0
 
     def prepare(self, count: int) -> None:
         if self._due == 0:  # evaluations that learn nothing write nothing: the same chains serve every round
             self._due = count
-            add_chains(self.database, self.chain_type, count, due_at=_long_ago())
+            add_chains(self.database, self.type_name, count, due_at=_long_ago())
         elif self._due < count:
-            add_chains(self.database, self.chain_type, count - self._due, due_at=_long_ago())
+            add_chains(self.database, self.type_name, count - self._due, due_at=_long_ago())
             self._due = count
 
 
@@ -210,20 +210,20 @@ class Evaluations200(Evaluations):
 class Moves(ChainLane):
     """Chains that move, with a callback; done when the last move is committed."""
 
-    chain_type = "step"
+    type_name = "step"
 
     def prepare(self, count: int) -> None:
-        add_chains(self.database, self.chain_type, count, due_at=_long_ago())
+        add_chains(self.database, self.type_name, count, due_at=_long_ago())
 
     def wait_until_written(self) -> None:
         self.fleet.wait_for(
-            lambda: not anything_in(self.database, self.chain_type, NEW), seconds=_WAIT_SECONDS, what="moves committed"
+            lambda: not anything_in(self.database, self.type_name, NEW), seconds=_WAIT_SECONDS, what="moves committed"
         )
 
     def measure(self) -> Sample:
-        before = count_in(self.database, self.chain_type, chains.MOVED)
+        before = count_in(self.database, self.type_name, chains.MOVED)
         sample = super().measure()
-        assert count_in(self.database, self.chain_type, chains.MOVED) == before + self.count
+        assert count_in(self.database, self.type_name, chains.MOVED) == before + self.count
         return sample
 
 
@@ -364,7 +364,7 @@ class OnDemand(ChainLane):
 
     name = "enqueue to returned callback"
     unit = " ms"
-    chain_type = "on_demand"
+    type_name = "on_demand"
 
     def warm_up(self) -> None:
         settings = Settings(database_url=self.database.url.render_as_string(), redis_url=self.redis_url)
@@ -372,13 +372,13 @@ class OnDemand(ChainLane):
         self._sample(20)
 
     def prepare(self, count: int) -> None:
-        add_chains(self.database, self.chain_type, count, due_at=None)
+        add_chains(self.database, self.type_name, count, due_at=None)
 
     def measure(self) -> Sample:
         return self._sample(self.count)
 
     def _sample(self, count: int) -> Sample:
-        ids = add_chains(self.database, self.chain_type, count, due_at=None)
+        ids = add_chains(self.database, self.type_name, count, due_at=None)
         waited = []
         for chain_id in ids:
             chain = self._client.chain(chain_id)
@@ -447,8 +447,8 @@ class BulkCreation(Creation):
     name = "bulk_get_or_create"
 
     def create(self, wanted: list[list[tuple[str, str]]]) -> None:
-        made = sum(1 for _, created in self._dispatcher.bulk_get_or_create("still", wanted) if created)
-        assert made == len(wanted)
+        count = sum(1 for _, created in self._dispatcher.bulk_get_or_create("still", wanted) if created)
+        assert count == len(wanted)
 
 
 class CreationLoop(Creation):
@@ -478,10 +478,10 @@ class InProcess(Lane):
         self._execute(self._make(50))
 
     def measure(self) -> Sample:
-        made = self._make(self.count)
+        created = self._make(self.count)
         facts: dict[str, float] = {}
         with self.timed(facts, None, self.count):
-            self._execute(made)
+            self._execute(created)
         if not self.profiled:
             self.profiled = self._profile(self._make(self.count))
         return Sample(self.count / facts["seconds"], facts)
@@ -490,21 +490,21 @@ class InProcess(Lane):
         return f"{self.name}: where the time goes\n{self.profiled}" if self.profiled else ""
 
     def _make(self, count: int) -> list[Any]:
-        made = []
+        created = []
         for _ in range(count):
             self._made += 1
             mapping = [(RESOURCE_TYPE, str(self._made))]
-            made.append(self._dispatcher.get_or_create_resource_chain("silent", mapping))
-        return made
+            created.append(self._dispatcher.get_or_create_resource_chain("silent", mapping))
+        return created
 
-    def _execute(self, made: list[Any]) -> None:
-        for chain in made:
+    def _execute(self, created: list[Any]) -> None:
+        for chain in created:
             assert chain.execute()["outcome"] == "moved"
 
-    def _profile(self, made: list[Any]) -> str:
+    def _profile(self, created: list[Any]) -> str:
         from benchmarks.profile import shares_of_packages  # noqa: PLC0415 - pyinstrument is part of the extra `bench`
 
-        return shares_of_packages(lambda: self._execute(made))
+        return shares_of_packages(lambda: self._execute(created))
 
 
 class InProcessSqlite(InProcess):

@@ -13,7 +13,7 @@ RESOURCE_TYPE: Final = "benchmark"
 
 
 def add_chains(
-    database: Database, chain_type: str, count: int, *, due_at: datetime | None, with_resources: bool = True
+    database: Database, type_name: str, count: int, *, due_at: datetime | None, with_resources: bool = True
 ) -> range:
     """The ids of `count` new chains in NEW, due from `due_at` on, each with one resource and its first event."""
     with database.engine.begin() as connection:
@@ -22,7 +22,7 @@ def add_chains(
         moment = cast(null() if due_at is None else literal(due_at), DateTime(timezone=True))
         key = func.md5(cast(number, Text))
         rows = select(
-            literal(chain_type), func.concat(key, func.reverse(key)), literal(NEW), moment, func.now(), func.now()
+            literal(type_name), func.concat(key, func.reverse(key)), literal(NEW), moment, func.now(), func.now()
         )
         columns = ["chain_type", "resource_key", "state", "due_at", "created_at", "updated_at"]
         connection.execute(insert(ChainRow).from_select(columns, rows))
@@ -41,16 +41,16 @@ def add_chains(
     return ids
 
 
-def anything_in(database: Database, chain_type: str, state: str) -> bool:
+def anything_in(database: Database, type_name: str, state: str) -> bool:
     """Whether any chain of a type is in a state; an index look-up, however many there are."""
-    query = select(ChainRow.id).where(ChainRow.chain_type == chain_type, ChainRow.state == state).limit(1)
+    query = select(ChainRow.id).where(ChainRow.chain_type == type_name, ChainRow.state == state).limit(1)
     with database.read() as connection:
         return connection.execute(query).one_or_none() is not None
 
 
-def count_in(database: Database, chain_type: str, state: str) -> int:
+def count_in(database: Database, type_name: str, state: str) -> int:
     """How many chains of a type are in a state."""
-    query = select(func.count()).where(ChainRow.chain_type == chain_type, ChainRow.state == state)
+    query = select(func.count()).where(ChainRow.chain_type == type_name, ChainRow.state == state)
     with database.read() as connection:
         return connection.execute(query).scalar_one()
 

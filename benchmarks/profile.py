@@ -21,24 +21,26 @@ def shares_of_packages(work: Callable[[], None]) -> str:
     session = profiler.last_session
     root = session.root_frame() if session is not None else None
     assert root is not None
-    own: dict[str, float] = defaultdict(float)
-    whole: dict[str, float] = defaultdict(float)
-    _add(root, own, whole, frozenset(), "the rest")
-    lines = [f"  {seconds / root.time:6.1%}  {package}" for package, seconds in _largest(own, 8)]
+    by_package: dict[str, float] = defaultdict(float)
+    by_function: dict[str, float] = defaultdict(float)
+    _add(root, by_package, by_function, frozenset(), "the rest")
+    lines = [f"  {seconds / root.time:6.1%}  {package}" for package, seconds in _largest(by_package, 8)]
     lines += ["  with what they call:"]
-    lines += [f"  {seconds / root.time:6.1%}  {name}" for name, seconds in _largest(whole, _HOTTEST)]
+    lines += [f"  {seconds / root.time:6.1%}  {name}" for name, seconds in _largest(by_function, _HOTTEST)]
     return "\n".join(lines)
 
 
-def _add(frame: Frame, own: dict[str, float], whole: dict[str, float], above: frozenset[str], caller: str) -> None:
+def _add(
+    frame: Frame, by_package: dict[str, float], by_function: dict[str, float], above: frozenset[str], caller: str
+) -> None:
     children = [child for child in frame.children if not child.is_synthetic]
     package = _package(frame, caller)
-    own[package] += frame.time - sum(child.time for child in children)
+    by_package[package] += frame.time - sum(child.time for child in children)
     name = f"{package}: {frame.function} ({frame.file_path_short}:{frame.line_no})"
     if package == "dispatcher" and name not in above:
-        whole[name] += frame.time
+        by_function[name] += frame.time
     for child in children:
-        _add(child, own, whole, above | {name}, package)
+        _add(child, by_package, by_function, above | {name}, package)
 
 
 def _package(frame: Frame, caller: str) -> str:

@@ -13,9 +13,9 @@ QUEUE: Final = "raw"
 
 def make_app(broker_url: str | None) -> Celery:
     """An app without a result backend on this broker."""
-    made = Celery("raw", broker=broker_url)
-    made.conf.update(task_ignore_result=True, task_default_queue=QUEUE, broker_connection_retry_on_startup=True)
-    return made
+    celery = Celery("raw", broker=broker_url)
+    celery.conf.update(task_ignore_result=True, task_default_queue=QUEUE, broker_connection_retry_on_startup=True)
+    return celery
 
 
 app = make_app(os.environ.get(BROKER_VARIABLE))

@@ -71,8 +71,8 @@ def line_of(case: Case, samples: Samples) -> Line | None:
     ratios = values
     peer = ""
     if case.peer is not None:
-        ratios = [own / other.value for own, other in zip(values, theirs, strict=True)]
-        peer = f"{Spread.of([other.value for other in theirs])}{unit}"
+        ratios = [value / sample.value for value, sample in zip(values, theirs, strict=True)]
+        peer = f"{Spread.of([sample.value for sample in theirs])}{unit}"
     ratio = Spread.of(ratios)
     shown = f"{Spread.of(values)}{'' if case.fact else unit}"
     costs_of_both = _cpu_ms(ours), _cpu_ms(theirs)
@@ -96,11 +96,13 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join([shown_rows[0], rule, *shown_rows[1:]])
 
 
-def _cpu_ms(found: Sequence[Sample]) -> float:
+def _cpu_ms(samples: Sequence[Sample]) -> float:
     """The median CPU milliseconds per item of all parties; 0 where the worker's were not counted."""
-    if not found or "worker_cpu_ms" not in found[0].facts:
+    if not samples or "worker_cpu_ms" not in samples[0].facts:
         return 0.0
-    return median(sum(one.facts[f"{party}_cpu_ms"] for party in ("worker", "postgres", "redis")) for one in found)
+    return median(
+        sum(sample.facts[f"{party}_cpu_ms"] for party in ("worker", "postgres", "redis")) for sample in samples
+    )
 
 
 def costs(samples: Samples) -> str:
@@ -110,7 +112,9 @@ def costs(samples: Samples) -> str:
     for lane, found in samples.items():
         if not found or names[1] not in found[0].facts:
             continue
-        cells = [_short(median(one.facts[name] for one in found)) if name in found[0].facts else "" for name in names]
+        cells = [
+            _short(median(sample.facts[name] for sample in found)) if name in found[0].facts else "" for name in names
+        ]
         rows.append(f"| {lane.name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -166,8 +170,8 @@ def chart(lines: Sequence[Line]) -> str:
         parts.append(f'<rect x="{left}" y="{top}" width="{width:.1f}" height="18" fill="{colour}"/>')
         parts.append(f'<text x="{left + width + 6:.1f}" y="{top + 14}" fill="#4a5568">{label}</text>')
     bottom = 10 + len(judged) * height
-    one = f'x1="{left + scale}" y1="4" x2="{left + scale}" y2="{bottom}"'
-    rule = f'<line {one} stroke="#1a202c" stroke-dasharray="4 3"/>'
+    ends = f'x1="{left + scale}" y1="4" x2="{left + scale}" y2="{bottom}"'
+    rule = f'<line {ends} stroke="#1a202c" stroke-dasharray="4 3"/>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="1060" height="{bottom + 8}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}{rule}</svg>\n'
