@@ -109,7 +109,7 @@ def next_update(transition: Transition) -> datetime | None:
     try:
         asked = transition.date_next_update
         return None if asked is None else as_utc(asked)
-    except Exception as error:  # noqa: BLE001 - user code; the chain must move all the same, because the effect has taken place
+    except Exception as error:  # noqa: BLE001 - user code; the effect has taken place, so the chain must move
         emit(
             logger,
             Action.REST_IGNORED,
