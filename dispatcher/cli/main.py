@@ -1,4 +1,4 @@
-"""The command `dispatcher`: each subcommand is one call of the library and a way to print what came of it."""
+"""The command `dispatcher`: each subcommand calls the library once and prints the result."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ def _json_object(_ctx: click.Context, _param: click.Parameter, value: str | None
 
 
 def main() -> NoReturn:
-    """Run the command line; the exit code is 0, 1 for an error in one line, or 2 for wrong usage."""
+    """Run the command line. The exit code is 0, 1 after an error (printed as one line), or 2 for wrong usage."""
     try:
         cli(prog_name="dispatcher")
     except DispatcherError as error:
@@ -68,13 +68,15 @@ def cli(log_level: str) -> None:
 
 @cli.command()
 @click.option("--concurrency", type=click.IntRange(min=1), help="Processes of the worker's pool.")
-@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="What is shown.")
+@click.option(
+    "--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="The least level that is shown."
+)
 def dev(concurrency: int | None, log_level: str) -> None:
     """Run a server, a worker and beat here until Ctrl-C; files go to ./.dispatcher/."""
-    from dispatcher.embedded.terminal import run_dev  # noqa: PLC0415 - as in `deployment`
+    from dispatcher.embedded.terminal import run_dev  # noqa: PLC0415 - late, as in `deployment`
 
     settings = read_settings()
-    with open_dispatcher(settings) as dispatcher:  # a wrong configuration is reported before anything starts
+    with open_dispatcher(settings) as dispatcher:  # so that a wrong configuration is reported before anything starts
         dispatcher.check()
     run_dev(settings, concurrency=concurrency, log_level=log_level.upper())
 
@@ -87,7 +89,7 @@ def db() -> None:
 @db.command()
 def upgrade() -> None:
     """Create the tables, or bring them to this version's revision."""
-    from dispatcher.storage.migrations import runner  # noqa: PLC0415 - as in `deployment`
+    from dispatcher.storage.migrations import runner  # noqa: PLC0415 - late, as in `deployment`
 
     click.echo(f"the database is at revision {runner.upgrade(open_database())}")
 
@@ -96,7 +98,7 @@ def upgrade() -> None:
 @json_option
 def current(as_json: bool) -> None:
     """Print the revision of the tables."""
-    from dispatcher.storage.migrations import revisions  # noqa: PLC0415 - as in `deployment`
+    from dispatcher.storage.migrations import revisions  # noqa: PLC0415 - late, as in `deployment`
 
     found, head = revisions.current(open_database()), revisions.head()
     if as_json:
@@ -109,7 +111,7 @@ def current(as_json: bool) -> None:
 @dry_run_option
 @json_option
 def sweep(dry_run: bool, as_json: bool) -> None:
-    """Publish the due chains now, whatever beat did."""
+    """Publish the due chains now, even if beat has just done it."""
     dispatcher = open_dispatcher()
     dispatcher.require_broker()
     print_counts(dispatcher.sweep(dry_run=dry_run), as_json)
@@ -125,7 +127,7 @@ def relay(as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Their age, in place of the setting.")
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="The age in days, instead of the setting.")
 @json_option
 def prune(days: float | None, as_json: bool) -> None:
     """Delete events and closed deliveries older than DISPATCHER_RETENTION_DAYS; never chains."""
@@ -173,10 +175,12 @@ def enqueue(  # noqa: PLR0917 - click passes all of them by name
 def execute(type_name: str, resources: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
     """Execute the chain of these resources here and now, callback included."""
     settings = read_settings()
-    if dry_run:  # for the whole dispatcher, because a chain that does not exist must not be created either
+    if dry_run:  # a setting of the whole dispatcher, so that a missing chain is not created either
         settings = settings.model_copy(update={"dry_run": True})
     chain = open_dispatcher(settings).get_or_create_resource_chain(type_name, resources)
-    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # what a callback prints is no part of the JSON
+    with redirect_stdout(
+        sys.stderr if as_json else sys.stdout
+    ):  # a callback may print, which must not get into the JSON
         result = chain.execute(requested_by="cli")
     if as_json:
         print_json(result)
@@ -187,14 +191,20 @@ def execute(type_name: str, resources: Sequence[tuple[str, str]], dry_run: bool,
 
 @cli.group()
 def chains() -> None:
-    """Look at chains."""
+    """Look at chains and act on them."""
 
 
 @chains.command("list")
 @click.option("--type", "type_name", help="Only this chain type.")
 @click.option("--state", help="Only this state.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
-@click.option("--after-id", type=click.IntRange(min=0), default=0, help="Continue behind this chain.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 10_000),
+    default=50,
+    show_default=True,
+    help="The largest number of chains to list.",
+)
+@click.option("--after-id", type=click.IntRange(min=0), default=0, help="Begin after the chain with this id.")
 @json_option
 def list_chains(type_name: str | None, state: str | None, limit: int, after_id: int, as_json: bool) -> None:
     """List chains in the order of their ids."""
@@ -280,10 +290,10 @@ add_operations(cli, chains)
 
 
 def _report(chain_type: "ChainType") -> dict[str, Any]:
-    """The states of a chain type with their candidates, and what is allowed but probably not meant."""
-    from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, choose_callback  # noqa: PLC0415 - as in `deployment`
+    """The states of a chain type with their candidates, and warnings about probable mistakes."""
+    from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, choose_callback  # noqa: PLC0415 - late, as in `deployment`
 
-    warnings = [f"no chain can come to state {state!r}" for state in chain_type.graph.unreachable()]
+    warnings = [f"no chain can reach state {state!r}" for state in chain_type.graph.unreachable()]
     warnings += [
         f"{name} has no callback unless a request names one"
         for name, transition in chain_type.by_name.items()

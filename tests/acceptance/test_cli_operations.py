@@ -279,7 +279,7 @@ def test_a_chain_type_is_paused_listed_and_resumed(run: CommandLine) -> None:
     assert run.says("chain-types", "pause", "single", "--reason", "again") == "single was paused already"
     assert run.json("chain-types", "list")["single"] == "mail is down"
     assert "paused: mail is down" in run.says("chain-types", "list")
-    assert run.says("chain-types", "resume", "single") == "single goes on"
+    assert run.says("chain-types", "resume", "single") == "single is resumed"
     assert run.says("chain-types", "resume", "single") == "single was not paused"
     assert "'lost'" in run.problem("chain-types", "resume", "lost")
 
