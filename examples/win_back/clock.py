@@ -20,6 +20,6 @@ def now() -> datetime:
 def set_day(day: date) -> None:
     """Move every process to `day`; replacing the file is atomic, so nobody reads half a date."""
     path = Path(os.environ[VARIABLE])
-    coming = path.with_suffix(".coming")
-    coming.write_text(day.isoformat(), encoding="ascii")
-    coming.replace(path)
+    new = path.with_suffix(".new")
+    new.write_text(day.isoformat(), encoding="ascii")
+    new.replace(path)

@@ -32,7 +32,7 @@ class Outcome:
         return [Step(effect.day, effect.customer, effect.order, effect.transition) for effect in self.effects]
 
     @property
-    def owed(self) -> list[Step]:
+    def expected_callbacks(self) -> list[Step]:
         """The expected steps that reach the customer."""
         return [step for step in self.expected if step.transition in SENT]
 
@@ -41,7 +41,7 @@ class Outcome:
         return [
             *([f"{self.orders} orders, but {self.chains} chains"] if self.orders != self.chains else []),
             *_differences("move", self.expected, self.moves),
-            *_differences("callback", self.owed, self.callbacks),
+            *_differences("callback", self.expected_callbacks, self.callbacks),
         ]
 
     def duplicates(self) -> list[str]:

@@ -29,18 +29,18 @@ class Shop:
     def __init__(self, dispatcher: Dispatcher, orders: Iterable[Order]) -> None:
         self.chains: dict[Order, Chain] = {}
         self._dispatcher = dispatcher
-        self._coming = deque(sorted(orders))
+        self._future = deque(sorted(orders))
         self._open: dict[str, list[Chain]] = {}
 
     @property
     def next_day(self) -> date | None:
         """The day of the next purchase."""
-        return self._coming[0].bought_on if self._coming else None
+        return self._future[0].bought_on if self._future else None
 
     def sell(self, day: date) -> None:
         """Take the purchases of `day`: a chain for each, and the customer's earlier ones are looked at now."""
-        while self._coming and self._coming[0].bought_on == day:
-            order = self._coming.popleft()
+        while self._future and self._future[0].bought_on == day:
+            order = self._future.popleft()
             earlier = [chain for chain in self._open.get(order.customer, []) if chain.refresh().state != DONE]
             for chain in earlier:
                 chain.enqueue(requested_by="shop")
@@ -68,8 +68,8 @@ class Calendar:
             shop.sell(day)
             self._dispatcher.sweep()
             next_due_at = self._wait_until_quiet(day)
-            coming = [moment for moment in (shop.next_day, _first_day_from(next_due_at)) if moment is not None]
-            day = min(coming, default=None)
+            days = [day for day in (shop.next_day, _first_day_from(next_due_at)) if day is not None]
+            day = min(days, default=None)
 
     def _wait_until_quiet(self, day: date) -> datetime | None:
         """When the next chain is due, once none is due on this day and no delivery is open."""
