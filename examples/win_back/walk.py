@@ -1,4 +1,4 @@
-"""The simulated shop and the calendar that it lives through."""
+"""The simulated shop, and the calendar that moves through its days."""
 
 import time
 from collections import deque
@@ -19,12 +19,12 @@ _CHECK_SECONDS: Final = 1.0
 _COUNT_SECONDS: Final = 2.0
 
 
-class DayNotQuiet(Exception):  # noqa: N818 - it says what it is
-    """A simulated day did not come to its end."""
+class DayNotQuiet(Exception):  # noqa: N818 - the name is clear without "Error"
+    """A simulated day did not end in time."""
 
 
 class Shop:
-    """The application beside the dispatcher: it opens a chain for every order, and says when a customer comes back."""
+    """The application that uses the dispatcher: creates a chain for every order, and enqueues chains at a purchase."""
 
     def __init__(self, dispatcher: Dispatcher, orders: Iterable[Order]) -> None:
         self.chains: dict[Order, Chain] = {}
@@ -34,11 +34,11 @@ class Shop:
 
     @property
     def next_day(self) -> date | None:
-        """The day of the next purchase."""
+        """The day of the next purchase; None if there is none."""
         return self._future[0].bought_on if self._future else None
 
     def sell(self, day: date) -> None:
-        """Take the purchases of `day`: a chain for each, and the customer's earlier ones are looked at now."""
+        """Create a chain for each order of `day`, and enqueue the customer's earlier chains."""
         while self._future and self._future[0].bought_on == day:
             order = self._future.popleft()
             earlier = [chain for chain in self._open.get(order.customer, []) if chain.refresh().state != DONE]
@@ -50,7 +50,7 @@ class Shop:
 
 
 class Calendar:
-    """Moves the simulated clock from one day on which something can happen to the next, once the day is quiet."""
+    """Sets the simulated clock to each day on which something can happen, when the day before is quiet."""
 
     def __init__(self, dispatcher: Dispatcher, stack: Stack, *, day_seconds: float, progress: DayProgress) -> None:
         self._dispatcher = dispatcher
@@ -61,7 +61,7 @@ class Calendar:
         self._counted = time.monotonic()
 
     def walk(self, shop: Shop) -> None:
-        """Live through all days; `DayNotQuiet` if one does not end."""
+        """Go through all days. Raises `DayNotQuiet` if a day does not end in time."""
         day = shop.next_day
         while day is not None and day <= LAST_DAY:
             clock.set_day(day)
@@ -72,7 +72,7 @@ class Calendar:
             day = min(days, default=None)
 
     def _wait_until_quiet(self, day: date) -> datetime | None:
-        """When the next chain is due, once none is due on this day and no delivery is open."""
+        """Wait until no chain is due on this day and no delivery is open; gives the next due moment, or None."""
         began = time.monotonic()
         checked = began
         while True:
@@ -101,7 +101,7 @@ class Calendar:
 
 
 def _first_day_from(moment: datetime | None) -> date | None:
-    """The first day that begins at or after `moment`: the clock knows no other moments."""
+    """The first day that begins at or after `moment`, because the clock only shows beginnings of days."""
     if moment is None:
         return None
     starts = datetime.combine(moment.date(), time_of_day.min, tzinfo=UTC)
