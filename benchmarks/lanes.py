@@ -1,4 +1,4 @@
-"""What is measured: each lane gives one number per round, and what it cost."""
+"""The lanes: each measures one thing and gives one number per round, with its costs."""
 
 import json
 import subprocess
@@ -27,19 +27,19 @@ from dispatcher.storage.migrations.runner import upgrade
 _WAIT_SECONDS: Final = 180
 _WARM_UP: Final = 400
 _DBOS_PROCESSES: Final = 2
-_DBOS_THREADS: Final = 8  # the best of 1, 2, 4, 8 and 16 on two cores
+_DBOS_THREADS: Final = 8  # the fastest of 1, 2, 4, 8 and 16 on two cores
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One lane in one round: the number that it is compared by, and what else was seen."""
+    """The result of a lane in one round: the number to compare, and other facts."""
 
     value: float
     facts: dict[str, float] = field(default_factory=dict)
 
 
 class Lane(ABC):
-    """One thing that is measured, alone, in every round."""
+    """One thing to measure. In each round it runs alone."""
 
     name: str
     unit = "/s"
@@ -51,23 +51,23 @@ class Lane(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Start and warm up what is measured."""
+        """Start what is measured, and warm it up."""
 
     @abstractmethod
     def measure(self) -> Sample:
-        """One round."""
+        """Measure one round."""
 
     def close(self) -> None:
-        """Stop what was started."""
+        """Stop everything that `open` started."""
         self._stack.close()
 
     def note(self) -> str:
-        """What to print below the table; empty for most."""
+        """Text to print below the table; empty for most lanes."""
         return ""
 
     @contextmanager
     def timed(self, facts: dict[str, float], worker: Callable[[], float] | None, count: int) -> Iterator[None]:
-        """Put into `facts` the seconds that the block took, and the CPU milliseconds per item of each party."""
+        """Put the seconds of the block into `facts`, and the CPU milliseconds per item of each party."""
 
         def used() -> dict[str, float]:
             parties = self.servers.cpu_seconds()
@@ -84,7 +84,7 @@ class Lane(ABC):
 
 
 class RawLane(Lane):
-    """Raw Celery: messages of a task, all of them there at once."""
+    """Raw Celery: messages of a task, which all arrive at once."""
 
     task: str
 
@@ -121,7 +121,7 @@ class RawTwoHops(RawLane):
 
 
 class ChainLane(Lane):
-    """A fleet of this project's own workers, and the chains of one type in a database of its own."""
+    """A fleet of this project's workers, and the chains of one type in a separate database."""
 
     type_name: str
     chains_per_task = 1
@@ -143,7 +143,7 @@ class ChainLane(Lane):
         self.warm_up()
 
     def warm_up(self) -> None:
-        """Let every process of the fleet do some of what will be measured."""
+        """Let every process of the fleet do some of the work that will be measured."""
         self.run(max(min(_WARM_UP, self.count), 4 * self.chains_per_task), {})
 
     def measure(self) -> Sample:
@@ -152,7 +152,7 @@ class ChainLane(Lane):
         return Sample(self.count / facts["seconds"], facts)
 
     def run(self, count: int, facts: dict[str, float]) -> None:
-        """Let the fleet do `count` chains, which are swept before and published all at once."""
+        """Let the fleet execute `count` chains. They are swept before, and their messages are released all at once."""
         self.prepare(count)
         swept = self.dispatcher.sweep()
         assert swept["enqueued"] == count, swept
@@ -166,10 +166,10 @@ class ChainLane(Lane):
 
     @abstractmethod
     def prepare(self, count: int) -> None:
-        """See to it that exactly `count` chains are due."""
+        """Make exactly `count` chains due."""
 
     def wait_until_written(self) -> None:
-        """Return when what was counted is committed as well."""
+        """Wait until the work that was counted is committed."""
 
     @contextmanager
     def _counted_commands(self, facts: dict[str, float], count: int) -> Iterator[None]:
@@ -184,13 +184,13 @@ class ChainLane(Lane):
 
 
 class Evaluations(ChainLane):
-    """Chains that stay where they are: every guard says no."""
+    """Chains that stay in their state, because every guard rejects."""
 
     type_name = "still"
     _due = 0
 
     def prepare(self, count: int) -> None:
-        if self._due == 0:  # evaluations that learn nothing write nothing: the same chains serve every round
+        if self._due == 0:  # these evaluations write nothing, so the same chains are due in every round
             self._due = count
             add_chains(self.database, self.type_name, count, due_at=_long_ago())
         elif self._due < count:
@@ -208,7 +208,7 @@ class Evaluations200(Evaluations):
 
 
 class Moves(ChainLane):
-    """Chains that move, with a callback; done when the last move is committed."""
+    """Chains that move with a callback. The round ends when the last move is committed."""
 
     type_name = "step"
 
@@ -320,7 +320,7 @@ class SweepOfFew(Sweep):
 
 
 class FanOutLane(Lane):
-    """Messages published by a process of its own, whose memory is watched."""
+    """Messages published by a separate process, whose memory is measured."""
 
     what: str
 
@@ -360,7 +360,7 @@ class ApplyAsyncLoop(FanOutLane):
 
 
 class OnDemand(ChainLane):
-    """`chain.enqueue()` until its callback returns, one at a time on an idle fleet."""
+    """The time from `chain.enqueue()` until the callback returns, one chain at a time on an idle fleet."""
 
     name = "enqueue to returned callback"
     unit = " ms"
@@ -390,7 +390,7 @@ class OnDemand(ChainLane):
 
 
 class RawOnDemand(RawLane):
-    """The same of a raw task that sends a second one."""
+    """The same for a raw task that sends a second task."""
 
     name = "raw Celery, two hops, one at a time"
     unit = " ms"
@@ -463,13 +463,13 @@ class CreationLoop(Creation):
 
 
 class InProcess(Lane):
-    """`chain.execute()` without a callback, one after the other, without Redis."""
+    """Calls of `chain.execute()` without a callback, one after the other, without Redis."""
 
     profiled: str = ""
 
     @abstractmethod
     def database_url(self) -> str:
-        """A migrated database."""
+        """The URL of a migrated database."""
 
     def open(self) -> None:
         settings = Settings(database_url=self.database_url())
@@ -552,7 +552,7 @@ def _answer_of(process: "subprocess.Popen[str]") -> str:
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """Close its standard input, which ends it; if not, end it."""
+    """Close the standard input of the process, which ends it; kill it if it does not end in 20 s."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.close()
     try:

@@ -1,4 +1,4 @@
-"""Raw Celery, the peer: one message for nothing, and a message that sends a second one."""
+"""The peer raw Celery: a task that does nothing, and a task that sends a second task."""
 
 import os
 from typing import Final
@@ -23,27 +23,27 @@ app = make_app(os.environ.get(BROKER_VARIABLE))
 
 @app.task(name="raw.nothing")
 def nothing(chain_id: int) -> int:
-    """Count, and return what a worker would show."""
+    """Count, and return the chain id."""
     progress.tick()
     return chain_id
 
 
 @app.task(name="raw.first_hop")
 def first_hop(chain_id: int) -> int:
-    """Send the second hop."""
+    """Send the task of the second hop."""
     nothing.apply_async(kwargs={"chain_id": chain_id})
     return chain_id
 
 
 @app.task(name="raw.first_hop_of_answer")
 def first_hop_of_answer(chain_id: int) -> int:
-    """Send the second hop whose end is waited for."""
+    """Send the task of the second hop for which the lane waits."""
     answer.apply_async(kwargs={"chain_id": chain_id})
     return chain_id
 
 
 @app.task(name="raw.answer")
 def answer(chain_id: int) -> int:
-    """Say that it was called."""
+    """Tell the waiting lane that the task was called."""
     progress.answer()
     return chain_id
