@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     """Hard time limit of one attempt, in seconds; its lease is 15 s longer. Defaults to 60."""
 
     last_look_seconds: float = Field(default=0, ge=0, le=86400 * 365)
-    """An attempt that starts more seconds after its plan asks the guards again. Defaults to 0 (always)."""
+    """Guards are asked again if an attempt starts more seconds than this after its plan. Defaults to 0 (always)."""
 
     queued_seconds: float = Field(default=60, ge=1, le=86400)
     """Seconds after which a published message that no worker has taken is published again. Defaults to 60."""

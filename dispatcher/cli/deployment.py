@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def read_settings() -> "Settings":
     """The settings. Raises `ConfigurationError`, which names each environment variable with a wrong value."""
-    from pydantic import ValidationError  # noqa: PLC0415 - see above
+    from pydantic import ValidationError  # noqa: PLC0415 - late, as said above
 
-    from dispatcher.settings import Settings  # noqa: PLC0415 - see above
+    from dispatcher.settings import Settings  # noqa: PLC0415 - late, as said above
 
     try:
         return Settings()
@@ -30,15 +30,15 @@ def read_settings() -> "Settings":
 
 def open_dispatcher(settings: "Settings | None" = None) -> "Dispatcher":
     """The dispatcher of the configuration that `DISPATCHER_CONFIG` names."""
-    from dispatcher.dispatcher import Dispatcher  # noqa: PLC0415 - see above
+    from dispatcher.dispatcher import Dispatcher  # noqa: PLC0415 - late, as said above
 
     return Dispatcher.from_settings(settings if settings is not None else read_settings())
 
 
 def open_database() -> "Database":
     """The database of the settings, for commands that need no configuration."""
-    from dispatcher import addresses  # noqa: PLC0415 - see above
-    from dispatcher.storage.database import Database  # noqa: PLC0415 - see above
+    from dispatcher import addresses  # noqa: PLC0415 - late, as said above
+    from dispatcher.storage.database import Database  # noqa: PLC0415 - late, as said above
 
     settings = read_settings()
     return Database(addresses.database_url(settings), connect_seconds=settings.connect_seconds)

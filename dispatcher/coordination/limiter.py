@@ -92,7 +92,7 @@ class RateLimiter:
         self._away_until = 0.0
 
     def ask(self, limits: Sequence[RateLimit], *, has_place: bool) -> Refusal | None:
-        """None, with one call counted for each of these limits; or the refusal by a limit, with no call counted.
+        """None if the call is allowed, and counted for each of these limits; else the refusal, and nothing is counted.
 
         `has_place` says that the caller has waited at a place, so it does not go to the end of the line. If several
         callers ask at once and the last limit refuses, the call may stay counted for the limits before it.

@@ -141,17 +141,17 @@ class ChainType:
 
     @property
     def rate(self) -> RateLimit | None:
-        """`rate_limit` as a value."""
+        """The option `rate_limit`, parsed; None if it is not set."""
         return None if self.rate_limit is None else RateLimit.parse(f"type/{self.chain_type}", self.rate_limit)
 
     @property
     def hours(self) -> DeliveryHours | None:
-        """`delivery_hours` as a value."""
+        """The option `delivery_hours`, parsed; None if it is not set."""
         return None if self.delivery_hours is None else DeliveryHours.parse(self.delivery_hours)
 
     @property
     def zone(self) -> ZoneInfo:
-        """`time_zone` as a value."""
+        """The option `time_zone`, parsed."""
         return zone_of(self.time_zone)
 
     @classmethod

@@ -39,7 +39,7 @@ NO_BROKER: Final = "set DISPATCHER_REDIS_URL or DISPATCHER_BROKER_URL, or run `d
 """The advice when no broker is configured."""
 
 
-class PublishFailed(Exception):  # noqa: N818 - internal: callers turn it into their own outcome
+class PublishFailed(Exception):  # noqa: N818 - internal: callers turn it into an outcome or an error
     """A message may not have reached the broker; `__cause__` is the error."""
 
 

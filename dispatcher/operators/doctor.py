@@ -43,7 +43,9 @@ class Finding:
     repair: Callable[[], None] | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return " ".join(f"{self.area}: {self.problem}; {self.remedy}".split())  # one line, even if a reason has several
+        return " ".join(
+            f"{self.area}: {self.problem}; {self.remedy}".split()
+        )  # one line, even if the problem quotes a reason of several lines
 
 
 class Doctor:

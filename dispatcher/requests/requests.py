@@ -45,7 +45,7 @@ class Requests:
         self._migrated = migrated
         self._publisher = publisher
 
-    # --- what an application asks ------------------------------------------------------------------------------------
+    # --- requests of applications ------------------------------------------------------------------------------------
 
     def enqueue(
         self,
