@@ -1,1 +1,1 @@
-"""`python -m benchmarks`: this project against raw Celery and DBOS, on the same private servers, in the same run."""
+"""`python -m benchmarks`: compares this project with raw Celery and DBOS, on the same private servers."""

@@ -22,17 +22,19 @@ class Run:
             kind: kind(servers, count_of(kind, quick=quick)) for kind in wanted if is_there(kind)
         }
         self.samples: dict[type[Lane], list[Sample]] = {kind: [] for kind in self.lanes}
-        self.failures = {kind.name: "the library does not have it yet" for kind in wanted if not is_there(kind)}
+        self.failures = {
+            kind.name: "this version of the library does not have it" for kind in wanted if not is_there(kind)
+        }
         self.loads: list[float] = []
 
     def open(self) -> None:
-        """Start every lane; one that does not start is left out."""
+        """Start every lane; a lane that does not start is left out."""
         for kind, lane in list(self.lanes.items()):
             click.echo(f"starting: {lane.name}", err=True)
             self._try(kind, lane.open)
 
     def round(self, number: int) -> None:
-        """Measure every lane once, beginning with another one each time."""
+        """Measure every lane once. Each round begins with a different lane."""
         self.loads.append(round(os.getloadavg()[0], 2))
         kinds = list(self.lanes)
         shift = number % len(kinds) if kinds else 0
@@ -51,7 +53,7 @@ class Run:
         assert callable(step)
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - one lane's failure must not take the others' numbers with it
+        except Exception as error:  # noqa: BLE001 - the failure of a lane must not lose the numbers of the others
             self.failures[kind.name] = str(error) or repr(error)
             click.echo(f"failed: {kind.name}: {error!r}", err=True)
             self.samples.pop(kind)
@@ -59,21 +61,21 @@ class Run:
 
 
 def is_there(kind: type[Lane]) -> bool:
-    """Whether the library has what a lane measures."""
+    """Whether the library has the function that a lane measures."""
     return kind is not BulkCreation or hasattr(Dispatcher, "bulk_get_or_create")
 
 
 @click.command()
 @click.option("--cases", default="all", help=f"Comma-separated: {', '.join(KEYS)}.")
 @click.option("--rounds", type=click.IntRange(1), help="How often each lane is measured. [default: 5; 1 with --quick]")
-@click.option("--quick", is_flag=True, help="A tenth of the items: to see that it runs, not for numbers.")
+@click.option("--quick", is_flag=True, help="A tenth of the items, to see that it runs; the numbers mean nothing.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every number to this file.")
 @click.option("--svg", "svg_path", type=click.Path(path_type=Path), help="Write the chart to this file.")
 @click.option("--fsync", is_flag=True, help="PostgreSQL waits for the disk at each commit.")
 def main(
     *, cases: str, rounds: int | None, quick: bool, json_path: Path | None, svg_path: Path | None, fsync: bool
 ) -> None:
-    """Measure this project against its peers on private servers; medians of several rounds, ratios of the same ones."""
+    """Measure this project and its peers on private servers; print medians over several rounds, and ratios."""
     keys = KEYS if cases == "all" else [key.strip() for key in cases.split(",")]
     unknown = [key for key in keys if key not in KEYS]
     if unknown:
@@ -92,7 +94,7 @@ def main(
             run.close()
     found = [line for case in chosen if (line := report.line_of(case, run.samples)) is not None]
     if quick:
-        click.echo("quick: a tenth of the items that the lines below name; these are no numbers to quote\n")
+        click.echo("quick: only a tenth of the items that the lines below name, so do not quote these numbers\n")
     click.echo(report.table(found))
     click.echo(f"\n{report.costs(run.samples)}")
     for note in notes:

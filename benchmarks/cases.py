@@ -1,4 +1,4 @@
-"""The cases: which lane is compared with which, and what is required of it."""
+"""The cases: which lanes are compared, and the required ratio."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -11,7 +11,7 @@ MEGABYTES: Final = "growth_mb"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One line of the table: the ratio of two lanes' values in the same round, or one lane's value or fact alone."""
+    """One line of the table: the ratio of two lanes' values in the same round, or the value or fact of one lane."""
 
     key: str
     title: str
@@ -23,13 +23,13 @@ class Case:
 
     @property
     def required(self) -> str:
-        """What is required, as it is shown."""
+        """The requirement, as the table shows it."""
         if self.at_least is not None:
             return f">= {self.at_least:g}"
         return "report" if self.at_most is None else f"<= {self.at_most:g}"
 
     def score(self, value: float) -> float | None:
-        """How far `value` is beyond what is required: 1 is just enough, more is better; None without a requirement."""
+        """How well `value` meets the requirement: 1 is just enough, more is better; None without a requirement."""
         if self.at_least is not None:
             return value / self.at_least
         return None if self.at_most is None else self.at_most / max(value, 1e-9)
@@ -119,7 +119,7 @@ CASES: Final = (
 
 KEYS: Final = tuple(dict.fromkeys(case.key for case in CASES))
 
-# Items per round: a few seconds of each lane.
+# Items per round, chosen so that each lane takes a few seconds.
 COUNTS: Final[dict[type[Lane], int]] = {
     lanes.RawNothing: 4_000,
     lanes.RawTwoHops: 2_000,
@@ -145,5 +145,5 @@ _LEAST: Final = 20
 
 
 def count_of(lane: type[Lane], *, quick: bool) -> int:
-    """How many items a lane does in one round."""
+    """How many items a lane processes in one round."""
     return max(COUNTS[lane] // _QUICK_DIVISOR, _LEAST) if quick else COUNTS[lane]

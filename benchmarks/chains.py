@@ -1,4 +1,4 @@
-"""The configuration of the fleets that are measured: guards and callbacks that cost next to nothing."""
+"""The configuration of the measured fleets. Guards and callbacks cost almost nothing."""
 
 from typing import Any, Final
 
@@ -29,12 +29,12 @@ class Silent(Always):
 
 
 def count(_: Transition, **__: Any) -> None:
-    """The callback whose calls are counted."""
+    """A callback that counts its calls."""
     progress.tick()
 
 
 def answer(_: Transition, **__: Any) -> None:
-    """The callback whose return is waited for."""
+    """A callback that tells the waiting lane that it was called."""
     progress.answer()
 
 
@@ -43,14 +43,14 @@ def _chain_type(name: str, transition: type[Transition], **options: Any) -> dict
 
 
 def config(*names: str) -> dict[str, Any]:
-    """The chain types of these names: a fleet has only the ones that it is measured with."""
-    known = {
+    """The configuration with the chain types of these names, so that a lane has only the types that it needs."""
+    by_name = {
         "still": _chain_type("still", Never, callback=count),
         "step": _chain_type("step", Always, callback=count),
         "on_demand": _chain_type("on_demand", Always, callbacks={"answer": answer}, recheck_seconds=None),
         "silent": _chain_type("silent", Silent),
     }
-    return {"chains": [known[name] for name in names]}
+    return {"chains": [by_name[name] for name in names]}
 
 
 CONFIG = config("still", "step", "on_demand", "silent")

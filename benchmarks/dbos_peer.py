@@ -1,4 +1,4 @@
-"""One process of the DBOS peer: workflows of one step each, as many as standard input asks for."""
+"""One process of the DBOS peer: runs as many workflows of one step as standard input says."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ def workflow(number: int) -> int:
 @click.option("--name", required=True)
 @click.option("--threads", type=int, required=True)
 def main(url: str, name: str, threads: int) -> None:
-    """Answer "ready"; then, for each number of workflows on a line of standard input, the seconds that they took."""
+    """Print "ready". Then, for each line of standard input, run that many workflows and print the seconds."""
     config: DBOSConfig = {
         "name": "benchmark",
         "system_database_url": url,

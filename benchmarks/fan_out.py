@@ -1,4 +1,4 @@
-"""One process that publishes an execution for each due chain, by a sweep or by a loop; prints what it took as JSON."""
+"""One process that publishes an execution for each due chain, by a sweep or by a loop, and prints its cost as JSON."""
 
 import json
 import re
@@ -27,17 +27,17 @@ def _memory_mb(field: str) -> float:
 @click.option("--redis-url", required=True)
 @click.option("--count", type=int, required=True)
 def main(what: str, database_url: str, redis_url: str, count: int) -> None:
-    """Publish `count` messages and say how long it took and how far resident memory rose."""
-    # Room for more than is due: a sweep that fills its queue stops there, and the next one goes on from that place.
+    """Publish `count` messages, and print the seconds and the growth of resident memory."""
+    # Room for all due chains, because a sweep stops when its queue is full.
     settings = Settings(database_url=database_url, redis_url=redis_url, max_backlog=2 * count)
     app = Celery("fan-out", set_as_current=False)
     app.conf.update(celery_settings(settings, broker_url=redis_url))
     dispatcher = Dispatcher(chains.config("still"), settings=settings, celery_app=app)
     execute = app.signature(EXECUTE)
-    # Connections and caches of either way are there before it counts.
+    # Open the connections and fill the caches of both ways before the measurement.
     dispatcher.check()
     execute.apply_async(kwargs={"chain_ids": [0]}, queue="warm-up")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM)
     before, began = _memory_mb("VmRSS"), time.monotonic()
     if what == "sweep":
         result = dispatcher.sweep()

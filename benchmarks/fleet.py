@@ -1,4 +1,4 @@
-"""A Celery worker that is measured: prefork, two processes, prefetch multiplier 64, no events, no results."""
+"""The Celery worker to measure: prefork, two processes, prefetch multiplier 64, no events, no results."""
 
 import sys
 import time
@@ -23,11 +23,11 @@ _POLL_SECONDS = 0.005
 
 
 class StalledError(Exception):
-    """A fleet did not do what it was given within its time; the text ends with its log."""
+    """A fleet did not finish its work in time; the text ends with its log."""
 
 
 class Fleet(Server):
-    """One worker with its processes; every fleet of a run is started in the same way, and idle while others work."""
+    """One worker with its processes. All fleets are started in the same way, and are idle while others are measured."""
 
     name = "fleet"
 
@@ -53,16 +53,16 @@ class Fleet(Server):
         ]
 
     def is_ready(self) -> bool:
-        return True  # the messages that it is warmed up with wait for it
+        return True  # the messages of the warm-up wait for it
 
     def close(self) -> None:
         with suppress(ServerError):
-            self.stop()  # with its children; `kill` would leave those behind
+            self.stop()  # `kill` would leave its children behind
         self.progress.close()
         super().close()
 
     def wait_for(self, condition: Callable[[], bool], *, seconds: float, what: str) -> None:
-        """Return as soon as `condition()` is true; `StalledError` if that takes longer or the worker has ended."""
+        """Wait until `condition()` is true. Raises `StalledError` after `seconds`, or if the worker has ended."""
         deadline = time.monotonic() + seconds
         while not condition():
             if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
@@ -70,7 +70,7 @@ class Fleet(Server):
             time.sleep(_POLL_SECONDS)
 
     def wait_for_ticks(self, count: int, *, seconds: float) -> None:
-        """Return as soon as `count` things have been counted since the fleet started."""
+        """Wait until the counters of the fleet have reached `count`."""
         self.wait_for(lambda: self.progress.total() >= count, seconds=seconds, what=f"{count} done")
 
     def cpu_seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""What is measured: each lane gives one number per round, and what it cost."""
+"""The lanes: each measures one thing and gives one number per round, with its costs."""
 
 import json
 import subprocess
@@ -27,19 +27,19 @@ from dispatcher.storage.migrations.runner import upgrade
 _WAIT_SECONDS: Final = 180
 _WARM_UP: Final = 400
 _DBOS_PROCESSES: Final = 2
-_DBOS_THREADS: Final = 8  # the best of 1, 2, 4, 8 and 16 on two cores
+_DBOS_THREADS: Final = 8  # the fastest of 1, 2, 4, 8 and 16 on two cores
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One lane in one round: the number that it is compared by, and what else was seen."""
+    """The result of a lane in one round: the number to compare, and other facts."""
 
     value: float
     facts: dict[str, float] = field(default_factory=dict)
 
 
 class Lane(ABC):
-    """One thing that is measured, alone, in every round."""
+    """One thing to measure. In each round it runs alone."""
 
     name: str
     unit = "/s"
@@ -51,23 +51,23 @@ class Lane(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Start and warm up what is measured."""
+        """Start what is measured, and warm it up."""
 
     @abstractmethod
     def measure(self) -> Sample:
-        """One round."""
+        """Measure one round."""
 
     def close(self) -> None:
-        """Stop what was started."""
+        """Stop everything that `open` started."""
         self._stack.close()
 
     def note(self) -> str:
-        """What to print below the table; empty for most."""
+        """Text to print below the table; empty for most lanes."""
         return ""
 
     @contextmanager
     def timed(self, facts: dict[str, float], worker: Callable[[], float] | None, count: int) -> Iterator[None]:
-        """Put into `facts` the seconds that the block took, and the CPU milliseconds per item of each party."""
+        """Put the seconds of the block into `facts`, and the CPU milliseconds per item of each party."""
 
         def used() -> dict[str, float]:
             parties = self.servers.cpu_seconds()
@@ -84,7 +84,7 @@ class Lane(ABC):
 
 
 class RawLane(Lane):
-    """Raw Celery: messages of a task, all of them there at once."""
+    """Raw Celery: messages of a task, which all arrive at once."""
 
     task: str
 
@@ -121,9 +121,9 @@ class RawTwoHops(RawLane):
 
 
 class ChainLane(Lane):
-    """A fleet of this project's own workers, and the chains of one type in a database of its own."""
+    """A fleet of this project's workers, and the chains of one type in a separate database."""
 
-    chain_type: str
+    type_name: str
     chains_per_task = 1
     deliveries_per_task = 1
 
@@ -138,12 +138,12 @@ class ChainLane(Lane):
         environment |= {"DISPATCHER_CONFIG": "benchmarks.chains:CONFIG", "DISPATCHER_REDIS_URL": self.redis_url}
         self.fleet = self._stack.enter_context(Fleet("workers", environment))
         options = Settings(**settings, redis_url=self.servers.staging_url)
-        self.dispatcher = self._stack.enter_context(Dispatcher(chains.config(self.chain_type), settings=options))
+        self.dispatcher = self._stack.enter_context(Dispatcher(chains.config(self.type_name), settings=options))
         self.database = self.dispatcher.database
         self.warm_up()
 
     def warm_up(self) -> None:
-        """Let every process of the fleet do some of what will be measured."""
+        """Let every process of the fleet do some of the work that will be measured."""
         self.run(max(min(_WARM_UP, self.count), 4 * self.chains_per_task), {})
 
     def measure(self) -> Sample:
@@ -152,7 +152,7 @@ class ChainLane(Lane):
         return Sample(self.count / facts["seconds"], facts)
 
     def run(self, count: int, facts: dict[str, float]) -> None:
-        """Let the fleet do `count` chains, which are swept before and published all at once."""
+        """Let the fleet execute `count` chains. They are swept before, and their messages are released all at once."""
         self.prepare(count)
         swept = self.dispatcher.sweep()
         assert swept["enqueued"] == count, swept
@@ -166,10 +166,10 @@ class ChainLane(Lane):
 
     @abstractmethod
     def prepare(self, count: int) -> None:
-        """See to it that exactly `count` chains are due."""
+        """Make exactly `count` chains due."""
 
     def wait_until_written(self) -> None:
-        """Return when what was counted is committed as well."""
+        """Wait until the work that was counted is committed."""
 
     @contextmanager
     def _counted_commands(self, facts: dict[str, float], count: int) -> Iterator[None]:
@@ -184,17 +184,17 @@ class ChainLane(Lane):
 
 
 class Evaluations(ChainLane):
-    """Chains that stay where they are: every guard says no."""
+    """Chains that stay in their state, because every guard rejects."""
 
-    chain_type = "still"
+    type_name = "still"
     _due = 0
 
     def prepare(self, count: int) -> None:
-        if self._due == 0:  # evaluations that learn nothing write nothing: the same chains serve every round
+        if self._due == 0:  # these evaluations write nothing, so the same chains are due in every round
             self._due = count
-            add_chains(self.database, self.chain_type, count, due_at=_long_ago())
+            add_chains(self.database, self.type_name, count, due_at=_long_ago())
         elif self._due < count:
-            add_chains(self.database, self.chain_type, count - self._due, due_at=_long_ago())
+            add_chains(self.database, self.type_name, count - self._due, due_at=_long_ago())
             self._due = count
 
 
@@ -208,22 +208,22 @@ class Evaluations200(Evaluations):
 
 
 class Moves(ChainLane):
-    """Chains that move, with a callback; done when the last move is committed."""
+    """Chains that move with a callback. The round ends when the last move is committed."""
 
-    chain_type = "step"
+    type_name = "step"
 
     def prepare(self, count: int) -> None:
-        add_chains(self.database, self.chain_type, count, due_at=_long_ago())
+        add_chains(self.database, self.type_name, count, due_at=_long_ago())
 
     def wait_until_written(self) -> None:
         self.fleet.wait_for(
-            lambda: not anything_in(self.database, self.chain_type, NEW), seconds=_WAIT_SECONDS, what="moves committed"
+            lambda: not anything_in(self.database, self.type_name, NEW), seconds=_WAIT_SECONDS, what="moves committed"
         )
 
     def measure(self) -> Sample:
-        before = count_in(self.database, self.chain_type, chains.MOVED)
+        before = count_in(self.database, self.type_name, chains.MOVED)
         sample = super().measure()
-        assert count_in(self.database, self.chain_type, chains.MOVED) == before + self.count
+        assert count_in(self.database, self.type_name, chains.MOVED) == before + self.count
         return sample
 
 
@@ -320,7 +320,7 @@ class SweepOfFew(Sweep):
 
 
 class FanOutLane(Lane):
-    """Messages published by a process of its own, whose memory is watched."""
+    """Messages published by a separate process, whose memory is measured."""
 
     what: str
 
@@ -360,11 +360,11 @@ class ApplyAsyncLoop(FanOutLane):
 
 
 class OnDemand(ChainLane):
-    """`chain.enqueue()` until its callback returns, one at a time on an idle fleet."""
+    """The time from `chain.enqueue()` until the callback returns, one chain at a time on an idle fleet."""
 
     name = "enqueue to returned callback"
     unit = " ms"
-    chain_type = "on_demand"
+    type_name = "on_demand"
 
     def warm_up(self) -> None:
         settings = Settings(database_url=self.database.url.render_as_string(), redis_url=self.redis_url)
@@ -372,13 +372,13 @@ class OnDemand(ChainLane):
         self._sample(20)
 
     def prepare(self, count: int) -> None:
-        add_chains(self.database, self.chain_type, count, due_at=None)
+        add_chains(self.database, self.type_name, count, due_at=None)
 
     def measure(self) -> Sample:
         return self._sample(self.count)
 
     def _sample(self, count: int) -> Sample:
-        ids = add_chains(self.database, self.chain_type, count, due_at=None)
+        ids = add_chains(self.database, self.type_name, count, due_at=None)
         waited = []
         for chain_id in ids:
             chain = self._client.chain(chain_id)
@@ -390,7 +390,7 @@ class OnDemand(ChainLane):
 
 
 class RawOnDemand(RawLane):
-    """The same of a raw task that sends a second one."""
+    """The same for a raw task that sends a second task."""
 
     name = "raw Celery, two hops, one at a time"
     unit = " ms"
@@ -447,8 +447,8 @@ class BulkCreation(Creation):
     name = "bulk_get_or_create"
 
     def create(self, wanted: list[list[tuple[str, str]]]) -> None:
-        made = sum(1 for _, created in self._dispatcher.bulk_get_or_create("still", wanted) if created)
-        assert made == len(wanted)
+        count = sum(1 for _, created in self._dispatcher.bulk_get_or_create("still", wanted) if created)
+        assert count == len(wanted)
 
 
 class CreationLoop(Creation):
@@ -463,13 +463,13 @@ class CreationLoop(Creation):
 
 
 class InProcess(Lane):
-    """`chain.execute()` without a callback, one after the other, without Redis."""
+    """Calls of `chain.execute()` without a callback, one after the other, without Redis."""
 
     profiled: str = ""
 
     @abstractmethod
     def database_url(self) -> str:
-        """A migrated database."""
+        """The URL of a migrated database."""
 
     def open(self) -> None:
         settings = Settings(database_url=self.database_url())
@@ -478,10 +478,10 @@ class InProcess(Lane):
         self._execute(self._make(50))
 
     def measure(self) -> Sample:
-        made = self._make(self.count)
+        created = self._make(self.count)
         facts: dict[str, float] = {}
         with self.timed(facts, None, self.count):
-            self._execute(made)
+            self._execute(created)
         if not self.profiled:
             self.profiled = self._profile(self._make(self.count))
         return Sample(self.count / facts["seconds"], facts)
@@ -490,21 +490,21 @@ class InProcess(Lane):
         return f"{self.name}: where the time goes\n{self.profiled}" if self.profiled else ""
 
     def _make(self, count: int) -> list[Any]:
-        made = []
+        created = []
         for _ in range(count):
             self._made += 1
             mapping = [(RESOURCE_TYPE, str(self._made))]
-            made.append(self._dispatcher.get_or_create_resource_chain("silent", mapping))
-        return made
+            created.append(self._dispatcher.get_or_create_resource_chain("silent", mapping))
+        return created
 
-    def _execute(self, made: list[Any]) -> None:
-        for chain in made:
+    def _execute(self, created: list[Any]) -> None:
+        for chain in created:
             assert chain.execute()["outcome"] == "moved"
 
-    def _profile(self, made: list[Any]) -> str:
+    def _profile(self, created: list[Any]) -> str:
         from benchmarks.profile import shares_of_packages  # noqa: PLC0415 - pyinstrument is part of the extra `bench`
 
-        return shares_of_packages(lambda: self._execute(made))
+        return shares_of_packages(lambda: self._execute(created))
 
 
 class InProcessSqlite(InProcess):
@@ -552,7 +552,7 @@ def _answer_of(process: "subprocess.Popen[str]") -> str:
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """Close its standard input, which ends it; if not, end it."""
+    """Close the standard input of the process, which ends it; kill it if it does not end in 20 s."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.close()
     try:

@@ -1,4 +1,4 @@
-"""Where the time of a block goes, by package: a statistical profile, so that small calls are not made to look large."""
+"""The time of a function by package. The profile is statistical, because a tracing profile exaggerates small calls."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -14,39 +14,41 @@ _HOTTEST = 12
 
 
 def shares_of_packages(work: Callable[[], None]) -> str:
-    """Lines of text: the share of each package's own code, and of the hottest functions with what they call."""
+    """Lines of text: the share of the code of each package, then of the slowest functions including their calls."""
     profiler = Profiler(interval=0.0005)
     with profiler:
         work()
     session = profiler.last_session
     root = session.root_frame() if session is not None else None
     assert root is not None
-    own: dict[str, float] = defaultdict(float)
-    whole: dict[str, float] = defaultdict(float)
-    _add(root, own, whole, frozenset(), "the rest")
-    lines = [f"  {seconds / root.time:6.1%}  {package}" for package, seconds in _largest(own, 8)]
-    lines += ["  with what they call:"]
-    lines += [f"  {seconds / root.time:6.1%}  {name}" for name, seconds in _largest(whole, _HOTTEST)]
+    by_package: dict[str, float] = defaultdict(float)
+    by_function: dict[str, float] = defaultdict(float)
+    _add(root, by_package, by_function, frozenset(), "the rest")
+    lines = [f"  {seconds / root.time:6.1%}  {package}" for package, seconds in _largest(by_package, 8)]
+    lines += ["  functions, including their calls:"]
+    lines += [f"  {seconds / root.time:6.1%}  {name}" for name, seconds in _largest(by_function, _HOTTEST)]
     return "\n".join(lines)
 
 
-def _add(frame: Frame, own: dict[str, float], whole: dict[str, float], above: frozenset[str], caller: str) -> None:
+def _add(
+    frame: Frame, by_package: dict[str, float], by_function: dict[str, float], above: frozenset[str], caller: str
+) -> None:
     children = [child for child in frame.children if not child.is_synthetic]
     package = _package(frame, caller)
-    own[package] += frame.time - sum(child.time for child in children)
+    by_package[package] += frame.time - sum(child.time for child in children)
     name = f"{package}: {frame.function} ({frame.file_path_short}:{frame.line_no})"
     if package == "dispatcher" and name not in above:
-        whole[name] += frame.time
+        by_function[name] += frame.time
     for child in children:
-        _add(child, own, whole, above | {name}, package)
+        _add(child, by_package, by_function, above | {name}, package)
 
 
 def _package(frame: Frame, caller: str) -> str:
     path = (frame.file_path or "").replace("\\", "/")
-    if path.startswith("<"):  # built in: part of who calls it
+    if path.startswith("<"):  # a built-in function counts for its caller
         return caller
     if frame.function in _DRIVER_CALLS or any(f"/{driver}/" in path for driver in _DRIVERS):
-        return _DRIVER  # a driver written in C has no frames of its own
+        return _DRIVER  # a driver written in C has no frames
     for package in _PACKAGES:
         if f"/{package}/" in path:
             return package

@@ -1,6 +1,6 @@
-"""How far a fleet has come: counters in shared memory, and a datagram socket for single answers.
+"""The progress of a fleet: counters in shared memory, and a datagram socket for single answers.
 
-A tick costs a fraction of a microsecond, so that counting does not show in what is counted.
+A tick costs a fraction of a microsecond, so that counting does not change the measurement.
 """
 
 import mmap
@@ -15,7 +15,7 @@ _ANSWERS: Final = "answers"
 
 
 class _Counter:
-    """This process's counter; a forked child gets its own."""
+    """The counter of this process; a forked child gets a new counter."""
 
     def __init__(self) -> None:
         self._pid = 0
@@ -33,17 +33,17 @@ class _Counter:
 
 _counter = _Counter()
 tick = _counter.tick
-"""Count one thing done in this process."""
+"""Count one item that this process has done."""
 
 
 def answer() -> None:
-    """Tell the waiting `Progress` that a callback is about to return, and when that was."""
+    """Send the current time to the waiting `Progress`, because a callback is about to return."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(str(time.monotonic()).encode(), str(Path(os.environ[DIRECTORY_VARIABLE]) / _ANSWERS))
 
 
 class Progress:
-    """What the processes with this directory in their environment have counted."""
+    """The counters of all processes that have this directory in their environment."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -57,7 +57,7 @@ class Progress:
         return sum(int.from_bytes(path.read_bytes(), "little") for path in self.directory.glob("[0-9]*"))
 
     def wait_for_answer(self) -> float:
-        """The moment (monotonic seconds, which are the same in every process) of the next answer."""
+        """Wait for the next answer; gives its time (monotonic seconds, which are the same in every process)."""
         return float(self._socket.recv(64))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Raw Celery, the peer: one message for nothing, and a message that sends a second one."""
+"""The peer raw Celery: a task that does nothing, and a task that sends a second task."""
 
 import os
 from typing import Final
@@ -13,9 +13,9 @@ QUEUE: Final = "raw"
 
 def make_app(broker_url: str | None) -> Celery:
     """An app without a result backend on this broker."""
-    made = Celery("raw", broker=broker_url)
-    made.conf.update(task_ignore_result=True, task_default_queue=QUEUE, broker_connection_retry_on_startup=True)
-    return made
+    celery = Celery("raw", broker=broker_url)
+    celery.conf.update(task_ignore_result=True, task_default_queue=QUEUE, broker_connection_retry_on_startup=True)
+    return celery
 
 
 app = make_app(os.environ.get(BROKER_VARIABLE))
@@ -23,27 +23,27 @@ app = make_app(os.environ.get(BROKER_VARIABLE))
 
 @app.task(name="raw.nothing")
 def nothing(chain_id: int) -> int:
-    """Count, and return what a worker would show."""
+    """Count, and return the chain id."""
     progress.tick()
     return chain_id
 
 
 @app.task(name="raw.first_hop")
 def first_hop(chain_id: int) -> int:
-    """Send the second hop."""
+    """Send the task of the second hop."""
     nothing.apply_async(kwargs={"chain_id": chain_id})
     return chain_id
 
 
 @app.task(name="raw.first_hop_of_answer")
 def first_hop_of_answer(chain_id: int) -> int:
-    """Send the second hop whose end is waited for."""
+    """Send the task of the second hop for which the lane waits."""
     answer.apply_async(kwargs={"chain_id": chain_id})
     return chain_id
 
 
 @app.task(name="raw.answer")
 def answer(chain_id: int) -> int:
-    """Say that it was called."""
+    """Tell the waiting lane that the task was called."""
     progress.answer()
     return chain_id

@@ -1,4 +1,4 @@
-"""What a run has found, as a table, as JSON and as a chart."""
+"""The results of a run as a table, as JSON and as a chart."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ Samples = Mapping[type[Lane], Sequence[Sample]]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Several rounds of one number."""
+    """The median and the range of one number over several rounds."""
 
     middle: float
     least: float
@@ -37,10 +37,10 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One case as it came out.
+    """The result of one case.
 
-    `ratio` has the value itself where there is no peer. `by_cpu` is the ratio of throughputs if only CPU time counted:
-    unlike `ratio` it does not change when others use the machine, and it does not see who waits for whom.
+    `ratio` is the value itself if there is no peer. `by_cpu` is the ratio of throughputs computed from CPU time only.
+    Unlike `ratio` it does not change when other programs use the machine, but it does not include waiting.
     """
 
     case: str
@@ -54,14 +54,14 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """`ok`, `missed`, or `report` where nothing is required."""
+        """`ok`, `missed`, or `report` if nothing is required."""
         if self.score is None:
             return "report"
         return "ok" if self.score >= 1 else "missed"
 
 
 def line_of(case: Case, samples: Samples) -> Line | None:
-    """The table's line for a case; None when a lane that it needs gave nothing."""
+    """The line of the table for a case; None if a lane of the case has no samples."""
     ours = samples.get(case.lane, ())
     theirs = samples.get(case.peer, ()) if case.peer is not None else ()
     if not ours or (case.peer is not None and len(theirs) != len(ours)):
@@ -71,8 +71,8 @@ def line_of(case: Case, samples: Samples) -> Line | None:
     ratios = values
     peer = ""
     if case.peer is not None:
-        ratios = [own / other.value for own, other in zip(values, theirs, strict=True)]
-        peer = f"{Spread.of([other.value for other in theirs])}{unit}"
+        ratios = [value / sample.value for value, sample in zip(values, theirs, strict=True)]
+        peer = f"{Spread.of([sample.value for sample in theirs])}{unit}"
     ratio = Spread.of(ratios)
     shown = f"{Spread.of(values)}{'' if case.fact else unit}"
     costs_of_both = _cpu_ms(ours), _cpu_ms(theirs)
@@ -81,7 +81,7 @@ def line_of(case: Case, samples: Samples) -> Line | None:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The lines as a Markdown table: the ratio is the median of the rounds' own, with its range."""
+    """The lines as a Markdown table. The ratio is the median of the ratios of the rounds, with their range."""
     rows = [("case", "measured", "peer", "ratio (range)", "by CPU", "required", "")]
     for line in lines:
         ratio = line.ratio
@@ -96,27 +96,31 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join([shown_rows[0], rule, *shown_rows[1:]])
 
 
-def _cpu_ms(found: Sequence[Sample]) -> float:
-    """The median CPU milliseconds per item of all parties; 0 where the worker's were not counted."""
-    if not found or "worker_cpu_ms" not in found[0].facts:
+def _cpu_ms(samples: Sequence[Sample]) -> float:
+    """The median CPU milliseconds per item of all parties; 0 if the CPU time of the worker was not measured."""
+    if not samples or "worker_cpu_ms" not in samples[0].facts:
         return 0.0
-    return median(sum(one.facts[f"{party}_cpu_ms"] for party in ("worker", "postgres", "redis")) for one in found)
+    return median(
+        sum(sample.facts[f"{party}_cpu_ms"] for party in ("worker", "postgres", "redis")) for sample in samples
+    )
 
 
 def costs(samples: Samples) -> str:
-    """The medians of what each lane's items cost, as a Markdown table: CPU milliseconds by party, Redis commands."""
+    """A Markdown table of the median costs per item of each lane: CPU milliseconds by party, Redis commands."""
     names = ("worker_cpu_ms", "postgres_cpu_ms", "redis_cpu_ms", "redis_commands")
     rows = ["| per item | worker CPU ms | PostgreSQL CPU ms | Redis CPU ms | Redis commands |", "|---|---|---|---|---|"]
     for lane, found in samples.items():
         if not found or names[1] not in found[0].facts:
             continue
-        cells = [_short(median(one.facts[name] for one in found)) if name in found[0].facts else "" for name in names]
+        cells = [
+            _short(median(sample.facts[name] for sample in found)) if name in found[0].facts else "" for name in names
+        ]
         rows.append(f"| {lane.name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def machine(servers: Mapping[str, str], *, fsync: bool) -> dict[str, Any]:
-    """What the run ran on."""
+    """The machine, the packages and the servers of the run."""
     model = next((line for line in _cpu_lines() if line.startswith("model name")), "").partition(": ")[2]
     packages = ("celery", "kombu", "redis", "SQLAlchemy", "psycopg", "dbos")
     return {
@@ -140,7 +144,7 @@ def as_json(
     failures: Mapping[str, str],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Everything, with every round's numbers."""
+    """All results, with the numbers of every round."""
     return {
         "machine": dict(environment),
         "load_average_before_each_round": list(loads),
@@ -152,7 +156,7 @@ def as_json(
 
 
 def chart(lines: Sequence[Line]) -> str:
-    """An SVG: for each case how many times what is required was reached; the line is the requirement."""
+    """An SVG bar chart with the score of each case; the dashed line is the requirement."""
     judged = [line for line in lines if line.score is not None]
     height, left, scale = 26, 430, 130.0
     parts = []
@@ -166,8 +170,8 @@ def chart(lines: Sequence[Line]) -> str:
         parts.append(f'<rect x="{left}" y="{top}" width="{width:.1f}" height="18" fill="{colour}"/>')
         parts.append(f'<text x="{left + width + 6:.1f}" y="{top + 14}" fill="#4a5568">{label}</text>')
     bottom = 10 + len(judged) * height
-    one = f'x1="{left + scale}" y1="4" x2="{left + scale}" y2="{bottom}"'
-    rule = f'<line {one} stroke="#1a202c" stroke-dasharray="4 3"/>'
+    ends = f'x1="{left + scale}" y1="4" x2="{left + scale}" y2="{bottom}"'
+    rule = f'<line {ends} stroke="#1a202c" stroke-dasharray="4 3"/>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="1060" height="{bottom + 8}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}{rule}</svg>\n'
@@ -175,7 +179,7 @@ def chart(lines: Sequence[Line]) -> str:
 
 
 def _short(value: float) -> str:
-    if abs(value) >= 100:  # noqa: PLR2004 - digits that mean something
+    if abs(value) >= 100:  # noqa: PLR2004 - three significant digits
         return f"{value:,.0f}"
     return f"{value:.3g}"
 

@@ -1,4 +1,4 @@
-"""The servers of one run: a private Valkey (or Redis) and a private PostgreSQL, shared by every peer."""
+"""The servers of one run: a private Valkey (or Redis) and a private PostgreSQL, which all lanes share."""
 
 import os
 import shutil
@@ -20,14 +20,14 @@ _STAGING = 63
 
 
 class BenchmarkRedis(RedisServer):
-    """The tests' own Redis or Valkey with a database for every fleet."""
+    """The Redis or Valkey server of the tests, with a database for every fleet."""
 
     def command(self) -> list[str]:
         return [*super().command(), "--databases", str(_STAGING + 1)]
 
 
 class BenchmarkPostgres(PostgresServer):
-    """The tests' own PostgreSQL with the memory that a deployment would give it."""
+    """The PostgreSQL server of the tests, with the memory that a deployment would give it."""
 
     def command(self) -> list[str]:
         memory = {"shared_buffers": "512MB", "max_wal_size": "8GB", "work_mem": "16MB", "timezone": "UTC"}
@@ -36,7 +36,7 @@ class BenchmarkPostgres(PostgresServer):
 
 @dataclass(slots=True)
 class Servers:
-    """The running servers, and what the peers share of them."""
+    """The running servers, with databases and URLs for the lanes."""
 
     redis: BenchmarkRedis
     postgres: BenchmarkPostgres
@@ -45,18 +45,18 @@ class Servers:
     _databases: int = field(default=0)
 
     def redis_url(self) -> str:
-        """The URL of a Redis database that nobody else uses in this run."""
+        """The URL of a Redis database that no other lane uses."""
         self._databases += 1
         assert self._databases < _STAGING
         return f"{self._redis_base}/{self._databases}"
 
     @property
     def staging_url(self) -> str:
-        """The URL of the Redis database in which messages wait until their fleet gets them all at once."""
+        """The URL of the Redis database in which messages wait until `release` gives them to a fleet all at once."""
         return f"{self._redis_base}/{_STAGING}"
 
     def release(self, queue: str, redis_url: str) -> None:
-        """Give the messages of a queue that were published to `staging_url` to the fleet on `redis_url`."""
+        """Give the messages of a queue at `staging_url` to the fleet at `redis_url`."""
         with redis.Redis(port=self.redis.port, db=_STAGING) as client:
             assert client.move(queue, int(redis_url.rpartition("/")[2])), f"queue {queue} is not empty"
             client.flushdb()
@@ -70,7 +70,7 @@ class Servers:
         return {"redis": cpu_seconds(self.redis.pid), "postgres": cpu_seconds(self.postgres.pid)}
 
     def versions(self) -> dict[str, str]:
-        """What runs here."""
+        """The versions of the servers."""
         with redis.Redis(port=self.redis.port) as client:
             info = client.info("server")
         with self.postgres.connect() as connection:
@@ -85,11 +85,11 @@ class Servers:
 
 @contextmanager
 def running_servers(*, fsync: bool) -> Iterator[Servers]:
-    """The servers while they run. `fsync=False` takes the machine's disk out of the measurement."""
+    """Start the servers and stop them at the end. With `fsync=False` the disk does not affect the measurement."""
     directory = Path(tempfile.mkdtemp(prefix="benchmark-"))
     previous = Path.cwd()
     try:
-        os.chdir(directory)  # no .env and no .dispatcher of the directory that this was started in
+        os.chdir(directory)  # so that no .env or .dispatcher of the current directory is used
         with BenchmarkRedis() as redis_server, BenchmarkPostgres(fsync=fsync) as postgres:
             template = postgres.create_database()
             database = Database(template)
@@ -102,7 +102,7 @@ def running_servers(*, fsync: bool) -> Iterator[Servers]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process, its living children and those that it has waited for."""
+    """User and system time of a process, of its living children, and of the children that it has waited for."""
     root = psutil.Process(pid)
     total = 0.0
     for process in [root, *root.children(recursive=True)]:

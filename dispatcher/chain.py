@@ -1,4 +1,4 @@
-"""`Chain`: one chain as applications and operators use it."""
+"""`Chain`: what applications and operators use to look at one chain and to act on it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,7 +27,7 @@ _RAISED: Final = {
 
 
 class Chain:
-    """One chain, as it was when it was read; `refresh()` reads it again. Chains with the same id are equal."""
+    """A chain as it was when it was read; `refresh()` reads it again. Chains with the same id are equal."""
 
     def __init__(self, services: Services, record: ChainRecord) -> None:
         self._services = services
@@ -49,32 +49,32 @@ class Chain:
 
     @property
     def id(self) -> int | None:
-        """The chain's id; None only for one that a dry run did not create."""
+        """The chain's id; None only for a chain that a dry run did not create."""
         return self._record.id or None
 
     @property
     def chain_type(self) -> str:
-        """The name of its configuration."""
+        """The name of the chain type."""
         return self._record.chain_type
 
     @property
     def state(self) -> str:
-        """The state it was in when it was read."""
+        """The state in which the chain was when it was read."""
         return self._record.state
 
     @property
     def resources(self) -> tuple[Resource, ...]:
-        """Its `(resource_type, resource_id)` pairs, sorted."""
+        """The chain's `(resource_type, resource_id)` pairs, sorted."""
         return self._record.resources
 
     @property
     def disabled(self) -> bool:
-        """Whether it is disabled."""
+        """Whether the chain is disabled."""
         return self._record.disabled
 
     @property
     def next_update_at(self) -> datetime | None:
-        """Until when it rests (aware UTC), or None."""
+        """The moment until which the chain rests (aware UTC), or None."""
         return self._record.next_update_at
 
     @property
@@ -84,23 +84,23 @@ class Chain:
 
     @property
     def due_at(self) -> datetime | None:
-        """When a sweep looks at it next (aware UTC), or None."""
+        """The moment from which sweeps look at the chain (aware UTC), or None."""
         return self._record.due_at
 
     @property
     def created_at(self) -> datetime:
-        """When it was created (aware UTC)."""
+        """When the chain was created (aware UTC)."""
         return self._record.created_at
 
     @property
     def events(self) -> list[ChainEvent]:
-        """Its history, oldest first, read now."""
+        """The chain's history, oldest event first; read now."""
         with self._services.database.read() as connection:
             return history.events(connection, self._record.id)
 
     @property
     def deliveries(self) -> list[DeliveryRecord]:
-        """Its deliveries, newest first, read now."""
+        """The chain's deliveries, newest first, at most 1000; read now."""
         with self._services.database.read() as connection:
             return overview.listing(connection, chain_id=self._record.id, limit=1000)
 
@@ -128,12 +128,12 @@ class Chain:
         dry_run: bool = False,
         requested_by: str | None = None,
     ) -> dict[str, Any]:
-        """Evaluate the chain here and now, and take its transition, callback included.
+        """Evaluate the chain in this process, call the callback of the winner, and move the chain.
 
         Returns `{"errors": {str(transition): [reasons]}, "dry_run": bool, "transition": transition.to_dict() or None,
-        "chain": {"id", "state"}, "outcome": str}`. What a guard or the callback raises goes on unchanged: the state has
-        then not moved and the chain is due. Raises `ChainLocked`, `ChainNotDue`, `ChainDisabled`, `DeliveryPending` or
-        `ChainMissing`; a dry run reports these as its outcome.
+        "chain": {"id", "state"}, "outcome": str}`. An error of a guard or of the callback is raised unchanged; the
+        chain has then not moved, and it is due. Raises `ChainLocked`, `ChainNotDue`, `ChainDisabled`, `DeliveryPending`
+        or `ChainMissing`; a dry run does not raise these, it returns them as its outcome.
         """
         services = self._services
         chain_type = services.config.get(self.chain_type)
@@ -167,7 +167,7 @@ class Chain:
         dry_run: bool = False,
         best_effort: bool = False,
     ) -> str | None:
-        """Ask the workers to execute the chain; the task's id. See `Dispatcher.enqueue`. Raises `ChainMissing`."""
+        """Have the workers execute the chain; gives the task's id. See `Dispatcher.enqueue`. Raises `ChainMissing`."""
         return self._services.requests.enqueue_chain(
             self._record,
             initial_context=initial_context,
@@ -179,23 +179,26 @@ class Chain:
         )
 
     def disable(self, requested_by: str | None = None) -> "Chain":
-        """Stop new plans and new attempts; an attempt under way finishes and moves. This chain, read again."""
+        """Stop new plans and attempts, and return this chain, read again. A running attempt still ends and moves it."""
         self._services.operations.set_disabled(self._record.id, disabled=True, requested_by=requested_by)
         return self.refresh()
 
     def enable(self, requested_by: str | None = None) -> "Chain":
-        """Undo `disable`: the chain is due, a delivery it owes goes on. This chain, read again."""
+        """Undo `disable`, and return this chain, read again. The chain is due, or its open delivery continues."""
         self._services.operations.set_disabled(self._record.id, disabled=False, requested_by=requested_by)
         return self.refresh()
 
     def reset(self, requested_by: str | None = None) -> "Chain":
-        """Put the chain back to NEW, cancelling a delivery it owes. Raises `DeliveryPending` while an attempt runs."""
+        """Put the chain back to NEW, and return it, read again. Its open delivery is cancelled.
+
+        Raises `DeliveryPending` while an attempt runs.
+        """
         operations = self._services.operations
         operations.put(self._record.id, NEW, EventAction.RESET, reason=None, requested_by=requested_by)
         return self.refresh()
 
     def move_to(self, state: str, reason: str, requested_by: str | None = None) -> "Chain":
-        """Put the chain into a state of its configuration, cancelling a delivery it owes.
+        """Put the chain into a state of its chain type, and return it, read again. Its open delivery is cancelled.
 
         Raises `ConfigurationError` for an unknown state, `DeliveryPending` while an attempt runs.
         """
@@ -206,34 +209,37 @@ class Chain:
         return self.refresh()
 
     def retry_delivery(self, requested_by: str | None = None) -> "Chain":
-        """Attempt the delivery that the chain owes again, at once: a dead or held one gets further attempts.
+        """Attempt the chain's open delivery again at once, and return this chain, read again.
 
-        `attempt` is never lowered, `max_attempts` is raised. Raises `NoOpenDelivery`, or `DeliveryPending` while an
-        attempt runs.
+        A dead or held delivery gets further attempts: `max_attempts` is raised, `attempt` is never lowered. Raises
+        `NoOpenDelivery`, or `DeliveryPending` while an attempt runs.
         """
         self._services.operations.retry_delivery(self._record.id, requested_by=checked_requester(requested_by))
         return self.refresh()
 
     def cancel_delivery(self, requested_by: str | None = None, reason: str = "cancelled by hand") -> "Chain":
-        """Close the delivery that the chain owes as cancelled: the chain stays in its state and is due.
+        """Close the chain's open delivery as cancelled, and return this chain, read again.
 
-        Raises as `retry_delivery`.
+        The chain stays in its state and is due. Raises the errors of `retry_delivery`.
         """
         requested_by = checked_requester(requested_by)
         self._services.operations.cancel_delivery(self._record.id, reason=reason, requested_by=requested_by)
         return self.refresh()
 
     def skip_delivery(self, requested_by: str | None = None, reason: str = "skipped by hand") -> "Chain":
-        """Close the delivery that the chain owes as skipped, and move the chain as if it had been delivered.
+        """Close the chain's open delivery as skipped, and return this chain, read again.
 
-        Raises as `retry_delivery`.
+        The chain moves as if the delivery had succeeded. Raises the errors of `retry_delivery`.
         """
         requested_by = checked_requester(requested_by)
         self._services.operations.skip_delivery(self._record.id, reason=reason, requested_by=requested_by)
         return self.refresh()
 
     def explain(self) -> dict[str, Any]:
-        """Why the chain does or does not move: its row, open delivery, what each candidate says; nothing changes."""
+        """Why the chain does or does not move: its row, its open delivery and the answers of its candidates.
+
+        Changes nothing.
+        """
         services = self._services
         self.refresh()
         record = self._record

@@ -1,4 +1,4 @@
-"""`Dispatcher`: what applications, workers, the command line and the web page call."""
+"""`Dispatcher`: the class that applications, workers and the command line call."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,13 +31,13 @@ Clock = Callable[[], datetime]
 
 
 class Dispatcher:
-    """The chains of one deployment.
+    """The chains of one deployment, and everything that can be done with them.
 
-    `config` is the ancestor's dict `{"chains": [{"chain_type": ..., "transitions": {...}}, ...]}` or its typed form;
-    it is validated here, and `ConfigurationError` names chain type, state and transition. URLs not given come from
-    `settings`, else from `DISPATCHER_*` environment variables, else from the embedded default. `celery_app` publishes
-    the messages (default: a bare app made from the settings). `clock` gives the domain time as aware datetimes
-    (default: the database's clock). Nothing is connected before it is needed.
+    `config` is the ancestor's dict `{"chains": [{"chain_type": ..., "transitions": {...}}, ...]}` or its typed form.
+    It is validated here; `ConfigurationError` names chain type, state and transition. A URL that is not given comes
+    from `settings`, else from a `DISPATCHER_*` environment variable, else from the embedded default. `celery_app`
+    publishes the messages (default: a bare app made from the settings). `clock` gives the domain time as aware
+    datetimes (default: the database's clock). Connections are opened when they are needed.
     """
 
     def __init__(
@@ -99,17 +99,17 @@ class Dispatcher:
     ) -> "Chain":
         """The chain of this type with exactly these resources, created in NEW if there is none.
 
-        With `can_be_subset=True` the one chain that has at least these resources; several: `AmbiguousChain`.
-        `initial_context` is stored at creation and ignored for an existing chain. Raises `ConfigurationError` for an
-        unknown type, `InvalidResource` and `NotSerializable` for values that do not fit.
+        With `can_be_subset=True`: the chain that has at least these resources, or `AmbiguousChain` if several have
+        them. `initial_context` is stored at creation and ignored for an existing chain. Raises `ConfigurationError` for
+        an unknown type, `InvalidResource` and `NotSerializable` for wrong values.
         """
         configured = self.config.get(chain_type)
         resources = clean_resources(rsc_mappings)
         context = checked_json("initial_context", initial_context)
 
         def find(connection: Connection) -> int | None:
-            look = chains.find_containing if can_be_subset else chains.find_exact
-            return look(connection, chain_type, resources)
+            find_chain = chains.find_containing if can_be_subset else chains.find_exact
+            return find_chain(connection, chain_type, resources)
 
         self._ready()
         with self.database.read() as connection:
@@ -121,7 +121,7 @@ class Dispatcher:
             return Chain.unsaved(self._services, chain_type, resources, context)
 
         def work(connection: Connection) -> ChainRecord:
-            found = find(connection)  # another caller may have been faster
+            found = find(connection)  # another caller may have created it meanwhile
             return chains.read_one(
                 connection,
                 found
@@ -134,10 +134,11 @@ class Dispatcher:
     def bulk_get_or_create(
         self, chain_type: str, rsc_mappings: Iterable[Iterable[tuple[str, str]]], *, batch: int = 1000
     ) -> Iterator[tuple[int, bool]]:
-        """`(chain id, created now)` for each of many resource sets, in their order; streams, `batch` in a transaction.
+        """`(chain id, created now)` for each resource set, in their order; streams, with `batch` sets per transaction.
 
-        Idempotent: run again after a failure, it finds what exists. An invalid set raises `InvalidResource` when its
-        batch is reached; earlier batches are kept. In a dry run, which creates nothing, raises `ConfigurationError`.
+        It may be run again after a failure, because it finds the chains that exist. An invalid set raises
+        `InvalidResource` when its batch is reached; earlier batches are kept. A dry run raises `ConfigurationError`,
+        because it creates nothing.
         """
         configured = self.config.get(chain_type)
         if self.settings.dry_run:
@@ -150,7 +151,7 @@ class Dispatcher:
             )
 
     def chain(self, chain_id: int) -> "Chain":
-        """The chain with this id; `ChainMissing` if there is none."""
+        """The chain with this id. Raises `ChainMissing` if there is none."""
         self._ready()
         return Chain(self._services, store.read_one(self.database, chain_id))
 
@@ -163,9 +164,9 @@ class Dispatcher:
         after_id: int = 0,
         limit: int = 50,
     ) -> "list[Chain]":
-        """Chains by type and state, or by one resource, in the order of their ids, at most `limit` after `after_id`."""
+        """Chains by type and state, or by one resource: at most `limit` with ids above `after_id`, in order of id."""
         self._ready()
-        if not is_text(f"{chain_type}{state}"):  # nothing can have been named so
+        if not is_text(f"{chain_type}{state}"):  # no stored name contains such text
             return []
         with self.database.read() as connection:
             if resource is not None:
@@ -192,7 +193,7 @@ class Dispatcher:
         """Deliveries by chain, chain type and status, newest first, at most `limit`."""
         self._ready()
         statuses = [DeliveryStatus(status) for status in statuses]
-        if not is_text(f"{chain_type}"):  # nothing can have been named so
+        if not is_text(f"{chain_type}"):  # no stored name contains such text
             return []
         with self.database.read() as connection:
             return overview.listing(
@@ -219,10 +220,10 @@ class Dispatcher:
         dry_run: bool = False,
         best_effort: bool = False,
     ) -> str | None:
-        """Ask the workers to execute the chain with these resources (created if absent); the task's id.
+        """Ask the workers to execute the chain with these resources (created if absent); gives the task's id.
 
-        The request is written to the chain's row first: should the message get lost, the next sweep does the work.
-        Raises `EnqueueNotPublished` when it could not be published (with `best_effort=True`: returns None).
+        The request is written to the chain's row first, so that the next sweep does the work if the message is lost.
+        Raises `EnqueueNotPublished` if the message could not be published (with `best_effort=True`: returns None).
         """
         return self._services.requests.enqueue(
             chain_type,
@@ -249,8 +250,8 @@ class Dispatcher:
     ) -> None:
         """Enqueue when the caller's SQLAlchemy session commits, and not at all if it rolls back.
 
-        Where the session is on the dispatcher's own database the request is written in the caller's transaction, so
-        that nothing is lost between its commit and the message. Arguments are checked now.
+        If the session is on the dispatcher's database, the request is written in the caller's transaction, so that
+        nothing is lost between the commit and the message. Arguments are checked now.
         """
         self._services.requests.enqueue_on_commit(
             session,
@@ -266,7 +267,7 @@ class Dispatcher:
     # --- workers -----------------------------------------------------------------------------------------------------
 
     def execute_chains(self, chain_ids: Sequence[int]) -> list[ChainResult]:
-        """Execute these chains as a worker does; one result for each."""
+        """Execute these chains as a worker does; gives one result for each."""
         self._ready()
         if self.settings.dry_run:
             return [self.plan_chain(chain_id) for chain_id in chain_ids]
@@ -281,7 +282,10 @@ class Dispatcher:
         context: Mapping[str, Any] | None = None,
         callback: str | None = None,
     ) -> ChainResult:
-        """Dry run one chain as a worker does: log what is planned, and do nothing. Unknown ones are planned as NEW."""
+        """The plan for one chain, as a worker would make it. The plan is logged and nothing changes.
+
+        A chain that does not exist is planned in the state NEW.
+        """
         self._ready()
         checked: tuple[Resource, ...] = ()
         if chain_id is None:
@@ -292,17 +296,17 @@ class Dispatcher:
         )
 
     def deliver(self, owed: Sequence[Owed]) -> list[AttemptResult]:
-        """Make one attempt at each of these deliveries; one result for each."""
+        """Make one attempt at each of these deliveries; gives one result for each."""
         self._ready()
         if self.settings.dry_run:
-            return [AttemptResult(one.delivery_id, one.attempt, AttemptOutcome.DRY_RUN) for one in owed]
+            return [AttemptResult(message.delivery_id, message.attempt, AttemptOutcome.DRY_RUN) for message in owed]
         return self._services.attempts.deliver(owed)
 
     def sweep(self, *, tick: bool = False, dry_run: bool = False) -> dict[str, Any]:
         """Publish one execution per due chain: `{"due", "enqueued", "already_queued", "oldest_due_seconds"}`.
 
         With `sweep_fanout` also `"handed_over"`: chains whose executions other workers publish (`fan_out`).
-        `tick=True` is for beats: only the first within the interval does anything. Raises `ServiceUnavailable`.
+        `tick=True` is for beat: only the first call within the interval does anything. Raises `ServiceUnavailable`.
         """
         self._ready()
         try:
@@ -313,8 +317,9 @@ class Dispatcher:
     def fan_out(self, chain_type: str, chain_ids: Sequence[int]) -> dict[str, Any]:
         """Publish the executions of a page that a sweep handed over: `{"chain_type", "enqueued"}`.
 
-        What the type's queue has no room for is left to the next sweep and counted as `"held_back"`; of an unknown type
-        nothing is published: `{"outcome": "unknown_definition", "enqueued": 0}`. Raises `ServiceUnavailable`.
+        Chains for which the type's queue has no room are counted as `"held_back"` and left to the next sweep. For an
+        unknown type nothing is published: `{"outcome": "unknown_definition", "enqueued": 0}`. Raises
+        `ServiceUnavailable`.
         """
         try:
             return self._services.pages.publish_handed_over(chain_type, chain_ids, dry_run=self.settings.dry_run)
@@ -322,7 +327,7 @@ class Dispatcher:
             raise self._services.publisher.unavailable(error) from error
 
     def relay(self, *, tick: bool = False) -> dict[str, Any]:
-        """Publish deliveries whose message was lost, settle those whose worker died: `{"relayed", "settled"}`."""
+        """Publish deliveries whose message was lost, and settle those whose worker died: `{"relayed", "settled"}`."""
         self._ready()
         if self.settings.dry_run:
             return {"relayed": 0, "settled": 0, "dry_run": True}
@@ -338,33 +343,34 @@ class Dispatcher:
     # --- operators ---------------------------------------------------------------------------------------------------
 
     def disable_resource(self, resource: tuple[str, str], requested_by: str | None = None) -> int:
-        """Disable every chain that has this resource (an unsubscribe), in one guarded statement; how many changed."""
+        """Disable every chain that has this resource (an unsubscribe), in one statement; gives how many changed."""
         self._ready()
         (pair,) = clean_resources([resource])
         return self._services.operations.set_resource_disabled(pair, disabled=True, requested_by=requested_by)
 
     def enable_resource(self, resource: tuple[str, str], requested_by: str | None = None) -> int:
-        """Enable every chain that has this resource; how many changed."""
+        """Enable every chain that has this resource; gives how many changed."""
         self._ready()
         (pair,) = clean_resources([resource])
         return self._services.operations.set_resource_disabled(pair, disabled=False, requested_by=requested_by)
 
     def erase_resource(self, resource: tuple[str, str]) -> int:
-        """Delete every chain that has this resource, and all that belongs to it (a request to be forgotten); how many.
+        """Delete every chain that has this resource, with its history and deliveries; gives how many.
 
-        Raises `DeliveryPending`, and deletes nothing, while an attempt of one of them runs.
+        It is for a request to be forgotten. While an attempt of one of these chains runs, it deletes nothing and
+        raises `DeliveryPending`.
         """
         self._ready()
         (pair,) = clean_resources([resource])
         return self._services.operations.erase_resource(pair)
 
     def pause(self, chain_type: str, reason: str) -> bool:
-        """Plan nothing more of a chain type until `resume`; False when it was paused already."""
+        """Plan no more transitions of a chain type until `resume`; False if it was paused already."""
         self._ready()
         return self._services.operations.set_paused(chain_type, paused=True, reason=reason)
 
     def resume(self, chain_type: str) -> bool:
-        """Go on with a paused chain type, its budget new; False when it was not paused."""
+        """End the pause of a chain type and begin a new plan budget; False if it was not paused."""
         self._ready()
         return self._services.operations.set_paused(chain_type, paused=False, reason=None)
 
@@ -388,42 +394,45 @@ class Dispatcher:
         )
 
     def find_types(self) -> list[TypeRecord]:
-        """What is remembered of each chain type that was paused, limited or fingerprinted, by name."""
+        """The rows of the chain types that were ever paused, limited or fingerprinted, by name."""
         self._ready()
         with self.database.read() as connection:
             return chain_types.read_types(connection)
 
     def examine(self) -> list[Finding]:
-        """What is wrong with this deployment, each finding with what mends it; empty when all is well."""
+        """What is wrong with this deployment, each finding with its remedy; empty if all is well."""
         return self._services.doctor.examine()
 
     def repair(self) -> tuple[list[Finding], list[Finding]]:
-        """Repair what is safe to repair, again until nothing of it is left: findings that are gone, and that stay."""
+        """Repair the findings that are safe to repair: `(repaired findings, findings that are left)`.
+
+        Repeats until no such finding is left, or until a pass repairs nothing.
+        """
         return self._services.doctor.repair()
 
     # --- operation ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise `ServiceUnavailable` or `DatabaseNotMigrated` unless database and broker can be used."""
+        """Raise `ServiceUnavailable` or `DatabaseNotMigrated` unless the database and the broker can be used."""
         self.database.check()
         self._ready()
         self.check_broker()
 
     def check_broker(self) -> None:
-        """Raise `ServiceUnavailable` unless the broker, if there is one, answers."""
+        """Raise `ServiceUnavailable` if a broker is configured and does not answer."""
         if self._services.publisher.configured:
             self._services.publisher.check()
 
     def require_broker(self) -> None:
-        """Raise `ServiceUnavailable` where no broker is configured, or where it does not answer."""
+        """Raise `ServiceUnavailable` if no broker is configured, or if it does not answer."""
         self._services.publisher.require()
 
     def check_locks(self) -> None:
-        """Raise `ServiceUnavailable` unless the lock server, if there is one, answers."""
+        """Raise `ServiceUnavailable` if a lock server is configured and does not answer."""
         self._services.locks.check()
 
     def after_fork(self) -> None:
-        """Leave the parent process's connections alone: this process opens its own."""
+        """Forget the connections of the parent process without closing them, so that this process opens new ones."""
         self.database.dispose(close=False)
 
     def close(self) -> None:

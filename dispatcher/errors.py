@@ -1,7 +1,7 @@
-"""The errors this library raises, all below `DispatcherError`.
+"""The errors that this library raises, all below `DispatcherError`.
 
-Each keeps its facts as attributes and hands its raw arguments to `super().__init__`; the text is made
-in `__str__`, so that an error survives pickling (a Celery result does that).
+An error keeps its facts as attributes and passes its raw arguments to `super().__init__`. The text is made in
+`__str__`, because an error with a formatted message cannot be unpickled, and Celery pickles results.
 """
 
 
@@ -10,10 +10,10 @@ class DispatcherError(Exception):
 
 
 def ends_process(error: BaseException) -> bool:
-    """Whether the process is told to end (a hard time limit, Ctrl-C), which is nothing that user code has raised.
+    """Whether the error means that the process must end (a hard time limit, Ctrl-C), and is not an error of user code.
 
-    Celery's pool raises `SystemExit` with a negative code from its SIGTERM handler, wherever the process is at that
-    moment. (billiard/common.py, `_shutdown_cleanup`.)
+    Celery's pool raises `SystemExit` with a negative code from its SIGTERM handler, at any place in the code.
+    (billiard/common.py, `_shutdown_cleanup`.)
     """
     if isinstance(error, KeyboardInterrupt | GeneratorExit):
         return True
@@ -33,7 +33,7 @@ class ConfigurationError(DispatcherError, ValueError):
 
 
 class InvalidResource(DispatcherError, ValueError):
-    """A resource that is no pair of non-empty strings, or one that is too long."""
+    """A resource is not a pair of non-empty strings, or it is too long."""
 
     def __init__(self, problem: str, pair: str) -> None:
         super().__init__(problem, pair)
@@ -45,7 +45,7 @@ class InvalidResource(DispatcherError, ValueError):
 
 
 class NotSerializable(DispatcherError, ValueError):
-    """A value that must travel to another process as JSON and cannot; `key` names it."""
+    """A value that must be sent to another process is not JSON; `key` names it."""
 
     def __init__(self, what: str, key: str, problem: str) -> None:
         super().__init__(what, key, problem)
@@ -71,7 +71,7 @@ class AmbiguousChain(DispatcherError, ValueError):
 
 
 class ChainError(DispatcherError):
-    """Something about one chain; `chain_id` names it."""
+    """The root of the errors about one chain; `chain_id` names it."""
 
     reason = "cannot be used"
 
@@ -109,25 +109,28 @@ class ChainDisabled(ChainError):
 
 
 class DeliveryPending(ChainError):
-    """The chain waits for an open delivery, or an attempt of it is running."""
+    """The chain waits for an open delivery, or an attempt at its delivery is running."""
 
     reason = "waits for an open delivery"
 
 
 class NoOpenDelivery(ChainError):
-    """The chain owes nothing that could be retried, cancelled or skipped."""
+    """The chain has no open delivery that could be retried, cancelled or skipped."""
 
     reason = "has no open delivery"
 
 
 class UnknownDefinition(ChainError):
-    """The chain's state, transition or callback name is not in this process's configuration."""
+    """The name of a chain's type, state, transition or callback is not in this process's configuration."""
 
-    reason = "is not known to this configuration"
+    reason = "uses a name that this configuration does not know"
 
 
 class EnqueueNotPublished(DispatcherError):
-    """The request is in the chain's row, but no message could be published; the next sweep does the work."""
+    """No message could be published.
+
+    If `written` is True, the request is in the chain's row, and the next sweep does the work.
+    """
 
     def __init__(self, chain_id: int, problem: str = "", written: bool = True) -> None:
         super().__init__(chain_id, problem, written)
@@ -136,16 +139,16 @@ class EnqueueNotPublished(DispatcherError):
         self.written = written
 
     def __str__(self) -> str:
-        where = "its request is written, the next sweep does the work" if self.written else "nothing was written"
+        where = "its request is written, so the next sweep does the work" if self.written else "nothing was written"
         return f"chain {self.chain_id}: no message was published ({self.problem}); {where}"
 
 
 class PermanentFailure(DispatcherError):
-    """Raise it in a callback when no further attempt can help: the delivery is dead at once."""
+    """A callback raises this when further attempts cannot help; the delivery is dead at once."""
 
 
 class DatabaseNotMigrated(DispatcherError):
-    """The database's tables are absent or older than this library."""
+    """The database has no tables, or their revision is not the one that this library needs."""
 
     def __init__(self, found: str | None, expected: str) -> None:
         super().__init__(found, expected)
@@ -160,7 +163,7 @@ class DatabaseNotMigrated(DispatcherError):
 class ServiceUnavailable(DispatcherError):
     """A database, Redis or broker cannot be reached; `service` says which.
 
-    `address` has no password; it is empty where no such service is configured, and `problem` says what to do.
+    `address` has no password. It is empty if no such service is configured; `problem` then says what to do.
     """
 
     def __init__(self, service: str, address: str, problem: str) -> None:

@@ -1,4 +1,4 @@
-"""When a failed attempt is tried again: exponential backoff with a cap and jitter."""
+"""The waits between failed attempts: exponential backoff with a cap and jitter."""
 
 import sys
 from collections.abc import Callable
@@ -7,19 +7,19 @@ from datetime import timedelta
 from typing import Final
 
 MAX_WAIT_SECONDS: Final = 100 * 365 * 86400
-"""The longest wait that may be configured: far beyond use, and safely addable to any date."""
+"""The longest wait that may be configured. It is bounded so that adding it to a date cannot overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how long after each other a callback is attempted.
+    """How often a callback is attempted, and how long to wait between attempts.
 
     The delay after attempt n (1, 2, ...) is `base_seconds * factor ** (n - 1)`, at most `cap_seconds`,
-    then spread by `jitter`: 0.2 draws evenly from 80 % to 120 % of it, so that callbacks which failed
-    together do not return together. (Exponential backoff with jitter, see Brooker, "Exponential Backoff
+    then spread by `jitter`: 0.2 draws evenly from 80 % to 120 % of it, so that callbacks that failed
+    together are not tried again together. (Exponential backoff with jitter, see Brooker, "Exponential Backoff
     And Jitter", AWS Architecture Blog, 2015.)
 
-    Raises `ValueError` for numbers that make no policy.
+    Raises `ValueError` for numbers out of range.
     """
 
     max_attempts: int = 5

@@ -1,4 +1,4 @@
-"""The one place where a deployment is wired: every part is made here, and gets the parts that it needs."""
+"""Makes all parts of a deployment and connects them. This is the only place that does so."""
 
 import random
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def wire(
     celery_app: CeleryApp | None,
     clock: Clock | None,
 ) -> Services:
-    """The parts of a deployment. Nothing is connected before it is needed."""
+    """The parts of a deployment. They open connections when they need them."""
     database = Database(database_url, connect_seconds=settings.connect_seconds, clock=clock)
     locks = ChainLocks(
         redis_url,

@@ -1,4 +1,4 @@
-"""The deployment's settings, from `DISPATCHER_*` environment variables, then `.env`, then defaults."""
+"""The deployment's settings: from `DISPATCHER_*` environment variables, else from `.env`, else the defaults."""
 
 import importlib
 import sys
@@ -12,9 +12,9 @@ from dispatcher.errors import ConfigurationError
 
 
 class Settings(BaseSettings):
-    """How this deployment runs. Every field is an environment variable `DISPATCHER_<FIELD>`.
+    """The settings of a deployment. Every field is an environment variable `DISPATCHER_<FIELD>`.
 
-    Raises `pydantic.ValidationError` (a `ValueError`) for values that do not fit; inputs are not shown in it.
+    Raises `pydantic.ValidationError` (a `ValueError`) for wrong values; it does not show them.
     """
 
     model_config = SettingsConfigDict(
@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     """SQLAlchemy URL of the rows. Defaults to an SQLite file in `./.dispatcher/`."""
 
     redis_url: str | None = Field(default=None, repr=False)
-    """Redis/Valkey URL of locks, markers and rate limits. Defaults to `dispatcher dev`'s server here, if any."""
+    """Redis/Valkey URL of locks, markers and rate limits. Defaults to the server of `dispatcher dev` here, if any."""
 
     broker_url: str | None = Field(default=None, repr=False)
     """Celery broker URL. Defaults to the Redis URL."""
@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     """Seconds between sweeps over due chains. Defaults to 60."""
 
     relay_seconds: float = Field(default=10, gt=0, le=3600)
-    """Seconds between passes over owed deliveries. Defaults to 10."""
+    """Seconds between relays (passes over owed deliveries). Defaults to 10."""
 
     lock_seconds: float = Field(default=30, ge=1, le=3600)
     """Time to live of a chain's lock, in seconds. Defaults to 30."""
@@ -54,13 +54,13 @@ class Settings(BaseSettings):
     """Hard time limit of one attempt, in seconds; its lease is 15 s longer. Defaults to 60."""
 
     last_look_seconds: float = Field(default=0, ge=0, le=86400 * 365)
-    """An attempt that starts later than this after the plan asks the guards again. Defaults to 0 (always)."""
+    """Guards are asked again if an attempt starts more seconds than this after its plan. Defaults to 0 (always)."""
 
     queued_seconds: float = Field(default=60, ge=1, le=86400)
-    """How long a published message counts as under way before it is published again. Defaults to 60."""
+    """Seconds after which a published message that no worker has taken is published again. Defaults to 60."""
 
     sweep_fanout: int = Field(default=0, ge=0, le=10_000)
-    """Chains in a page that a sweep hands to another worker for publishing; 0: it publishes itself. Defaults to 0."""
+    """Chains per page that a sweep hands to another worker for publishing. Defaults to 0 (the sweep publishes)."""
 
     max_backlog: int = Field(default=100_000, ge=1)
     """A sweep adds nothing while its queue holds more messages than this. Defaults to 100000."""
@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     """Age in days at which events and closed deliveries are pruned. Defaults to none (kept)."""
 
     dry_run: bool = False
-    """Log what would be done and do nothing, in every way in. Defaults to false."""
+    """Log what would be done, and do nothing; holds for the library, workers and commands. Defaults to false."""
 
     clock: str | None = None
     """Domain time, as `package.module:callable` giving aware datetimes. Defaults to none (the database's clock)."""
@@ -93,24 +93,24 @@ class Settings(BaseSettings):
 
     @property
     def broker_seconds(self) -> float:
-        """Timeout of one try at the broker. A message may take three: on the open connection, and twice on new ones."""
+        """Timeout of one try at the broker. A message may need three: on the open connection, then on two new ones."""
         return self.connect_seconds / 2
 
     @property
     def lease_seconds(self) -> float:
-        """How long a begun attempt is left alone: the callback's hard limit plus 15 s."""
+        """How long the relay leaves a begun attempt alone: the callback's hard time limit plus 15 s."""
         return self.callback_seconds + 15
 
     @property
     def execute_seconds(self) -> float:
-        """Hard time limit of one execution: below the lock's time to live."""
+        """Hard time limit of one execution, which is below the lock's time to live."""
         return self.lock_seconds * 0.8
 
 
 def load_object(path: str, setting: str) -> Any:
-    """The object that `path` names, with the current directory importable; `ConfigurationError` names `setting`.
+    """The object that `path` names. The current directory is importable.
 
-    An import error inside the module goes on unchanged.
+    Raises `ConfigurationError`, which names `setting`. An import error inside the module is raised unchanged.
     """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:

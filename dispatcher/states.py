@@ -7,11 +7,11 @@ NEW: Final = "new"
 """The state in which every chain is created."""
 
 DONE: Final = "done"
-"""The terminal state: nothing leaves it, and no callback is called on the way into it."""
+"""The terminal state: no transition leaves it, and a transition to it calls no callback."""
 
 
 class DeliveryStatus(StrEnum):
-    """Where a delivery stands."""
+    """The status of a delivery."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -26,7 +26,7 @@ OPEN_STATUSES: Final = (DeliveryStatus.PENDING, DeliveryStatus.RUNNING, Delivery
 """Statuses that keep the chain waiting (its `pending_delivery_id` is set)."""
 
 CLOSED_STATUSES: Final = (DeliveryStatus.DELIVERED, DeliveryStatus.CANCELLED, DeliveryStatus.SKIPPED)
-"""Statuses in which nothing is owed any more."""
+"""Statuses of a delivery that is finished."""
 
 
 class CallbackKind(StrEnum):
@@ -39,7 +39,7 @@ class CallbackKind(StrEnum):
 
 
 class EventAction(StrEnum):
-    """What one line of a chain's history says."""
+    """What happened, in one line of a chain's history."""
 
     CREATED = "created"
     STATE_TRANSITION = "state_transition"
@@ -61,7 +61,7 @@ class EventAction(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What came of executing one chain."""
+    """The outcome of executing one chain."""
 
     MOVED = "moved"
     PLANNED = "planned"
@@ -80,7 +80,7 @@ class Outcome(StrEnum):
 
 
 class AttemptOutcome(StrEnum):
-    """What came of one attempt at a delivery."""
+    """The outcome of one attempt at a delivery."""
 
     DELIVERED = "delivered"
     RETRYING = "retrying"

@@ -1,4 +1,4 @@
-"""One call per log event: it writes the log line, with its `extra`, and tells the listeners (metrics, traces)."""
+"""Log events: `emit` writes a log line with its `extra`, and calls the listeners (metrics, traces)."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
-_own_logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class Action(StrEnum):
-    """What a log line of level INFO or above says that happened. `docs/reference/logging.md` lists them."""
+    """What happened, in a log line of level INFO or above. `docs/reference/logging.md` explains each action."""
 
     ATTEMPT_CANCELLED = "attempt_cancelled"
     ATTEMPT_DEAD = "attempt_dead"
@@ -72,7 +72,7 @@ ERRORS: Final = frozenset(
         Action.TYPE_PAUSED,
     }
 )
-"""The actions that a person must look at: level ERROR."""
+"""The actions after which a person must act: level ERROR."""
 
 WARNINGS: Final = frozenset(
     {
@@ -96,12 +96,12 @@ WARNINGS: Final = frozenset(
         Action.UNKNOWN_PAGE,
     }
 )
-"""The actions that the library deals with by itself, later: level WARNING. All others are INFO."""
+"""The actions that the library retries or repairs by itself: level WARNING. All other actions are INFO."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogEvent:
-    """What a listener gets: the action, its level (of `logging`), the facts of its `extra`, and what was raised."""
+    """What a listener gets: the action, its level (of `logging`), the facts of its `extra`, and the error, if any."""
 
     action: Action
     level: int
@@ -130,9 +130,9 @@ def emit(
     level: int | None = None,
     **facts: Any,
 ) -> None:
-    """Log `message % arguments` with `extra={"action": action, **facts}`, and tell every listener.
+    """Log `message % arguments` with `extra={"action": action, **facts}`, and call every listener.
 
-    `error` is logged with its traceback. `level` is given only where an action is less important than usual.
+    `error` is logged with its traceback. `level` replaces the level of the action, if it is less important this time.
     """
     level = level_of(action) if level is None else level
     if logger.isEnabledFor(level):
@@ -140,13 +140,14 @@ def emit(
     if _listeners:
         event = LogEvent(action, level, facts, error)
         for listener in tuple(_listeners):
-            _tell(listener, event)
+            _call(listener, event)
 
 
 def listen(listener: Listener) -> Callable[[], None]:
-    """Have `listener` called with every `LogEvent` of this process, whatever the log level; call the result to end it.
+    """Call `listener` with every `LogEvent` of this process, whatever the log level; returns a function that ends this.
 
-    It runs where the event happens, at times inside a task or a request: it must be quick. What it raises is logged.
+    The listener must be quick, because it runs where the event happens, such as in a task or a request. If it raises
+    an error, the error is logged.
     """
     _listeners.append(listener)
 
@@ -157,9 +158,9 @@ def listen(listener: Listener) -> Callable[[], None]:
     return end
 
 
-def _tell(listener: Listener, event: LogEvent) -> None:
+def _call(listener: Listener, event: LogEvent) -> None:
     try:
         listener(event)
     except Exception:
-        # User code. It is not told through `emit`, because that would call the same listener again.
-        _own_logger.exception("a listener failed on %s", event.action, extra={"action": "listener_failed"})
+        # User code. `emit` is not used here, because it would call the same listener again.
+        _logger.exception("a listener failed on %s", event.action, extra={"action": "listener_failed"})

@@ -1,4 +1,4 @@
-"""The class that users subclass: where a chain goes, whether it may go now, and what is called on the way."""
+"""`Transition`: the class that users subclass to say where a chain goes, when, and with which callback."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dispatcher.retry import RetryPolicy
 
 @dataclass(frozen=True, slots=True)
 class ChainSnapshot:
-    """What a transition sees of its chain: read-only values as of the evaluation."""
+    """The read-only values of a chain that its transitions see, as they were when the chain was read."""
 
     id: int | None
     chain_type: str
@@ -20,7 +20,7 @@ class ChainSnapshot:
 
 
 class TypeDefault:
-    """Marks an option that a transition leaves to its chain type."""
+    """Marks an option of a transition that is not set, so that the chain type's option is used."""
 
     def __repr__(self) -> str:
         return "TYPE_DEFAULT"
@@ -30,22 +30,22 @@ TYPE_DEFAULT = TypeDefault()
 
 
 class Transition:
-    """One way out of a state.
+    """A step from one state to another, with the guard that allows it.
 
     A subclass gives `final_state` and `is_valid()`, and may give:
 
-    - `callback(self, **callback_kwargs)`, an own callback, or `callback = None` for a move without one;
-    - `build_context()`, the values a callback needs (`{}` here);
+    - `callback(self, **callback_kwargs)`, the callback of this transition, or `callback = None` to move without one;
+    - `build_context()`, the values that the callback needs (defaults to `{}`);
     - `initial_context`, a dict on the class that wins over every other context;
     - `date_next_update`, a date or datetime until which the chain rests after the move;
     - `retry`, a `RetryPolicy`; `recheck_seconds`, how soon a rejected candidate is asked again
       (0: every sweep; None: only when the chain is enqueued);
-    - `verify(self) -> True | False | None`, asked after a worker died inside the callback: whether the
-      effect took place (None: it cannot be told).
+    - `verify(self) -> True | False | None`, called after a worker died inside the callback: whether the
+      effect took place (None: unknown).
 
-    An instance lives for one evaluation or one attempt. `self.chain` is a read-only snapshot, `self.context` always
-    has `"resources"`, `self.now` is an aware datetime (guards never read the clock), and `self.idempotency_key`
-    is set while a callback runs.
+    An instance is used for one evaluation or one attempt. `self.chain` is a read-only snapshot, `self.context` always
+    has `"resources"`, and `self.now` is an aware datetime (guards must not read the clock). `self.idempotency_key` is
+    set while a callback runs.
     """
 
     final_state: ClassVar[str]
@@ -71,18 +71,17 @@ class Transition:
         self._not_before: datetime | None = None
 
     def is_valid(self) -> bool:
-        """Whether the chain may take this transition now; append to `self.errors` why not."""
+        """Whether the chain may take this transition now. If not, append the reasons to `self.errors`."""
         raise NotImplementedError(f"{type(self).__name__} has no is_valid()")
 
     def build_context(self) -> dict[str, Any]:
-        """What the callback needs, built when it is needed. Empty unless overridden."""
+        """The values that the callback needs; call it when they are needed. Empty unless overridden."""
         return {}
 
     def not_before(self, when: date | datetime, reason: str) -> bool:
         """False, with `reason` in `self.errors`, while `self.now` is before `when`; True from then on.
 
-        It also tells the sweep that the chain need not be looked at before `when`. A date or a naive datetime is
-        taken as UTC.
+        Until `when` the sweep need not ask this transition again. A date or a naive datetime means UTC.
         """
         moment = as_utc(when)
         if self.now >= moment:
@@ -104,7 +103,7 @@ class Transition:
 
 
 def as_utc(when: date | datetime) -> datetime:
-    """The aware UTC datetime of `when`: a naive one is UTC, a date is its first moment."""
+    """`when` as an aware UTC datetime. A naive datetime means UTC; a date means its first moment."""
     if not isinstance(when, datetime):
         return datetime.combine(when, time.min, tzinfo=UTC)
     return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)

@@ -1,4 +1,4 @@
-"""URLs as values: what may be shown of them, and the broker's spelling of a Redis URL."""
+"""URLs: the form without a password, and the broker URL of a Redis URL."""
 
 import re
 from typing import Final
@@ -12,10 +12,10 @@ _PLAIN_URL: Final = re.compile(
 
 
 def broker_url_from_redis(redis_url: str) -> str:
-    """The Celery broker URL of a redis-py URL: the same server, user and database in kombu's spelling.
+    """The Celery broker URL for a redis-py URL: the same server, user and database, as kombu writes them.
 
-    `unix:///path?db=1` becomes `redis+socket:///path?virtual_host=1`. Of the query, which kombu would refuse, only
-    user, password, database and the `ssl_*` options are kept.
+    `unix:///path?db=1` becomes `redis+socket:///path?virtual_host=1`. Only user, password, database and the `ssl_*`
+    options of the query are kept, because kombu refuses the others.
     """
     parts = urlsplit(redis_url)
     options = dict(parse_qsl(parts.query))
@@ -31,10 +31,10 @@ def broker_url_from_redis(redis_url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """`url` as it may be logged: no user information and no query.
+    """`url` as it may be logged: without user information and query.
 
-    Of a URL that is not plain (a password with an unquoted "/", "?" or "#" is cut elsewhere by every parser) only the
-    scheme is shown.
+    Gives only the scheme if the URL has an unquoted special character (such as "/", "?" or "#" in a password), because
+    parsers disagree about where the password of such a URL ends.
     """
     plain = _PLAIN_URL.fullmatch(url)
     if plain is None:
@@ -43,10 +43,10 @@ def without_password(url: str) -> str:
 
 
 def require_plain(url: str, what: str) -> str:
-    """`url`, if every parser cuts it at the same places; `ConfigurationError` otherwise, which does not show it.
+    """`url`, if all parsers split it in the same way; else raises `ConfigurationError`, which does not show the URL.
 
-    An unquoted "/", "?", "#", "[", "]" or ";" in a password ends up in the host, port or database of some parser, and
-    so in its errors and logs. Several brokers are separated by ";".
+    If a password has an unquoted "/", "?", "#", "[", "]" or ";", some parser takes a part of it as host, port or
+    database, and shows it in errors and logs. ";" separates the URLs of several brokers.
     """
     if not all(_PLAIN_URL.fullmatch(part) for part in url.split(";")):
         raise ConfigurationError(f"the {what} URL cannot be parsed: quote special characters, as in %2F for a /")

@@ -1,1 +1,1 @@
-"""Examples that run as they stand, from the root of the repository."""
+"""Examples, to be run from the root of the repository."""

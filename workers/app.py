@@ -1,6 +1,6 @@
-"""The Celery app of a deployment that needs no other: `celery -A workers worker`, `celery -A workers beat`.
+"""The Celery app of `celery -A workers worker` and `celery -A workers beat`.
 
-Configured by `DISPATCHER_*`; what a module named by `CELERY_CONFIG_MODULE` sets goes on top.
+`DISPATCHER_*` variables configure it. The settings of the module that `CELERY_CONFIG_MODULE` names win over them.
 """
 
 import os
@@ -19,12 +19,12 @@ from workers.tasks import install
 
 
 def _fail(error: Exception) -> NoReturn:
-    print(f"dispatcher: {error}", file=sys.stderr, flush=True)  # noqa: T201 - before any logging is set up
+    print(f"dispatcher: {error}", file=sys.stderr, flush=True)  # noqa: T201 - logging is not set up yet
     raise SystemExit(1) from error
 
 
 def _lay_over(celery: Celery, module: str) -> None:
-    """Let a module's settings win. Celery's own way of loading it would let those win that were set before."""
+    """Let the settings of a module win. If Celery alone loaded the module, the earlier settings would win."""
     try:
         celery.config_from_object(module, force=True)
         names = vars(import_module(module))
@@ -41,8 +41,8 @@ def _make() -> tuple[Celery, Dispatcher]:
             raise ServiceUnavailable("broker", "", NO_BROKER)
     except (DispatcherError, ValidationError) as error:
         _fail(error)
-    own = [chain.queue for chain in dispatcher.config.chains if chain.queue is not None]
-    celery.conf.update(celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=own))
+    type_queues = [chain_type.queue for chain_type in dispatcher.config.chains if chain_type.queue is not None]
+    celery.conf.update(celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=type_queues))
     if "CELERY_CONFIG_MODULE" in os.environ:
         _lay_over(celery, os.environ["CELERY_CONFIG_MODULE"])
     install(celery, dispatcher)
@@ -54,7 +54,7 @@ app, dispatcher = _make()
 
 @signals.celeryd_init.connect
 def _check_before_work(**_: Any) -> None:
-    """A worker that cannot use its database or broker ends with one line instead of a loop of tracebacks."""
+    """End a worker that cannot use its database or broker with one line, instead of a loop of tracebacks."""
     try:
         dispatcher.check()
     except DispatcherError as error:

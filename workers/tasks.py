@@ -1,6 +1,6 @@
-"""One thin task per façade call, and `install()`, which adds them to a Celery app.
+"""The Celery tasks, each a call of `Dispatcher`, and `install()`, which adds them to a Celery app.
 
-A message carries ids and an expected attempt, no decisions: whatever it holds, at most a chain is looked at.
+A message has ids and the number of an attempt, but no decisions: a wrong message only makes a worker look at a chain.
 """
 
 import gc
@@ -33,13 +33,13 @@ from dispatcher.telemetry import Action, emit
 logger = logging.getLogger(__name__)
 
 MAX_IDS: Final = 1000
-_MAX_PAGE: Final = 10_000  # as `sweep_fanout` allows
+_MAX_PAGE: Final = 10_000  # the maximum of `sweep_fanout`
 _BUSY_RETRIES: Final = 5
 _BUSY_COUNTDOWN: Final = 2
 _MAX_REASONS: Final = 10
 
-# No acknowledgement after the fact and no redelivery: the rows remember what is owed. Set on each task, because an
-# application's own app may have other defaults.
+# No late acknowledgement and no redelivery, because the rows store what is owed. Set on each task, because an
+# application's app may have other defaults.
 _TASK_OPTIONS: Final[dict[str, Any]] = {
     "acks_late": False,
     "reject_on_worker_lost": False,
@@ -47,15 +47,15 @@ _TASK_OPTIONS: Final[dict[str, Any]] = {
     "serializer": "json",
     "rate_limit": None,
     "soft_time_limit": None,
-    "shared": False,  # or they would be added to every other app of the process, with this one's dispatcher
+    "shared": False,  # else every app of the process would get these tasks, with the dispatcher of this one
 }
 
 
 def install(app: Celery, dispatcher: Dispatcher) -> None:
-    """Add the dispatcher's tasks, queues and beat entries to a Celery app that exists already.
+    """Add the dispatcher's tasks, queues and beat entries to an existing Celery app.
 
-    What the app has stays: its own queues go on being consumed. The dispatcher publishes through `app`, if it was made
-    with `celery_app=app`.
+    The app keeps its settings, and its workers still consume its queues. The dispatcher publishes through `app` if it
+    was made with `celery_app=app`.
     """
     _add_settings(app, dispatcher)
     _add_tasks(app, dispatcher)
@@ -63,22 +63,23 @@ def install(app: Celery, dispatcher: Dispatcher) -> None:
     @signals.worker_process_init.connect(weak=False)
     def begin_process(**_: Any) -> None:
         dispatcher.after_fork()
-        gc.freeze()  # what the parent made stays: neither looked through again and again, nor copied for that
+        # Exclude inherited objects from garbage collection: faster, and their pages stay shared.
+        gc.freeze()
 
 
 def _add_settings(app: Celery, dispatcher: Dispatcher) -> None:
-    own = [chain.queue for chain in dispatcher.config.chains if chain.queue is not None]
-    added = celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=own)
+    type_queues = [chain_type.queue for chain_type in dispatcher.config.chains if chain_type.queue is not None]
+    added = celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=type_queues)
     queues = list(app.conf.task_queues or ())
     if not queues:
         name = app.conf.task_default_queue
         exchange = Exchange(app.conf.task_default_exchange or name, type=app.conf.task_default_exchange_type)
         queues = [Queue(name, exchange, routing_key=app.conf.task_default_routing_key or name)]
     names = {queue.name for queue in queues}
-    app.conf.task_queues = [*queues, *(queue for queue in declared_queues(own) if queue.name not in names)]
+    app.conf.task_queues = [*queues, *(queue for queue in declared_queues(type_queues) if queue.name not in names)]
     routes = app.conf.task_routes or []
     app.conf.task_routes = [added["task_routes"], *(routes if isinstance(routes, list | tuple) else [routes])]
-    # A broker that says nothing must not block an application's enqueue for ever: where the app sets no timeouts.
+    # Timeouts, if the app sets none: a silent broker must not block an enqueue for ever.
     defaults = transport_options(app.conf.broker_url, dispatcher.settings.broker_seconds)
     app.conf.broker_transport_options = {**defaults, **(app.conf.broker_transport_options or {})}
     app.conf.beat_schedule = {**(app.conf.beat_schedule or {}), **added["beat_schedule"]}
@@ -96,9 +97,9 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
 
     @task(FAN_OUT, time_limit=600)
     def fan_out(chain_type: Any = None, chain_ids: Any = ()) -> Any:
-        name = chain_type if isinstance(chain_type, str) else ""
+        type_name = chain_type if isinstance(chain_type, str) else ""
         ids = chain_ids_of(chain_ids, limit=_MAX_PAGE)
-        return _named_outcome(lambda: dispatcher.fan_out(name, ids))
+        return _named_outcome(lambda: dispatcher.fan_out(type_name, ids))
 
     @task(RELAY, time_limit=600)
     def relay(*_: Any, **__: Any) -> Any:
@@ -126,55 +127,59 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
         results = dispatcher.deliver(owed)
         again = [result for result in results if result.retry_seconds is not None]
         if again and len(results) == 1:
-            (one,) = again
+            (result,) = again
             raise self.retry(
                 args=(),
-                kwargs={"deliveries": [[one.delivery_id, one.next_attempt]]},
-                countdown=one.retry_seconds,
-                exc=AttemptAgain(one.detail),
+                kwargs={"deliveries": [[result.delivery_id, result.next_attempt]]},
+                countdown=result.retry_seconds,
+                exc=AttemptAgain(result.detail),
                 throw=False,
                 queue=CALLBACKS_QUEUE,
             )
-        for one in again:
+        for result in again:
             deliver_callback.apply_async(
-                kwargs={"deliveries": [[one.delivery_id, one.next_attempt]]},
-                countdown=one.retry_seconds,
+                kwargs={"deliveries": [[result.delivery_id, result.next_attempt]]},
+                countdown=result.retry_seconds,
                 queue=CALLBACKS_QUEUE,
             )
         return summary_of_attempts(results)
 
 
-class AttemptAgain(Exception):  # noqa: N818 - shown by Celery and Flower as the reason of a retry
-    """An attempt is made again; its text is the error as the delivery's row keeps it, or what it waits for."""
+class AttemptAgain(Exception):  # noqa: N818 - Celery and Flower show this name as the reason of a retry
+    """Another attempt follows. The text is the error in the delivery's row, or what the delivery waits for."""
 
 
 def chain_ids_of(raw: Any, *, limit: int = MAX_IDS) -> list[int]:
-    """The chain ids in a message: distinct positive numbers, at most `limit`; anything else is left out."""
+    """The valid chain ids in a message: distinct positive numbers, at most `limit`; leaves out everything else."""
     if isinstance(raw, int):
         raw = [raw]
     if not isinstance(raw, list | tuple):
         return []
-    ids = [one for one in raw[:limit] if isinstance(one, int) and not isinstance(one, bool) and 0 < one < 2**63]
+    ids = [
+        chain_id
+        for chain_id in raw[:limit]
+        if isinstance(chain_id, int) and not isinstance(chain_id, bool) and 0 < chain_id < 2**63
+    ]
     return list(dict.fromkeys(ids))
 
 
 def owed_of(raw: Any) -> list[Owed]:
-    """The deliveries in a message: `[[id, attempt], ...]`, at most `MAX_IDS`; anything else is left out."""
+    """The valid pairs in a message `[[delivery id, attempt], ...]`, at most `MAX_IDS`; leaves out everything else."""
     if not isinstance(raw, list | tuple):
         return []
     return [
-        Owed(one[0], one[1])
-        for one in raw[:MAX_IDS]
-        if isinstance(one, list | tuple)
-        and len(one) == 2  # noqa: PLR2004 - a pair
-        and isinstance(one[0], str)
-        and isinstance(one[1], int)
-        and not isinstance(one[1], bool)
+        Owed(pair[0], pair[1])
+        for pair in raw[:MAX_IDS]
+        if isinstance(pair, list | tuple)
+        and len(pair) == 2  # noqa: PLR2004 - a pair
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], int)
+        and not isinstance(pair[1], bool)
     ]
 
 
 def summary_of_chains(results: Sequence[ChainResult]) -> Any:
-    """What Flower shows of an execution: the one chain's outcome and reasons, or a count per outcome."""
+    """The result that Flower shows for an execution: one chain's outcome and reasons, or a count per outcome."""
     if len(results) != 1:
         counts: dict[str, int] = {}
         for result in results:
@@ -196,7 +201,7 @@ def summary_of_chains(results: Sequence[ChainResult]) -> Any:
 
 
 def summary_of_attempts(results: Sequence[AttemptResult]) -> Any:
-    """What Flower shows of attempts: the one delivery's outcome, or a count per outcome."""
+    """The result that Flower shows for attempts: one delivery's outcome, or a count per outcome."""
     if len(results) != 1:
         counts: dict[str, int] = {}
         for result in results:
@@ -224,10 +229,10 @@ def _plan(dispatcher: Dispatcher, ids: Sequence[int], plan: Any) -> Any:
     }
     if ids:
         return summary_of_chains([dispatcher.plan_chain(chain_id, **options) for chain_id in ids])
-    chain_type, resources = plan.get("chain_type"), plan.get("resources")
+    type_name, resources = plan.get("chain_type"), plan.get("resources")
     result = dispatcher.plan_chain(
         None,
-        chain_type=chain_type if isinstance(chain_type, str) else "",
+        chain_type=type_name if isinstance(type_name, str) else "",
         resources=resources if isinstance(resources, list) else (),
         **options,
     )
@@ -235,9 +240,9 @@ def _plan(dispatcher: Dispatcher, ids: Sequence[int], plan: Any) -> Any:
 
 
 def _named_outcome(call: Callable[[], Any]) -> Any:
-    """What `call` returns; what this library raises on purpose is logged once and returned by name."""
+    """The result of `call`. A `DispatcherError` is logged as one line and returned as `{"error": text}`."""
     try:
         return call()
     except DispatcherError as error:
-        emit(logger, Action.TASK_FAILED, "%s", error)  # one line without a traceback: the error is expected
+        emit(logger, Action.TASK_FAILED, "%s", error)  # without a traceback, because the error is expected
         return {"error": str(error)}

@@ -1,7 +1,6 @@
-"""What the commands work on: the deployment that the settings describe.
+"""Opens the deployment of the settings, for the commands.
 
-The library is imported when a command needs it and not before, because loading SQLAlchemy and Celery takes longer than
-printing a help text.
+The functions import the library late, because loading SQLAlchemy and Celery takes longer than printing a help text.
 """
 
 from typing import TYPE_CHECKING
@@ -15,29 +14,31 @@ if TYPE_CHECKING:
 
 
 def read_settings() -> "Settings":
-    """The settings; `ConfigurationError` names each environment variable that does not fit."""
-    from pydantic import ValidationError  # noqa: PLC0415 - see above
+    """The settings. Raises `ConfigurationError`, which names each environment variable with a wrong value."""
+    from pydantic import ValidationError  # noqa: PLC0415 - late, as said above
 
-    from dispatcher.settings import Settings  # noqa: PLC0415 - see above
+    from dispatcher.settings import Settings  # noqa: PLC0415 - late, as said above
 
     try:
         return Settings()
     except ValidationError as error:
         problems = [f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors()]
-        raise ConfigurationError("; ".join(problems)) from None  # which may show the value, a password perhaps
+        raise ConfigurationError(
+            "; ".join(problems)
+        ) from None  # the original error may show a value, perhaps a password
 
 
 def open_dispatcher(settings: "Settings | None" = None) -> "Dispatcher":
     """The dispatcher of the configuration that `DISPATCHER_CONFIG` names."""
-    from dispatcher.dispatcher import Dispatcher  # noqa: PLC0415 - see above
+    from dispatcher.dispatcher import Dispatcher  # noqa: PLC0415 - late, as said above
 
     return Dispatcher.from_settings(settings if settings is not None else read_settings())
 
 
 def open_database() -> "Database":
     """The database of the settings, for commands that need no configuration."""
-    from dispatcher import addresses  # noqa: PLC0415 - see above
-    from dispatcher.storage.database import Database  # noqa: PLC0415 - see above
+    from dispatcher import addresses  # noqa: PLC0415 - late, as said above
+    from dispatcher.storage.database import Database  # noqa: PLC0415 - late, as said above
 
     settings = read_settings()
     return Database(addresses.database_url(settings), connect_seconds=settings.connect_seconds)

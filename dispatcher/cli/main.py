@@ -1,4 +1,4 @@
-"""The command `dispatcher`: each subcommand is one call of the library and a way to print what came of it."""
+"""The command `dispatcher`: each subcommand calls the library once and prints the result."""
 
 import json
 import logging
@@ -20,9 +20,9 @@ from dispatcher.cli.output import (
     print_json,
     print_reasons,
     print_table,
+    resource_words,
     text,
 )
-from dispatcher.cli.output import resources as resource_words
 from dispatcher.errors import DispatcherError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _json_object(_ctx: click.Context, _param: click.Parameter, value: str | None
 
 
 def main() -> NoReturn:
-    """Run the command line; the exit code is 0, 1 for an error in one line, or 2 for wrong usage."""
+    """Run the command line. The exit code is 0, 1 after an error (printed as one line), or 2 for wrong usage."""
     try:
         cli(prog_name="dispatcher")
     except DispatcherError as error:
@@ -68,13 +68,15 @@ def cli(log_level: str) -> None:
 
 @cli.command()
 @click.option("--concurrency", type=click.IntRange(min=1), help="Processes of the worker's pool.")
-@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="What is shown.")
+@click.option(
+    "--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="The least level that is shown."
+)
 def dev(concurrency: int | None, log_level: str) -> None:
     """Run a server, a worker and beat here until Ctrl-C; files go to ./.dispatcher/."""
-    from dispatcher.embedded.terminal import run_dev  # noqa: PLC0415 - as in `deployment`
+    from dispatcher.embedded.terminal import run_dev  # noqa: PLC0415 - late, as in `deployment`
 
     settings = read_settings()
-    with open_dispatcher(settings) as dispatcher:  # a wrong configuration is reported before anything starts
+    with open_dispatcher(settings) as dispatcher:  # so that a wrong configuration is reported before anything starts
         dispatcher.check()
     run_dev(settings, concurrency=concurrency, log_level=log_level.upper())
 
@@ -87,7 +89,7 @@ def db() -> None:
 @db.command()
 def upgrade() -> None:
     """Create the tables, or bring them to this version's revision."""
-    from dispatcher.storage.migrations import runner  # noqa: PLC0415 - as in `deployment`
+    from dispatcher.storage.migrations import runner  # noqa: PLC0415 - late, as in `deployment`
 
     click.echo(f"the database is at revision {runner.upgrade(open_database())}")
 
@@ -96,7 +98,7 @@ def upgrade() -> None:
 @json_option
 def current(as_json: bool) -> None:
     """Print the revision of the tables."""
-    from dispatcher.storage.migrations import revisions  # noqa: PLC0415 - as in `deployment`
+    from dispatcher.storage.migrations import revisions  # noqa: PLC0415 - late, as in `deployment`
 
     found, head = revisions.current(open_database()), revisions.head()
     if as_json:
@@ -109,7 +111,7 @@ def current(as_json: bool) -> None:
 @dry_run_option
 @json_option
 def sweep(dry_run: bool, as_json: bool) -> None:
-    """Publish the due chains now, whatever beat did."""
+    """Publish the due chains now, even if beat has just done it."""
     dispatcher = open_dispatcher()
     dispatcher.require_broker()
     print_counts(dispatcher.sweep(dry_run=dry_run), as_json)
@@ -125,7 +127,7 @@ def relay(as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Their age, in place of the setting.")
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="The age in days, instead of the setting.")
 @json_option
 def prune(days: float | None, as_json: bool) -> None:
     """Delete events and closed deliveries older than DISPATCHER_RETENTION_DAYS; never chains."""
@@ -136,14 +138,14 @@ def prune(days: float | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("chain_type")
+@click.argument("type_name", metavar="CHAIN_TYPE")
 @click.argument("resources", metavar="TYPE=ID...", nargs=-1, required=True, callback=pairs)
 @click.option("--callback", metavar="NAME", help="A callback that the configuration registers under this name.")
 @click.option("--context", metavar="JSON", callback=_json_object, help="The initial context.")
 @dry_run_option
 @json_option
 def enqueue(  # noqa: PLR0917 - click passes all of them by name
-    chain_type: str,
+    type_name: str,
     resources: Sequence[tuple[str, str]],
     callback: str | None,
     context: dict[str, Any] | None,
@@ -152,7 +154,7 @@ def enqueue(  # noqa: PLR0917 - click passes all of them by name
 ) -> None:
     """Have the workers execute the chain of these resources; print the task's id."""
     task_id = open_dispatcher().enqueue(
-        chain_type,
+        type_name,
         resources,
         initial_context=context,
         callback=callback,
@@ -166,17 +168,19 @@ def enqueue(  # noqa: PLR0917 - click passes all of them by name
 
 
 @cli.command()
-@click.argument("chain_type")
+@click.argument("type_name", metavar="CHAIN_TYPE")
 @click.argument("resources", metavar="TYPE=ID...", nargs=-1, required=True, callback=pairs)
 @dry_run_option
 @json_option
-def execute(chain_type: str, resources: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
+def execute(type_name: str, resources: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
     """Execute the chain of these resources here and now, callback included."""
     settings = read_settings()
-    if dry_run:  # for the whole dispatcher, because a chain that does not exist must not be created either
+    if dry_run:  # a setting of the whole dispatcher, so that a missing chain is not created either
         settings = settings.model_copy(update={"dry_run": True})
-    chain = open_dispatcher(settings).get_or_create_resource_chain(chain_type, resources)
-    with redirect_stdout(sys.stderr if as_json else sys.stdout):  # what a callback prints is no part of the JSON
+    chain = open_dispatcher(settings).get_or_create_resource_chain(type_name, resources)
+    with redirect_stdout(
+        sys.stderr if as_json else sys.stdout
+    ):  # a callback may print, which must not get into the JSON
         result = chain.execute(requested_by="cli")
     if as_json:
         print_json(result)
@@ -187,18 +191,24 @@ def execute(chain_type: str, resources: Sequence[tuple[str, str]], dry_run: bool
 
 @cli.group()
 def chains() -> None:
-    """Look at chains."""
+    """Look at chains and act on them."""
 
 
 @chains.command("list")
-@click.option("--type", "chain_type", help="Only this chain type.")
+@click.option("--type", "type_name", help="Only this chain type.")
 @click.option("--state", help="Only this state.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
-@click.option("--after-id", type=click.IntRange(min=0), default=0, help="Continue behind this chain.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 10_000),
+    default=50,
+    show_default=True,
+    help="The largest number of chains to list.",
+)
+@click.option("--after-id", type=click.IntRange(min=0), default=0, help="Begin after the chain with this id.")
 @json_option
-def list_chains(chain_type: str | None, state: str | None, limit: int, after_id: int, as_json: bool) -> None:
+def list_chains(type_name: str | None, state: str | None, limit: int, after_id: int, as_json: bool) -> None:
     """List chains in the order of their ids."""
-    found = open_dispatcher().find_chains(chain_type=chain_type, state=state, limit=limit, after_id=after_id)
+    found = open_dispatcher().find_chains(chain_type=type_name, state=state, limit=limit, after_id=after_id)
     if as_json:
         print_json([_chain_values(chain) for chain in found])
         return
@@ -247,12 +257,12 @@ def explain(chain_id: int, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("chain_type", required=False)
-def graph(chain_type: str | None) -> None:
+@click.argument("type_name", metavar="[CHAIN_TYPE]", required=False)
+def graph(type_name: str | None) -> None:
     """Print the states and transitions as Mermaid diagrams."""
     config = open_dispatcher().config
-    for chain in [config.get(chain_type)] if chain_type is not None else config.chains:
-        click.echo(f"%% {chain.chain_type}\n{chain.graph.mermaid()}")
+    for chain_type in [config.get(type_name)] if type_name is not None else config.chains:
+        click.echo(f"%% {chain_type.chain_type}\n{chain_type.graph.mermaid()}")
 
 
 @cli.command()
@@ -264,12 +274,12 @@ def check(services: bool, as_json: bool) -> None:
     if services:
         dispatcher.check()
         dispatcher.check_locks()
-    reports = {chain.chain_type: _report(chain) for chain in dispatcher.config.chains}
+    reports = {chain_type.chain_type: _report(chain_type) for chain_type in dispatcher.config.chains}
     if as_json:
         print_json(reports)
         return
-    for name, report in reports.items():
-        click.echo(f"{name}: {len(report['states'])} states, {len(report['transitions'])} transitions")
+    for type_name, report in reports.items():
+        click.echo(f"{type_name}: {len(report['states'])} states, {len(report['transitions'])} transitions")
         for state, candidates in report["states"].items():
             click.echo(f"  {state}: {', '.join(candidates) or '(terminal)'}")
         for warning in report["warnings"]:
@@ -279,19 +289,22 @@ def check(services: bool, as_json: bool) -> None:
 add_operations(cli, chains)
 
 
-def _report(chain: "ChainType") -> dict[str, Any]:
-    """The states of a chain type with their candidates, and what is allowed but probably not meant."""
-    from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, choose_callback  # noqa: PLC0415 - as in `deployment`
+def _report(chain_type: "ChainType") -> dict[str, Any]:
+    """The states of a chain type with their candidates, and warnings about probable mistakes."""
+    from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, choose_callback  # noqa: PLC0415 - late, as in `deployment`
 
-    warnings = [f"no chain can come to state {state!r}" for state in chain.graph.unreachable()]
+    warnings = [f"no chain can reach state {state!r}" for state in chain_type.graph.unreachable()]
     warnings += [
         f"{name} has no callback unless a request names one"
-        for name, transition in chain.by_name.items()
-        if choose_callback(chain, transition, None) is NO_CALLBACK_FOUND
+        for name, transition in chain_type.by_name.items()
+        if choose_callback(chain_type, transition, None) is NO_CALLBACK_FOUND
     ]
     return {
-        "states": {state: [one.__name__ for one in chain.candidates(state)] for state in chain.graph.states},
-        "transitions": list(chain.by_name),
+        "states": {
+            state: [candidate.__name__ for candidate in chain_type.candidates(state)]
+            for state in chain_type.graph.states
+        },
+        "transitions": list(chain_type.by_name),
         "warnings": warnings,
     }
 

@@ -19,9 +19,9 @@ _STATUSES = [str(status) for status in DeliveryStatus]
 _DECIDABLE = [str(status) for status in (DeliveryStatus.PENDING, DeliveryStatus.DEAD, DeliveryStatus.HELD)]
 _SHOWN = 10_000
 
-by_option = click.option("--by", "requested_by", default="cli", show_default=True, help="Who asks, for the history.")
-reason_option = click.option("--reason", required=True, help="Why, for the history.")
-yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+by_option = click.option("--by", "requested_by", default="cli", show_default=True, help="Your name, for the history.")
+reason_option = click.option("--reason", required=True, help="The reason, for the history.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
 def add_operations(cli: click.Group, chains: click.Group) -> None:
@@ -47,7 +47,7 @@ def disable(chain_id: int, requested_by: str) -> None:
 @click.argument("chain_id", type=int)
 @by_option
 def enable(chain_id: int, requested_by: str) -> None:
-    """Let a disabled chain go on."""
+    """Enable a disabled chain; it is due, or its open delivery continues."""
     _say(open_dispatcher().chain(chain_id).enable(requested_by), "is enabled")
 
 
@@ -56,7 +56,7 @@ def enable(chain_id: int, requested_by: str) -> None:
 @by_option
 @yes_option
 def reset(chain_id: int, requested_by: str, yes: bool) -> None:
-    """Put a chain back to its first state, cancelling a delivery it owes."""
+    """Put a chain back to NEW; cancels its open delivery."""
     chain = open_dispatcher().chain(chain_id)
     _confirm(f"reset chain {chain_id}, which is in state {chain.state}?", yes=yes)
     _say(chain.reset(requested_by), "is reset")
@@ -68,26 +68,26 @@ def reset(chain_id: int, requested_by: str, yes: bool) -> None:
 @reason_option
 @by_option
 def move(chain_id: int, state: str, reason: str, requested_by: str) -> None:
-    """Put a chain into a state of its configuration, cancelling a delivery it owes."""
+    """Put a chain into another state; cancels its open delivery."""
     _say(open_dispatcher().chain(chain_id).move_to(state, reason, requested_by), "is moved")
 
 
 @click.command("map")
-@click.option("--type", "chain_type", required=True, help="The chain type.")
-@click.option("--from", "from_state", required=True, help="The state that is to be left.")
-@click.option("--to", "to_state", required=True, help="The state of the configuration that takes its place.")
+@click.option("--type", "type_name", required=True, help="The chain type.")
+@click.option("--from", "from_state", required=True, help="The old state.")
+@click.option("--to", "to_state", required=True, help="The new state, which the configuration must have.")
 @by_option
 @dry_run_option
 @yes_option
-def map_states(chain_type: str, from_state: str, to_state: str, requested_by: str, dry_run: bool, yes: bool) -> None:  # noqa: PLR0917 - click passes them by name
-    """Put all chains of a type from one state into another; counts them first."""
+def map_states(type_name: str, from_state: str, to_state: str, requested_by: str, dry_run: bool, yes: bool) -> None:  # noqa: PLR0917 - click passes them by name
+    """Put all chains of a type from one state into another."""
     dispatcher = open_dispatcher()
-    planned = dispatcher.map_states(chain_type, from_state, to_state, dry_run=True)
-    click.echo(f"{planned.mapped} chains of {chain_type} are in state {from_state}")
+    planned = dispatcher.map_states(type_name, from_state, to_state, dry_run=True)
+    click.echo(f"{planned.mapped} chains of {type_name} are in state {from_state}")
     if dry_run or not planned.mapped:
         return
     _confirm(f"put them into {to_state}?", yes=yes)
-    done = dispatcher.map_states(chain_type, from_state, to_state, requested_by=requested_by)
+    done = dispatcher.map_states(type_name, from_state, to_state, requested_by=requested_by)
     click.echo(f"{done.mapped} mapped, {done.waiting} left because an attempt runs")
 
 
@@ -96,18 +96,26 @@ def map_states(chain_type: str, from_state: str, to_state: str, requested_by: st
 
 @click.group()
 def deliveries() -> None:
-    """Look at deliveries, and decide those that are dead or held."""
+    """Look at deliveries; retry, cancel or skip them."""
 
 
 def _filters(statuses: Sequence[str], limit: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
             click.option(
-                "--limit", type=click.IntRange(1, _SHOWN), default=limit, show_default=True, help="At most so many."
+                "--limit",
+                type=click.IntRange(1, _SHOWN),
+                default=limit,
+                show_default=True,
+                help="The largest number of deliveries.",
             ),
-            click.option("--type", "chain_type", help="Only of this chain type."),
+            click.option("--type", "type_name", help="Only deliveries of this chain type."),
             click.option(
-                "--status", "statuses", type=click.Choice(statuses), multiple=True, help="Only in this status."
+                "--status",
+                "statuses",
+                type=click.Choice(statuses),
+                multiple=True,
+                help="Only deliveries in this status.",
             ),
         ):
             command = option(command)
@@ -117,14 +125,14 @@ def _filters(statuses: Sequence[str], limit: int) -> Callable[[Callable[..., Any
 
 
 @deliveries.command("list")
-@click.option("--chain", "chain_id", type=int, help="Only of this chain.")
+@click.option("--chain", "chain_id", type=int, help="Only deliveries of this chain.")
 @_filters(_STATUSES, 100)
 @json_option
 def list_deliveries(
-    chain_id: int | None, statuses: Sequence[str], chain_type: str | None, limit: int, as_json: bool
+    chain_id: int | None, statuses: Sequence[str], type_name: str | None, limit: int, as_json: bool
 ) -> None:
     """List deliveries, newest first."""
-    found = _find(open_dispatcher(), chain_id, statuses, chain_type, limit)
+    found = _find(open_dispatcher(), chain_id, statuses, type_name, limit)
     if as_json:
         print_json([_values(delivery) for delivery in found])
         return
@@ -148,31 +156,31 @@ def list_deliveries(
 
 
 def _decision(verb: str, past: str, act: "Callable[[Chain, str, str], Any]", text: str) -> click.Command:
-    """A command that retries, cancels or skips deliveries: one by its chain, or all that the filters choose."""
+    """A command that retries, cancels or skips the delivery of one chain, or all deliveries that the filters choose."""
 
-    @click.option("--chain", "chain_id", type=int, help="The delivery of this chain.")
+    @click.option("--chain", "chain_id", type=int, help="The open delivery of this chain.")
     @_filters(_DECIDABLE, _SHOWN)
     @by_option
     @yes_option
     def decide(  # noqa: PLR0917 - click passes them by name
         chain_id: int | None,
         statuses: Sequence[str],
-        chain_type: str | None,
+        type_name: str | None,
         limit: int,
         requested_by: str,
         yes: bool,
         reason: str = "",
     ) -> None:
         if (chain_id is None) == (not statuses):
-            raise click.UsageError("name a delivery by --chain, or choose several by --status")
-        if chain_id is not None and chain_type is not None:
-            raise click.UsageError("--type chooses among several deliveries, --chain names one")
+            raise click.UsageError("give --chain for one delivery, or --status for several")
+        if chain_id is not None and type_name is not None:
+            raise click.UsageError("--type needs --status; it cannot be used with --chain")
         dispatcher = open_dispatcher()
         if chain_id is not None:
             act(dispatcher.chain(chain_id), requested_by, reason)
             click.echo(f"1 {past}")
             return
-        found = _find(dispatcher, None, statuses, chain_type, limit)
+        found = _find(dispatcher, None, statuses, type_name, limit)
         if not found:
             click.echo("no such delivery")
             return
@@ -181,21 +189,21 @@ def _decision(verb: str, past: str, act: "Callable[[Chain, str, str], Any]", tex
         for delivery in found:
             try:
                 chosen = _find(dispatcher, delivery.chain_id, statuses, None, _SHOWN)
-                if delivery.id not in {one.id for one in chosen}:
+                if delivery.id not in {match.id for match in chosen}:
                     click.echo(f"dispatcher: delivery {delivery.id} has changed meanwhile", err=True)
                     continue
                 act(dispatcher.chain(delivery.chain_id), requested_by, reason)
                 done += 1
-            except DispatcherError as error:  # it changed just now: say so, and go on with the others
+            except DispatcherError as error:  # it has changed just now: report it and continue with the others
                 click.echo(f"dispatcher: {error}", err=True)
         click.echo(f"{done} {past}")
         if done < len(found):
             raise SystemExit(1)
 
     if verb != "retry":
-        decide = click.option("--reason", default=f"{past} by hand", show_default=True, help="Why, for the history.")(
-            decide
-        )
+        decide = click.option(
+            "--reason", default=f"{past} by hand", show_default=True, help="The reason, for the history."
+        )(decide)
     decide.__doc__ = text
     return deliveries.command(verb)(decide)
 
@@ -204,28 +212,28 @@ _decision(
     "retry",
     "retried",
     lambda chain, requested_by, _: chain.retry_delivery(requested_by),
-    "Attempt deliveries again, at once; dead and held ones get further attempts.",
+    "Attempt deliveries again at once; dead and held deliveries get further attempts.",
 )
 _decision(
     "cancel",
     "cancelled",
     lambda chain, requested_by, reason: chain.cancel_delivery(requested_by, reason),
-    "Close deliveries as cancelled: their chains stay, and are evaluated again.",
+    "Close deliveries as cancelled; their chains stay in their state and are evaluated again.",
 )
 _decision(
     "skip",
     "skipped",
     lambda chain, requested_by, reason: chain.skip_delivery(requested_by, reason),
-    "Close deliveries as skipped: their chains move as if they had been delivered.",
+    "Close deliveries as skipped; their chains move as if the callbacks had succeeded.",
 )
 
 
 def _find(
-    dispatcher: "Dispatcher", chain_id: int | None, statuses: Sequence[str], chain_type: str | None, limit: int
+    dispatcher: "Dispatcher", chain_id: int | None, statuses: Sequence[str], type_name: str | None, limit: int
 ) -> "list[DeliveryRecord]":
     return dispatcher.find_deliveries(
         chain_id=chain_id,
-        chain_type=chain_type,
+        chain_type=type_name,
         statuses=[DeliveryStatus(status) for status in statuses],
         limit=limit,
     )
@@ -270,7 +278,7 @@ def enable_resource(resource: tuple[str, str], requested_by: str) -> None:
 @_one_resource
 @yes_option
 def erase_resource(resource: tuple[str, str], yes: bool) -> None:
-    """Delete every chain of a resource, with all that belongs to it."""
+    """Delete every chain of a resource, with its history and deliveries."""
     dispatcher = open_dispatcher()
     found = dispatcher.find_chains(resource=resource, limit=_SHOWN)
     _confirm(f"delete {_counted(found, _SHOWN)} chains for good?", yes=yes)
@@ -290,9 +298,9 @@ def chain_types() -> None:
 def list_types(as_json: bool) -> None:
     """List the chain types of the configuration, and which are paused."""
     dispatcher = open_dispatcher()
-    known = {row.name: row for row in dispatcher.find_types()}
+    rows_by_name = {row.name: row for row in dispatcher.find_types()}
     paused = {
-        name: row.paused_reason or "" if (row := known.get(name)) is not None and row.paused else None
+        name: row.paused_reason or "" if (row := rows_by_name.get(name)) is not None and row.paused else None
         for name in dispatcher.config.by_type
     }
     if as_json:
@@ -306,7 +314,7 @@ def list_types(as_json: bool) -> None:
 @click.argument("name")
 @reason_option
 def pause(name: str, reason: str) -> None:
-    """Plan nothing more of a chain type."""
+    """Plan no more transitions of a chain type until it is resumed."""
     changed = open_dispatcher().pause(name, reason)
     click.echo(f"{name} is paused" if changed else f"{name} was paused already")
 
@@ -314,31 +322,34 @@ def pause(name: str, reason: str) -> None:
 @chain_types.command()
 @click.argument("name")
 def resume(name: str) -> None:
-    """Go on with a paused chain type, its budget new."""
+    """End the pause of a chain type, and begin a new plan budget."""
     changed = open_dispatcher().resume(name)
-    click.echo(f"{name} goes on" if changed else f"{name} was not paused")
+    click.echo(f"{name} is resumed" if changed else f"{name} was not paused")
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 
 @click.command()
-@click.option("--repair", is_flag=True, help="Do what is safe to do.")
+@click.option("--repair", is_flag=True, help="Repair what is safe to repair.")
 @json_option
 def doctor(repair: bool, as_json: bool) -> None:
-    """Compare rows, queues, locks and leases; name each disagreement and what mends it. Exits 0 when all is well."""
+    """Examine the deployment; print each problem and its remedy.
+
+    Compares rows, queues, locks and leases. Exits with 0 if all is well.
+    """
     dispatcher = open_dispatcher()
-    mended, left = dispatcher.repair() if repair else ([], dispatcher.examine())
+    repaired_findings, left = dispatcher.repair() if repair else ([], dispatcher.examine())
     if as_json:
-        told = [(finding, True) for finding in mended] + [(finding, False) for finding in left]
+        reported = [(finding, True) for finding in repaired_findings] + [(finding, False) for finding in left]
         print_json(
             [
-                {"area": one.area, "problem": one.problem, "remedy": one.remedy, "repaired": repaired}
-                for one, repaired in told
+                {"area": finding.area, "problem": finding.problem, "remedy": finding.remedy, "repaired": repaired}
+                for finding, repaired in reported
             ]
         )
     else:
-        for finding in mended:
+        for finding in repaired_findings:
             click.echo(f"repaired: {finding}")
         for finding in left:
             click.echo(str(finding))

@@ -1,4 +1,4 @@
-"""How the command line reads words and prints answers."""
+"""How the command line reads resources and prints results."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +12,10 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Log what would be
 
 
 def pairs(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> list[tuple[str, str]]:
-    """`type=id` words as pairs; what may stand in them is the library's to judge."""
+    """`type=id` arguments as pairs; the library checks types and ids."""
     for value in values:
         if "=" not in value:
-            raise click.BadParameter(f"{value!r} is no resource: write it as type=id, such as customer=123")
+            raise click.BadParameter(f"{value!r} is not a resource: write it as type=id, such as customer=123")
     return [
         (resource_type, resource_id) for resource_type, _, resource_id in (value.partition("=") for value in values)
     ]
@@ -59,5 +59,5 @@ def moment(when: datetime | None) -> str:
     return when.isoformat(sep=" ", timespec="seconds") if when is not None else ""
 
 
-def resources(resources: Iterable[tuple[str, str]]) -> str:
+def resource_words(resources: Iterable[tuple[str, str]]) -> str:
     return " ".join(f"{resource_type}={resource_id}" for resource_type, resource_id in resources)

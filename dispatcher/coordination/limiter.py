@@ -1,15 +1,19 @@
-"""Rate limits counted by all workers together, in Redis; and the lines in which those wait that were refused.
+"""Rate limits that all workers count together in Redis, and the waiting lines of refused calls.
 
-A limit is a moving window of the library `limits`: never more than its amount within any of its seconds. Whoever is
-refused gets a place in the limit's line, which says when to ask again: places follow each other at the pace of the
-limit, so a hundred thousand of them do not all ask again and again. Whoever asks for the first time while there is a
-line goes to its end. Places do not decide: several of them may come at once, or late, and those refused then wait in a
-line of their own, which goes before the other.
+A limit is a moving window of the library `limits`: in every period of its length there are at most `amount` calls.
+A refused call gets a place in the limit's line. The place is the moment at which to ask again. Places follow each other
+at the pace of the limit, so that a hundred thousand refused calls do not all ask again and again. A call that asks for
+the first time while there is a line goes to its end.
 
-Keys: `{prefix}:rate:LIMITER/...` (the calls of a window) and `{prefix}:rate:line/...`, `{prefix}:rate:again/...` (up to
-when a line's places are given away), each with a TTL. Times are the server's: workers' clocks do not matter.
+A place is not a permission: several calls may ask at the same moment, or late. A call that is refused at its place
+waits in a second line, which is served before the first.
 
-Where there is no lock server each process counts for itself. One that does not answer is waited for, for some minutes.
+Keys: `{prefix}:rate:LIMITER/...` (the calls of a window), `{prefix}:rate:line/...` (the next free place in the first
+line) and `{prefix}:rate:again/...` (the same for the second line), each with a TTL. All times are the server's, so that
+the clocks of the workers do not matter.
+
+Without a lock server each process counts for itself. If the server does not answer, limited calls wait for some
+minutes, and then each process counts for itself.
 """
 
 import logging
@@ -32,13 +36,16 @@ logger = logging.getLogger(__name__)
 
 _PLACE: Final = "rate limit "
 _LINE_SECONDS: Final = 6 * 3600.0
-_PACE: Final = 0.95  # at the very pace of the limit every small delay would have somebody refused
+_PACE: Final = 0.95
+"""Hand out places 5 % slower than the limit, so that small delays do not cause another refusal."""
+
 _AWAY_SECONDS: Final = 5.0
 _AWAY_WAIT_SECONDS: Final = 30.0
 _ALONE_SECONDS: Final = 300.0
 
-# A place behind everybody in KEYS, in the line KEYS[1]. ARGV, microseconds: now, not before, pace, length of the line.
-_BOOK: Final = """
+# Takes the next place in the line KEYS[1], behind all places of the lines KEYS. Gives -1 if the line is full.
+# ARGV in microseconds: now, not before, pace, length of the line.
+_TAKE_PLACE: Final = """
 local free = tonumber(ARGV[2])
 for i = 1, #KEYS do
   free = math.max(free, tonumber(redis.call('GET', KEYS[i])) or 0)
@@ -52,22 +59,22 @@ return string.format('%.0f', free)
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why something may not be called now, and after how many seconds to ask again."""
+    """Why a callback may not be called now, and after how many seconds to ask again."""
 
     reason: str
     seconds: float
 
 
 def had_place(reason: str) -> bool:
-    """Whether a refusal for this reason gave a place in the line."""
+    """Whether a refusal with this reason gave the caller a place in a line."""
     return reason.startswith(_PLACE)
 
 
 class RateLimiter:
-    """Counts the calls of one deployment (`prefix`) with its lock server's `client`; None: there is none.
+    """Counts the calls of one deployment (`prefix`) in the lock server of `client`; None: there is no lock server.
 
-    `random` draws from [0, 1). `clock` gives seconds since 1970 in place of the server's; a process
-    that counts for itself goes by its own.
+    `random` draws from [0, 1). `clock` gives seconds since 1970 instead of the server's clock. A process that counts
+    for itself uses its system clock.
     """
 
     def __init__(
@@ -78,52 +85,54 @@ class RateLimiter:
         random: Callable[[], float] = random.random,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self._shared = _SharedBook(client, f"{prefix}:rate", clock) if client is not None else None
-        self._own: _OwnBook | None = None
+        self._shared = _SharedCounter(client, f"{prefix}:rate", clock) if client is not None else None
+        self._local: _LocalCounter | None = None
         self._random = random
         self._away_since: float | None = None
         self._away_until = 0.0
 
     def ask(self, limits: Sequence[RateLimit], *, has_place: bool) -> Refusal | None:
-        """Count one call for each of these limits, and None; or the refusal by one of them, which counts nothing.
+        """None if the call is allowed, and counted for each of these limits; else the refusal, and nothing is counted.
 
-        `has_place` says that the caller waited for its turn, and need not go to the end of the line. Where limits are
-        asked by several at once, one that refuses at the last moment may leave a call counted for another one.
+        `has_place` says that the caller has waited at a place, so it does not go to the end of the line. If several
+        callers ask at once and the last limit refuses, the call may stay counted for the limits before it.
         """
         if not limits:
             return None
         if self._shared is not None and time.monotonic() >= self._away_until:
             try:
                 refusal = self._ask(self._shared, limits, has_place=has_place)
-            except (redis.RedisError, OSError) as error:  # away, loading, read-only or out of memory: all the same here
+            except (redis.RedisError, OSError) as error:  # away, loading, read-only or out of memory
                 self._note_away(error)
             else:
                 self._away_since = None
                 return refusal
         if self._away_since is not None and time.monotonic() < self._away_since + _ALONE_SECONDS:
-            return Refusal("the server that counts for the rate limit is away", self._spread(_AWAY_WAIT_SECONDS))
-        if self._own is None:
+            return Refusal(
+                "Redis, which counts the calls for the rate limit, does not answer", self._spread(_AWAY_WAIT_SECONDS)
+            )
+        if self._local is None:
             emit(logger, Action.RATE_LIMIT_ALONE, "no lock server: each process counts its own calls for rate limits")
-            self._own = _OwnBook()
-        return self._ask(self._own, limits, has_place=has_place)
+            self._local = _LocalCounter()
+        return self._ask(self._local, limits, has_place=has_place)
 
-    def _ask(self, book: "_Book", limits: Sequence[RateLimit], *, has_place: bool) -> Refusal | None:
+    def _ask(self, counter: "_Counter", limits: Sequence[RateLimit], *, has_place: bool) -> Refusal | None:
         for limit in limits:
-            if not has_place and book.has_line(limit):
-                return self._refusal(book, limit, has_place=False)
-            if len(limits) > 1 and not book.windows.test(_item(limit), limit.name):
-                return self._refusal(book, limit, has_place=has_place)
+            if not has_place and counter.has_line(limit):
+                return self._refusal(counter, limit, has_place=False)
+            if len(limits) > 1 and not counter.windows.test(_item(limit), limit.name):
+                return self._refusal(counter, limit, has_place=has_place)
         for limit in limits:
-            if not book.windows.hit(_item(limit), limit.name):
-                return self._refusal(book, limit, has_place=has_place)
+            if not counter.windows.hit(_item(limit), limit.name):
+                return self._refusal(counter, limit, has_place=has_place)
         return None
 
-    def _refusal(self, book: "_Book", limit: RateLimit, *, has_place: bool) -> Refusal:
-        now = book.now()
-        window = book.windows.get_window_stats(_item(limit), limit.name)
-        # A window's last moment belongs to it.
+    def _refusal(self, counter: "_Counter", limit: RateLimit, *, has_place: bool) -> Refusal:
+        now = counter.now()
+        window = counter.windows.get_window_stats(_item(limit), limit.name)
+        # The window includes its end, so wait 1 ms longer.
         not_before = max(window.reset_time, now) + 0.001 if window.remaining <= 0 else now
-        place = book.place(limit, now=now, not_before=not_before, has_place=has_place)
+        place = counter.place(limit, now=now, not_before=not_before, has_place=has_place)
         if place is None:
             return Refusal(f"the line of rate limit {limit} is full", not_before - now + self._spread(_LINE_SECONDS))
         return Refusal(f"{_PLACE}{limit}", max(place - now, 0.001))
@@ -135,7 +144,7 @@ class RateLimiter:
         emit(
             logger,
             Action.RATE_LIMIT_SERVER_AWAY,
-            "the lock server does not count for rate limits (%s); limited deliveries wait",
+            "the lock server does not count calls for rate limits (%s); deliveries with a rate limit wait",
             type(error).__name__,
         )
 
@@ -148,7 +157,7 @@ def _item(limit: RateLimit) -> RateLimitItem:
 
 
 def _keys(limit: RateLimit) -> tuple[str, str]:
-    """The keys of a limit's line, and of the line of those whose turn it was already."""
+    """The keys of a limit's two lines: first refusals, and calls that were refused at their place."""
     return f"line/{limit.name}/{limit}", f"again/{limit.name}/{limit}"
 
 
@@ -156,8 +165,8 @@ def _pace(limit: RateLimit) -> float:
     return limit.seconds / limit.amount / _PACE
 
 
-class _Book(ABC):
-    """Where calls are counted and places are given away."""
+class _Counter(ABC):
+    """Counts calls and gives out places."""
 
     windows: MovingWindowRateLimiter
 
@@ -167,15 +176,15 @@ class _Book(ABC):
 
     @abstractmethod
     def has_line(self, limit: RateLimit) -> bool:
-        """Whether somebody waits for the limit."""
+        """Whether calls wait for the limit."""
 
     @abstractmethod
     def place(self, limit: RateLimit, *, now: float, not_before: float, has_place: bool) -> float | None:
-        """The moment of a new place in a limit's line, or None when the line is full."""
+        """The moment of a new place in a line of the limit, or None if the line is full."""
 
 
 class _ServerTime(RedisStorage):
-    """Counts by one clock for all workers: `limits` would take each worker's own."""
+    """Counts with one clock for all workers; the base class uses the clock of each worker."""
 
     def __init__(self, client: redis.Redis, prefix: str, clock: Callable[[], float]) -> None:
         super().__init__("redis://", connection_pool=client.connection_pool, key_prefix=prefix)
@@ -191,12 +200,12 @@ class _ServerTime(RedisStorage):
         return (float(window[0]), int(window[1])) if window else (now, 0)
 
 
-class _SharedBook(_Book):
+class _SharedCounter(_Counter):
     def __init__(self, client: redis.Redis, prefix: str, clock: Callable[[], float] | None) -> None:
         self._client = client
         self._prefix = prefix
         self._clock = clock if clock is not None else self._server_time
-        self._book = client.register_script(_BOOK)
+        self._take_place = client.register_script(_TAKE_PLACE)
         self.windows = MovingWindowRateLimiter(_ServerTime(client, prefix, self._clock))
 
     def _server_time(self) -> float:
@@ -213,28 +222,28 @@ class _SharedBook(_Book):
     def place(self, limit: RateLimit, *, now: float, not_before: float, has_place: bool) -> float | None:
         keys = self._line_keys(limit)[1:] if has_place else self._line_keys(limit)
         seconds = (now, not_before, _pace(limit), _LINE_SECONDS)
-        answer = self._book(keys=keys, args=[round(value * 1e6) for value in seconds])
+        answer = self._take_place(keys=keys, args=[round(value * 1e6) for value in seconds])
         return None if answer == -1 else float(answer) / 1e6
 
     def _line_keys(self, limit: RateLimit) -> list[str]:
         return [f"{self._prefix}:{key}" for key in _keys(limit)]
 
 
-class _OwnBook(_Book):
+class _LocalCounter(_Counter):
     def __init__(self) -> None:
-        self._booked: dict[str, float] = {}
+        self._next_free: dict[str, float] = {}
         self.windows = MovingWindowRateLimiter(MemoryStorage())
 
     def now(self) -> float:
         return time.time()
 
     def has_line(self, limit: RateLimit) -> bool:
-        return max(self._booked.get(key, 0.0) for key in _keys(limit)) > self.now()
+        return max(self._next_free.get(key, 0.0) for key in _keys(limit)) > self.now()
 
     def place(self, limit: RateLimit, *, now: float, not_before: float, has_place: bool) -> float | None:
         keys = _keys(limit)[1:] if has_place else _keys(limit)
-        free = max(not_before, *(self._booked.get(key, not_before) for key in keys))
+        free = max(not_before, *(self._next_free.get(key, not_before) for key in keys))
         if free > not_before + _LINE_SECONDS:
             return None
-        self._booked[keys[0]] = free + _pace(limit)
+        self._next_free[keys[0]] = free + _pace(limit)
         return free

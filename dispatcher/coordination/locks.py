@@ -1,8 +1,8 @@
 """Chain locks, queued markers and crash counters in Redis. They save work; the rows decide.
 
-Every function answers when Redis is away: locks are then treated as taken, markers as set, so that evaluation goes on.
-Keys: `{prefix}:lock:{chain_id}` (the owner's token, with a TTL), `{prefix}:queued:{chain_id}` (with a TTL), and
-`{prefix}:crash:{chain_id}` (executions begun and not ended, with a TTL).
+Every function works when Redis is away: `acquire` then succeeds for all chains, and `mark_queued` gives all chains, so
+that evaluation continues. Keys, each with a TTL: `{prefix}:lock:{chain_id}` (the token of the holder),
+`{prefix}:queued:{chain_id}`, and `{prefix}:crash:{chain_id}` (how many executions have begun and not ended).
 """
 
 import hashlib
@@ -31,20 +31,20 @@ _AWAY_SECONDS: Final = 5.0
 
 
 class _Script:
-    """A script, and the name under which a server remembers it."""
+    """A Lua script, and the hash under which the server caches it."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-# The scripts make the keys from the prefix and the ids, which come in one argument: as keys of the command, three for
-# each chain, they would cost a batch more than all that it does with them. (Keys of several chains would lie in
-# different slots of a cluster in any case; Celery has no broker on one either.)
+# The scripts build the keys from the prefix and from the ids, which are one argument. Three keys per chain as KEYS
+# would cost a batch more than the rest of the script. (This does not work on a Redis cluster, but Celery cannot use a
+# cluster as its broker either.)
 
-# SET NX PX for each lock; one that holds our own token counts as taken (a reply may have been lost). Counts the
-# execution as begun and clears its queued marker in the same round trip. Answers with what is out of the ordinary: the
-# id and -1 for a lock of another's, or the number of executions before this one that never ended.
+# SET NX PX for each lock. A lock that has our token already counts as taken, because the reply to an earlier try may be
+# lost. The same round trip counts the execution as begun and clears its queued marker. Gives only the exceptions: an id
+# with -1 if another process has the lock, or with the number of earlier executions that never ended.
 _ACQUIRE: Final = _Script("""
 local prefix, token, milliseconds, crash_seconds = unpack(ARGV, 1, 4)
 local answer = {}
@@ -67,7 +67,7 @@ end
 return answer
 """)
 
-# Deletes only what holds our token: a lock that expired and was taken by another stays.
+# Deletes only locks with our token, because a lock may have expired and now belong to another process.
 _RELEASE: Final = _Script("""
 local prefix, token = ARGV[1], ARGV[2]
 local released = 0
@@ -80,7 +80,7 @@ end
 return released
 """)
 
-# Gives locks back without an execution: their crash counters are as they were before.
+# Releases locks whose chains were not executed, so it takes their crash counters back by one.
 _SET_ASIDE: Final = _Script("""
 local prefix, token = ARGV[1], ARGV[2]
 for id in string.gmatch(ARGV[3], '%d+') do
@@ -96,10 +96,10 @@ return 0
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The locks that one execution holds.
+    """The chains whose locks one execution holds (`held`), and those that other processes have locked (`locked`).
 
-    `crashes` counts, per chain, earlier executions that began and never ended. `token` is None when there is no
-    lock server to hold anything.
+    `crashes` counts, per chain, earlier executions that began and never ended. `token` is None if the locks are not in
+    a lock server, because none is configured or it is away.
     """
 
     token: str | None
@@ -110,7 +110,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class LockFacts:
-    """What a lock server says: its clock, its eviction policy (None: not told), and keys that never expire."""
+    """Facts about a lock server: its clock, its eviction policy (None: unknown), and keys that never expire."""
 
     time: datetime
     eviction: str | None
@@ -129,7 +129,7 @@ class ChainLocks:
         if url is not None:
             require_plain(url, "Redis")
             keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
-            seconds = connect_seconds / 2  # there are two tries
+            seconds = connect_seconds / 2  # because there are two tries
             try:
                 self._client = redis.Redis.from_url(
                     url,
@@ -148,11 +148,11 @@ class ChainLocks:
 
     @property
     def client(self) -> "redis.Redis | None":
-        """The client of the lock server, for what else is kept there; None without one."""
+        """The client of the lock server, for other data in it; None without a lock server."""
         return self._client
 
     def acquire(self, chain_ids: Sequence[int]) -> Held:
-        """Take the locks of these chains, without waiting; those of others are listed in `locked`."""
+        """Take the locks of these chains without waiting. Chains locked by others are in `locked` of the result."""
         if not chain_ids:
             return Held(None, ())
         token = secrets.token_hex(16)
@@ -168,19 +168,19 @@ class ChainLocks:
         return Held(token, tuple(chain_id for chain_id in chain_ids if chain_id not in locked), locked, crashes)
 
     def release(self, held: Held) -> None:
-        """Give back what `held` still holds, and clear the crash counters of its chains."""
+        """Release the locks of `held`, and clear the crash counters of its chains."""
         if held.token is not None and held.held:
             self._ask(partial(self._run, _RELEASE, held.token, _listed(held.held)))
 
     def set_aside(self, held: Held, chain_ids: Sequence[int]) -> Held:
-        """Give some locks back without an execution: their crash counters stay as they were. What is still held."""
+        """Release the locks of chains that were not executed, without counting a crash; gives the locks still held."""
         if held.token is not None:
             self._ask(partial(self._run, _SET_ASIDE, held.token, _listed(chain_ids)))
         left = tuple(chain_id for chain_id in held.held if chain_id not in set(chain_ids))
         return Held(held.token, left, held.locked)
 
     def locked(self, chain_ids: Sequence[int]) -> set[int]:
-        """Which of these chains are locked now; reads only."""
+        """The chains among these that are locked now; reads only."""
         client = self._client
         if client is None or not chain_ids:
             return set()
@@ -188,7 +188,7 @@ class ChainLocks:
         return {chain_id for chain_id, value in zip(chain_ids, values or (), strict=False) if value is not None}
 
     def mark_queued(self, chain_ids: Sequence[int], *, seconds: float) -> list[int]:
-        """Mark chains as under way; those that were not marked yet, in order (all of them when Redis is away)."""
+        """Mark chains as queued; gives those that were not marked before, in order (all of them when Redis is away)."""
         client = self._client
         if client is None or not chain_ids:
             return list(chain_ids)
@@ -205,13 +205,13 @@ class ChainLocks:
         return [chain_id for chain_id, fresh in zip(chain_ids, answers, strict=True) if fresh]
 
     def unmark_queued(self, chain_ids: Sequence[int]) -> None:
-        """Take back the markers of chains whose message could not be published."""
+        """Remove the queued markers of chains whose message could not be published."""
         client = self._client
         if client is not None and chain_ids:
             self._ask(lambda: client.delete(*(self._key("queued", chain_id) for chain_id in chain_ids)))
 
     def examine(self) -> "LockFacts | None":
-        """What a lock server says of itself and of its keys; None without one. Raises `ServiceUnavailable`."""
+        """Facts about the lock server and its keys; None without a lock server. Raises `ServiceUnavailable`."""
         client = self._client
         if client is None:
             return None
@@ -232,7 +232,7 @@ class ChainLocks:
             self._client.delete(key)
 
     def check(self) -> None:
-        """Raise `ServiceUnavailable` when there is a lock server and it does not answer."""
+        """Raise `ServiceUnavailable` if a lock server is configured and does not answer."""
         if self._client is not None:
             try:
                 self._client.ping()
@@ -245,7 +245,7 @@ class ChainLocks:
             self._client.close()
 
     def _run(self, script: "_Script", *arguments: str) -> Any:
-        """What a script answers, on a connection of the client's pool: its own way costs three times the round trip."""
+        """The answer of a script. Bypasses `register_script` of the client, which takes three times as long."""
         assert self._client is not None
         pool = self._client.connection_pool
         connection: Any = pool.get_connection()
@@ -267,17 +267,17 @@ class ChainLocks:
         return f"{self.prefix}:{kind}:{chain_id}"
 
     def _ask(self, question: Any) -> Any:
-        """The server's answer, or None when it is away: then it is not asked again for some seconds."""
+        """The server's answer, or None if the server is away; it is then not asked again for some seconds."""
         if self._client is None or time.monotonic() < self._away_until:
             return None
         try:
             return question()
-        except (redis.RedisError, OSError) as error:  # away, loading, read-only or out of memory: all the same here
+        except (redis.RedisError, OSError) as error:  # away, loading, read-only or out of memory
             self._away_until = time.monotonic() + _AWAY_SECONDS
             emit(
                 logger,
                 Action.LOCK_SERVER_AWAY,
-                "lock server %s does not answer (%s): work goes on without locks",
+                "lock server %s does not answer (%s): work continues without locks",
                 self.address,
                 type(error).__name__,
             )

@@ -1,4 +1,4 @@
-"""Which callback a winner gets: pure, from its class, the request and its chain type."""
+"""Chooses the callback of a winner from its class, the request and its chain type. Pure."""
 
 import logging
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CallbackChoice:
-    """Which callback a winner gets: `kind` as it stands in a delivery's row ("" for a move without one).
+    """The callback of a winner. `kind` is what a delivery's row stores; "" means a move without a callback.
 
-    `call` is the function to be called with the transition first, None when nothing is called.
+    `call` is the function to call, with the transition as its first argument. It is None when nothing is called.
     """
 
     kind: str
@@ -32,25 +32,26 @@ MOVE_WITHOUT: Final = CallbackChoice("", None)
 
 @dataclass(frozen=True, slots=True)
 class LocalCall:
-    """What an in-process `execute` brings along: never serialised."""
+    """The callback and kwargs that an application passes to `execute()`. They are never serialised."""
 
     callback: Callback | None
     kwargs: Mapping[str, Any]
 
 
 def choose_callback(chain_type: ChainType, transition: type[Transition], requested: str | None) -> CallbackChoice:
-    """The callback for `transition`: its own, else the one the request names, else the type's.
+    """The callback for `transition`: its method, else the callback that the request names, else the chain type's.
 
-    Gives `MOVE_WITHOUT` for DONE and wherever `callback = None` says so, and `NO_CALLBACK_FOUND` where nobody says
-    anything. Raises `KeyError` with the name when the request names a callback that is not registered here.
+    Gives `MOVE_WITHOUT` for DONE and where the transition or the chain type has `callback = None`, and
+    `NO_CALLBACK_FOUND` where there is no callback at all. Raises `KeyError` with the name when the request names a
+    callback that this configuration does not register.
     """
     if transition.final_state == DONE:
         return MOVE_WITHOUT
-    own = getattr(transition, "callback", NOT_GIVEN)
-    if own is None:
+    method = getattr(transition, "callback", NOT_GIVEN)
+    if method is None:
         return MOVE_WITHOUT
-    if own is not NOT_GIVEN:
-        return CallbackChoice(CallbackKind.OWN, _call_own)
+    if method is not NOT_GIVEN:
+        return CallbackChoice(CallbackKind.OWN, _call_method)
     if requested is not None:
         return CallbackChoice(f"{CallbackKind.NAMED}:{requested}", chain_type.callbacks[requested])
     if isinstance(chain_type.callback, NoCallbackGiven):
@@ -60,20 +61,24 @@ def choose_callback(chain_type: ChainType, transition: type[Transition], request
     return CallbackChoice(CallbackKind.TYPE, chain_type.callback)
 
 
-def choose_for(chain: ChainType, winner: Transition, asked: Request, call: LocalCall | None) -> CallbackChoice:
-    """The callback of a winner. In this process any callback at all is `local`; nothing found moves with a warning."""
+def choose_for(chain_type: ChainType, winner: Transition, asked: Request, call: LocalCall | None) -> CallbackChoice:
+    """The callback of a winner; with `call`, the callback of an in-process execution (see `choose_local`)."""
     if call is None:
-        return choose_callback(chain, type(winner), asked.callback)
-    return choose_local(chain, winner, call)
+        return choose_callback(chain_type, type(winner), asked.callback)
+    return choose_local(chain_type, winner, call)
 
 
-def choose_local(chain: ChainType, winner: Transition, call: LocalCall) -> CallbackChoice:
-    """The callback of a winner in an in-process execution; `kind` is "" for a move without one."""
-    choice = choose_callback(chain, type(winner), None)
+def choose_local(chain_type: ChainType, winner: Transition, call: LocalCall) -> CallbackChoice:
+    """The callback of a winner in an in-process execution.
+
+    `kind` is `local` for every callback, and "" for a move without one. Where there is no callback at all the chain
+    moves without one, and a warning is logged.
+    """
+    choice = choose_callback(chain_type, type(winner), None)
     if choice.kind == CallbackKind.OWN:
         return CallbackChoice(CallbackKind.LOCAL, choice.call)
-    own_says_none = getattr(winner, "callback", choice) is None
-    if call.callback is not None and winner.final_state != DONE and not own_says_none:
+    wants_none = getattr(winner, "callback", choice) is None
+    if call.callback is not None and winner.final_state != DONE and not wants_none:
         return CallbackChoice(CallbackKind.LOCAL, call.callback)
     if choice is NO_CALLBACK_FOUND:
         emit(
@@ -89,9 +94,9 @@ def choose_local(chain: ChainType, winner: Transition, call: LocalCall) -> Callb
 
 
 def resolve_callback(chain_type: ChainType, transition: type[Transition], kind: str) -> Callback:
-    """The function that a delivery's row means by `kind`; `KeyError` when this configuration has none."""
+    """The function that `kind` in a delivery's row stands for; `KeyError` when this configuration has none."""
     if kind == CallbackKind.OWN and callable(getattr(transition, "callback", None)):
-        return _call_own
+        return _call_method
     if kind == CallbackKind.TYPE and callable(chain_type.callback):
         return chain_type.callback
     name = kind.removeprefix(f"{CallbackKind.NAMED}:")
@@ -101,13 +106,13 @@ def resolve_callback(chain_type: ChainType, transition: type[Transition], kind: 
 
 
 def limits_of(chain_type: ChainType, transition: type[Transition], kind: str) -> tuple[RateLimit, ...]:
-    """The rate limits of a delivery: its chain type's and its callback's, where they have one; `kind` as in its row."""
-    own = kind == CallbackKind.OWN
-    function = transition.callback if own else resolve_callback(chain_type, transition, kind)
+    """The rate limits of a delivery: those of its chain type and its callback. `kind` is from the delivery's row."""
+    is_method = kind == CallbackKind.OWN
+    function = transition.callback if is_method else resolve_callback(chain_type, transition, kind)
     return tuple(limit for limit in (chain_type.rate, limit_of(function)) if limit is not None)
 
 
-def _call_own(transition: Transition, **callback_kwargs: Any) -> Any:
-    own = transition.callback
-    assert own is not None  # resolve_callback and choose_callback looked
-    return own(**callback_kwargs)
+def _call_method(transition: Transition, **callback_kwargs: Any) -> Any:
+    method = transition.callback
+    assert method is not None  # resolve_callback and choose_callback have checked it
+    return method(**callback_kwargs)

@@ -1,4 +1,4 @@
-"""The configuration as typed values, validated as a whole when it is made."""
+"""The configuration as typed values. All of it is validated when it is made."""
 
 import inspect
 import logging
@@ -32,7 +32,7 @@ ContextLoader = Callable[[Sequence[Any]], Mapping[int, Mapping[str, Any]]]
 
 
 class NoCallbackGiven:
-    """Marks a chain type that says nothing about a callback (`None` says: move without one)."""
+    """Marks a chain type without the option `callback`; `callback=None` means "move without a callback"."""
 
     def __repr__(self) -> str:
         return "NOT_GIVEN"
@@ -43,10 +43,10 @@ NOT_GIVEN: Final = NoCallbackGiven()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainType:
-    """One named configuration: for each state, in order, the transitions that may leave it, and options.
+    """One named configuration: the transitions that may leave each state, in order, and options.
 
-    - `callback(transition, **callback_kwargs)`: called for every transition without an own one; `None` moves
-      without one; not given: a worker waits for a request that names one.
+    - `callback(transition, **callback_kwargs)`: called for every transition that has no callback method. With `None`
+      the chain moves without a callback. If it is not given, a worker waits for a request that names a callback.
     - `callbacks`: names that `enqueue(callback=...)` may use.
     - `load_context(snapshots) -> {chain_id: context}`: called once per batch of chains.
     - `queue`: the Celery queue of this type's executions. Defaults to "dispatcher.chains".
@@ -58,12 +58,12 @@ class ChainType:
     - `max_plans_per_hour`: how many transitions may be planned in one hour before the type is paused: a number, or a
       share of its chains such as "5%" (of an estimate refreshed every hour). Defaults to None (no limit).
     - `rate_limit`: how often the callbacks of this type may be called, by all workers together: "10/s", "100/m",
-      "5000/h" or "20000/d". (A limit of a callback's own: the decorator `rate_limit`.) Defaults to None (no limit).
-    - `delivery_hours`: when they may be called: "08:00-20:00", "22:00-06:00". Defaults to None (always).
-    - `time_zone`: the IANA name of the time zone of those hours; a chain's own, `"time_zone"` in its stored context
-      or its request, wins. Defaults to "UTC".
+      "5000/h" or "20000/d". (The decorator `rate_limit` limits one callback.) Defaults to None (no limit).
+    - `delivery_hours`: when the callbacks may be called: "08:00-20:00", "22:00-06:00". Defaults to None (always).
+    - `time_zone`: the IANA name of the time zone of those hours. `"time_zone"` in a chain's stored context or in its
+      request wins over it. Defaults to "UTC".
 
-    Raises `ConfigurationError` naming chain type, state and transition.
+    Raises `ConfigurationError`, which names chain type, state and transition.
     """
 
     chain_type: str
@@ -114,7 +114,7 @@ class ChainType:
 
     @property
     def graph(self) -> StateGraph:
-        """This type's states and transitions as a graph."""
+        """The states and transitions of this type as a graph."""
         return StateGraph.build(
             {
                 state: [(candidate.__name__, candidate.final_state) for candidate in candidates]
@@ -128,12 +128,12 @@ class ChainType:
 
     @property
     def plan_share(self) -> float | None:
-        """The share of its chains (above 0, at most 1) that may be planned per hour; None: no share is given."""
+        """The share of the type's chains (above 0, at most 1) that may be planned per hour; None: no share is given."""
         limit = self.max_plans_per_hour
         return float(limit.removesuffix("%")) / 100 if isinstance(limit, str) else None
 
     def plans_per_hour(self, chains: int) -> int | None:
-        """How many transitions may be planned in one hour, of `chains` chains; None: no limit."""
+        """How many transitions may be planned in one hour if the type has `chains` chains; None: no limit."""
         share = self.plan_share
         if share is not None:
             return max(1, math.floor(share * chains))
@@ -141,22 +141,22 @@ class ChainType:
 
     @property
     def rate(self) -> RateLimit | None:
-        """`rate_limit` as a value."""
+        """The option `rate_limit`, parsed; None if it is not set."""
         return None if self.rate_limit is None else RateLimit.parse(f"type/{self.chain_type}", self.rate_limit)
 
     @property
     def hours(self) -> DeliveryHours | None:
-        """`delivery_hours` as a value."""
+        """The option `delivery_hours`, parsed; None if it is not set."""
         return None if self.delivery_hours is None else DeliveryHours.parse(self.delivery_hours)
 
     @property
     def zone(self) -> ZoneInfo:
-        """`time_zone` as a value."""
+        """The option `time_zone`, parsed."""
         return zone_of(self.time_zone)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], path: str) -> "ChainType":
-        """The typed form of one entry of the ancestor's `chains` list."""
+        """The chain type of one dict in the ancestor's `chains` list; `path` says where the dict is, for errors."""
         if not isinstance(raw, Mapping):
             raise ConfigurationError("a chain must be a dict", path)
         if "chain_type" not in raw:
@@ -177,7 +177,7 @@ _OPTIONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class DispatcherConfig:
-    """All chain types of a deployment."""
+    """The configuration of a deployment: all its chain types."""
 
     chains: Sequence[ChainType]
     by_type: Mapping[str, ChainType] = field(init=False, repr=False)
@@ -196,7 +196,7 @@ class DispatcherConfig:
 
     @classmethod
     def parse(cls, config: "DispatcherConfig | Mapping[str, Any] | Sequence[Any]") -> "DispatcherConfig":
-        """The typed configuration of a dict `{"chains": [...]}`, of typed objects, or of a mixture."""
+        """The typed form of a dict `{"chains": [...]}` or of a list; the list may mix dicts and `ChainType` objects."""
         if isinstance(config, DispatcherConfig):
             return config
         if isinstance(config, Mapping):
@@ -215,13 +215,13 @@ class DispatcherConfig:
             ]
         )
 
-    def get(self, chain_type: str) -> ChainType:
-        """The chain type of that name; `ConfigurationError` if there is none."""
-        found = self.by_type.get(chain_type)
-        if found is None:
-            known = ", ".join(map(repr, self.by_type)) or "none"
-            raise ConfigurationError(f"unknown chain type (configured: {known})", f"chain type {chain_type!r}")
-        return found
+    def get(self, type_name: str) -> ChainType:
+        """The chain type with this name. Raises `ConfigurationError` if there is none."""
+        chain_type = self.by_type.get(type_name)
+        if chain_type is None:
+            names = ", ".join(map(repr, self.by_type)) or "none"
+            raise ConfigurationError(f"unknown chain type (configured: {names})", f"chain type {type_name!r}")
+        return chain_type
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
@@ -237,7 +237,7 @@ def _check_name(name: object, what: str, path: str) -> None:
 
 def _check_transition(candidate: object, where: str) -> None:
     if not (isinstance(candidate, type) and issubclass(candidate, Transition)):
-        raise ConfigurationError(f"{candidate!r} is no Transition class", where)
+        raise ConfigurationError(f"{candidate!r} is not a Transition class", where)
     path = f"{where}, transition {candidate.__name__}"
     _check_name(candidate.__name__, "transition name", path)
     final_state = getattr(candidate, "final_state", None)
@@ -247,11 +247,11 @@ def _check_transition(candidate: object, where: str) -> None:
     if candidate.is_valid is Transition.is_valid or not callable(candidate.is_valid):
         raise ConfigurationError("has no `is_valid()`", path)
     _check_not_async(candidate.is_valid, "`is_valid`", path)
-    own = getattr(candidate, "callback", None)
-    if own is not None and not callable(own):
+    method = getattr(candidate, "callback", None)
+    if method is not None and not callable(method):
         raise ConfigurationError("`callback` must be a method, or None for a move without one", path)
-    _check_not_async(own, "`callback`", path)
-    if callable(own) and final_state == DONE:
+    _check_not_async(method, "`callback`", path)
+    if callable(method) and final_state == DONE:
         emit(logger, Action.CALLBACK_IGNORED, "%s: its callback is never called, because it leads to DONE", path)
     if not isinstance(candidate.retry, RetryPolicy):
         raise ConfigurationError("`retry` must be a RetryPolicy", path)
@@ -264,51 +264,53 @@ def _check_transition(candidate: object, where: str) -> None:
         _check_recheck(candidate.recheck_seconds, path)
 
 
-def _check_options(chain: ChainType, path: str) -> None:
-    if not (chain.callback is None or isinstance(chain.callback, NoCallbackGiven) or callable(chain.callback)):
+def _check_options(chain_type: ChainType, path: str) -> None:
+    if not (
+        chain_type.callback is None or isinstance(chain_type.callback, NoCallbackGiven) or callable(chain_type.callback)
+    ):
         raise ConfigurationError("`callback` must be callable, or None for moves without one", path)
-    _check_not_async(chain.callback, "`callback`", path)
-    if not isinstance(chain.callbacks, Mapping):
+    _check_not_async(chain_type.callback, "`callback`", path)
+    if not isinstance(chain_type.callbacks, Mapping):
         raise ConfigurationError("`callbacks` must be a dict of names to functions", path)
-    for name, function in chain.callbacks.items():
+    for name, function in chain_type.callbacks.items():
         _check_name(name, "callback name", path)
         if not callable(function):
             raise ConfigurationError(f"`callbacks`[{name!r}] is not callable", path)
         _check_not_async(function, f"`callbacks`[{name!r}]", path)
-    if chain.load_context is not None and not callable(chain.load_context):
+    if chain_type.load_context is not None and not callable(chain_type.load_context):
         raise ConfigurationError("`load_context` must be callable", path)
-    _check_not_async(chain.load_context, "`load_context`", path)
-    if chain.queue is not None:
-        _check_name(chain.queue, "queue", path)
-    _check_recheck(chain.recheck_seconds, path)
-    if not isinstance(chain.continue_, bool):
+    _check_not_async(chain_type.load_context, "`load_context`", path)
+    if chain_type.queue is not None:
+        _check_name(chain_type.queue, "queue", path)
+    _check_recheck(chain_type.recheck_seconds, path)
+    if not isinstance(chain_type.continue_, bool):
         raise ConfigurationError("`continue` must be True or False", path)
-    if chain.on_unknown not in ("retry", "hold"):
+    if chain_type.on_unknown not in ("retry", "hold"):
         raise ConfigurationError('`on_unknown` must be "retry" or "hold"', path)
-    if chain.on_dead not in ("hold", "skip"):
+    if chain_type.on_dead not in ("hold", "skip"):
         raise ConfigurationError('`on_dead` must be "hold" or "skip"', path)
-    if not _is_plan_limit(chain.max_plans_per_hour):
+    if not _is_plan_limit(chain_type.max_plans_per_hour):
         raise ConfigurationError('`max_plans_per_hour` must be a number of at least 1, or a share such as "5%"', path)
-    _check_pacing(chain, path)
+    _check_pacing(chain_type, path)
 
 
-def _check_pacing(chain: ChainType, path: str) -> None:
+def _check_pacing(chain_type: ChainType, path: str) -> None:
     for option, value in (("rate_limit", "rate"), ("delivery_hours", "hours"), ("time_zone", "zone")):
         try:
-            getattr(chain, value)
+            getattr(chain_type, value)
         except ValueError as error:
             raise ConfigurationError(f"`{option}` {error}", path) from None
 
 
 def _check_shared_limits(chain_types: Iterable[ChainType]) -> None:
-    """Two rates of one name would each let their own number through."""
-    known: dict[str, RateLimit] = {}
-    for chain in chain_types:
-        own = [getattr(transition, "callback", None) for transition in chain.by_name.values()]
-        for limit in map(limit_of, (chain.callback, *chain.callbacks.values(), *own)):
-            if limit is not None and known.setdefault(limit.name, limit) != limit:
-                problem = f"the limit {limit.name!r} has two rates: {known[limit.name]} and {limit}"
-                raise ConfigurationError(problem, f"chain type {chain.chain_type!r}")
+    """Two limits that share a name must have the same rate, or the stricter one is silently exceeded."""
+    limits: dict[str, RateLimit] = {}
+    for chain_type in chain_types:
+        methods = [getattr(transition, "callback", None) for transition in chain_type.by_name.values()]
+        for limit in map(limit_of, (chain_type.callback, *chain_type.callbacks.values(), *methods)):
+            if limit is not None and limits.setdefault(limit.name, limit) != limit:
+                problem = f"the limit {limit.name!r} has two rates: {limits[limit.name]} and {limit}"
+                raise ConfigurationError(problem, f"chain type {chain_type.chain_type!r}")
 
 
 def _check_recheck(seconds: object, path: str) -> None:
@@ -319,7 +321,7 @@ def _check_recheck(seconds: object, path: str) -> None:
 
 
 def _check_not_async(function: object, what: str, path: str) -> None:
-    # Nobody would await it: a coroutine is truthy, so the guard would always be valid and the callback never run.
+    # Nothing awaits the coroutine. It is truthy, so the guard would always be valid; a callback would never run.
     if inspect.iscoroutinefunction(function):
         raise ConfigurationError(f"{what} must not be an async function", path)
 

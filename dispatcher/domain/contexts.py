@@ -1,6 +1,6 @@
-"""Runs `load_context` and the guards of one chain, so that a failure stays with its chain.
+"""Runs `load_context` and the guards of a chain. An error in this user code fails only that chain.
 
-User code runs here. No database connection is in use meanwhile.
+No database connection is in use while user code runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,21 @@ from dispatcher.errors import UnknownDefinition, ends_process
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """One chain's evaluation: a plan, or the error that a guard, a loader or an unknown name raised."""
+    """The result of evaluating one chain: a plan, or the error of a guard, of a loader, or of an unknown name."""
 
     plan: Plan | None
     error: Exception | None = None
 
 
-def load_contexts(chain: ChainType, records: Sequence[ChainRecord]) -> dict[int, Mapping[str, Any] | BaseException]:
-    """What the type's `load_context` gives for these chains; an exception for each chain it fails for.
+def load_contexts(
+    chain_type: ChainType, records: Sequence[ChainRecord]
+) -> dict[int, Mapping[str, Any] | BaseException]:
+    """`{chain_id: context}` from the type's `load_context`, with an exception instead where it failed for a chain.
 
-    A loader that fails for the batch is asked once more per chain, so that one chain's failure is its own.
+    If the loader fails for the batch, it is called again for each chain alone, so that only the chain that causes the
+    error fails.
     """
-    loader = chain.load_context
+    loader = chain_type.load_context
     if loader is None or not records:
         return {}
     try:
@@ -40,37 +43,37 @@ def load_contexts(chain: ChainType, records: Sequence[ChainRecord]) -> dict[int,
             return {records[0].id: error}
     results: dict[int, Mapping[str, Any] | BaseException] = {}
     for record in records:
-        results.update(load_contexts(chain, [record]))
+        results.update(load_contexts(chain_type, [record]))
     return results
 
 
 def merged_context(
     loaded: Mapping[str, Any], stored: Mapping[str, Any] | None, asked: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The context for the guards; later ones win. (A class's own `initial_context` is added per transition.)"""
+    """The context for the guards; later arguments win. (Each transition adds the `initial_context` of its class.)"""
     return {**loaded, **(stored or {}), **(asked or {})}
 
 
 def evaluate_record(
     record: ChainRecord,
-    chain: ChainType | None,
+    chain_type: ChainType | None,
     loaded: Mapping[str, Any] | BaseException,
     asked: Mapping[str, Any] | None,
     now: datetime,
 ) -> Evaluated:
-    """The plan for one chain, or what kept it from being made; user code runs here, with no connection in use."""
-    if chain is None:
+    """The plan for one chain, or the error that prevented it. Runs user code."""
+    if chain_type is None:
         return Evaluated(None, UnknownDefinition(record.id, f"chain type {record.chain_type!r}"))
-    if record.state not in chain.states:
+    if record.state not in chain_type.states:
         return Evaluated(None, UnknownDefinition(record.id, f"state {record.state!r}"))
     if isinstance(loaded, BaseException):
         failure = GuardFailed("load_context", f"{type(loaded).__name__}: {loaded}")
         failure.__cause__ = loaded
         return Evaluated(None, failure)
     context = merged_context(loaded, record.context, asked)
-    candidates = chain.candidates(record.state)
+    candidates = chain_type.candidates(record.state)
     try:
-        plan = evaluate(record.snapshot(), candidates, context, now, recheck_seconds=chain.recheck_seconds)
+        plan = evaluate(record.snapshot(), candidates, context, now, recheck_seconds=chain_type.recheck_seconds)
     except GuardFailed as error:
         return Evaluated(None, error)
     return Evaluated(plan)

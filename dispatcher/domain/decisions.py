@@ -1,4 +1,4 @@
-"""What becomes of a chain that was evaluated: pure decisions from what was read, for `executor` and `delivery`."""
+"""Decides what to write for a chain that was evaluated. Pure: the executor and the delivery carry it out."""
 
 import logging
 from dataclasses import dataclass
@@ -25,28 +25,31 @@ TYPE_PAUSED: Final = "its chain type is paused"
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is to be written for one chain, and its result once it is; `write` None writes nothing."""
+    """What to write for one chain (None: nothing), and the result of the chain once it is written."""
 
     result: ChainResult
     write: Move | Rest | PlannedDelivery | None = None
 
     @property
     def plans(self) -> bool:
-        """Whether a transition is taken: what a type's budget is about."""
+        """Whether a transition is taken, which counts against the budget of the chain type."""
         return isinstance(self.write, Move | PlannedDelivery)
 
 
 def decide(
     record: ChainRecord,
-    chain: ChainType | None,
+    chain_type: ChainType | None,
     evaluated: Evaluated,
     asked: Request,
     *,
     now: datetime,
     call: LocalCall | None,
 ) -> Decision:
-    """What is to be written for one chain that was evaluated, and the result it then has."""
-    if evaluated.plan is None or chain is None:
+    """What to write for one chain that was evaluated, and its result.
+
+    `asked` is the chain's request. `call` is given in an in-process execution only.
+    """
+    if evaluated.plan is None or chain_type is None:
         return _failed(record, evaluated.error, now)
     plan = evaluated.plan
     winner = plan.winner
@@ -57,11 +60,11 @@ def decide(
         return Decision(result, None if rest.changes_nothing else rest)
     name = type(winner).__name__
     try:
-        choice = choose_for(chain, winner, asked, call)
+        choice = choose_for(chain_type, winner, asked, call)
     except KeyError as error:
         return _failed(record, UnknownDefinition(record.id, f"callback {error.args[0]!r}"), now)
     if choice is NO_CALLBACK_FOUND:
-        detail = f"{name}: no own, requested or type callback"
+        detail = f"{name}: neither the transition, nor the request, nor the chain type has a callback"
         rest = Rest(record=record, due_at=None, event=EventAction.NO_CALLBACK, detail=detail)
         return Decision(ChainResult(record.id, Outcome.NO_CALLBACK, record.state, winner, plan.errors), rest)
     if not choice.kind:
@@ -71,7 +74,7 @@ def decide(
             transition=name,
             to_state=winner.final_state,
             next_update_at=next_update_at,
-            due_at=due_after_move(chain, winner.final_state, next_update_at, now),
+            due_at=due_after_move(chain_type, winner.final_state, next_update_at, now),
             requested_by=asked.requested_by,
         )
         return Decision(ChainResult(record.id, Outcome.MOVED, winner.final_state, winner, plan.errors), move)
@@ -89,23 +92,28 @@ def decide(
     return Decision(result, planned)
 
 
-def due_after_move(chain: ChainType, state: str, next_update_at: datetime | None, now: datetime) -> datetime | None:
-    """When a chain that just came to `state` must be looked at: at once, after its rest, or never (terminal)."""
-    if not chain.candidates(state):
+def due_after_move(
+    chain_type: ChainType, state: str, next_update_at: datetime | None, now: datetime
+) -> datetime | None:
+    """When a chain that has just moved to `state` is due: now, or after its rest; None if the state is terminal."""
+    if not chain_type.candidates(state):
         return None
     return max(now, next_update_at) if next_update_at is not None else now
 
 
 def next_update(transition: Transition) -> datetime | None:
-    """The rest that a transition asks for after its move; none, with a line in the log, when it is no date."""
+    """Until when the chain rests after this transition (aware UTC), or None.
+
+    A `date_next_update` that is not a date is logged as an error, and the chain does not rest.
+    """
     try:
         asked = transition.date_next_update
         return None if asked is None else as_utc(asked)
-    except Exception as error:  # noqa: BLE001 - user code: the effect has taken place, and the chain must move
+    except Exception as error:  # noqa: BLE001 - user code; the effect has taken place, so the chain must move
         emit(
             logger,
             Action.REST_IGNORED,
-            "%s: its date_next_update is no date, so its chain does not rest",
+            "%s: its date_next_update is not a date, so its chain does not rest",
             transition,
             error=error,
             chain_id=transition.chain.id,
@@ -131,12 +139,12 @@ def _failed(record: ChainRecord, error: Exception | None, now: datetime) -> Deci
 def _rest_until(record: ChainRecord, plan: Plan, now: datetime) -> datetime | None:
     due_at = plan.due_at(now, record.next_update_at)
     if due_at is not None and due_at <= now and record.due_at is not None and record.due_at <= now:
-        return record.due_at  # still due, as before: nothing to write
+        return record.due_at  # the chain is due already: keep the value, so that nothing is written
     return due_at
 
 
 def standing_of(record: ChainRecord, now: datetime) -> Outcome | None:
-    """Why a chain is not evaluated now, or None."""
+    """Why the chain may not be evaluated now, or None if it may."""
     if record.disabled:
         return Outcome.DISABLED
     if record.pending_delivery_id is not None:

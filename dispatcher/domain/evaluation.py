@@ -1,4 +1,4 @@
-"""Deciding what comes next: pure, without I/O and without a clock."""
+"""Evaluates a chain: asks its candidates and gives the plan. Pure, without I/O and without a clock."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dispatcher.transition import ChainSnapshot, Transition, TypeDefault
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one candidate said: valid, or rejected with reasons and perhaps the time before which it stays so."""
+    """What one candidate said: valid, or rejected with reasons and perhaps the moment until which it stays rejected."""
 
     transition: str
     label: str
@@ -23,9 +23,9 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The result of one evaluation: the winner or none, and every verdict up to it.
+    """The result of one evaluation: the winner or None, and the verdicts of all candidates that were asked.
 
-    `winner` is the very object whose `is_valid()` said yes; `terminal` says that the state has no candidates.
+    `winner` is the same object whose `is_valid()` returned True.
     """
 
     state: str
@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing can leave this state."""
+        """Whether the state has no candidates."""
         return not self.verdicts
 
     @property
@@ -43,10 +43,10 @@ class Plan:
         return {verdict.label: list(verdict.errors) for verdict in self.verdicts if not verdict.valid}
 
     def due_at(self, now: datetime, next_update_at: datetime | None = None) -> datetime | None:
-        """The earliest moment at which another evaluation could say something new; None: not by itself.
+        """The earliest moment at which another evaluation could give another result; None: time alone changes nothing.
 
-        For each rejected candidate that is its `not_before`, else `now` plus its `recheck_seconds`; never before
-        `next_update_at`.
+        A rejected candidate can change at its `not_before`, else at `now` plus its `recheck_seconds`. The result is
+        the earliest of these moments, but not before `next_update_at`.
         """
         moments = [
             verdict.not_before
@@ -61,7 +61,7 @@ class Plan:
 
 
 class GuardFailed(DispatcherError):
-    """A candidate's guard (or constructor) raised; `problem` says what, `__cause__` is it."""
+    """A candidate's guard or constructor raised an error: `problem` is its text, `__cause__` the error itself."""
 
     def __init__(self, transition: str, problem: str) -> None:
         super().__init__(transition, problem)
@@ -80,10 +80,10 @@ def evaluate(
     *,
     recheck_seconds: float | None = 0,
 ) -> Plan:
-    """Ask the candidates in their order; the first valid one wins and later ones are not asked.
+    """The plan for a chain: the candidates are asked in order, and the first valid candidate wins.
 
-    `context` is the merged context without the classes' own `initial_context` (that one wins, and is added per
-    candidate); `recheck_seconds` is the chain type's. Raises `GuardFailed` from what a guard raised.
+    Later candidates are not asked. `context` is the merged context. Each candidate adds the `initial_context` of its
+    class, which wins. `recheck_seconds` is the chain type's. Raises `GuardFailed` from the error of a guard.
     """
     verdicts: list[Verdict] = []
     for candidate in candidates:
@@ -100,7 +100,7 @@ def evaluate(
                 not_before=None if valid else transition._not_before,
                 recheck_seconds=recheck_seconds if isinstance(recheck, TypeDefault) else recheck,
             )
-        except BaseException as error:  # user code: whatever it raises concerns this chain alone
+        except BaseException as error:  # user code: its error must fail this chain only
             if ends_process(error):
                 raise
             raise GuardFailed(name, f"{type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""A digest of what may leave a state, by which a sweep sees that the configuration has changed."""
+"""A digest of the candidates of a state. A sweep compares it to notice that the configuration has changed."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from dispatcher.transition import TypeDefault
 
 
 def fingerprint(chain_type: ChainType, state: str) -> str:
-    """A short digest of the candidates of `state` and the options that count for them; it changes when they do."""
+    """A short digest of the candidates of `state` and their options; it changes when they change."""
     parts = [
         (
             candidate.__name__,

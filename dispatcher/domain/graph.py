@@ -12,7 +12,7 @@ _SPECIAL: Final = re.compile(r'["#%:;<>\\]|[^\S ]')
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """One transition: from a state, by a name, to a state."""
+    """One transition as an edge between two states."""
 
     from_state: str
     transition: str
@@ -34,11 +34,11 @@ class StateGraph:
         return cls(edges=edges, states=tuple(states))
 
     def successors(self, state: str) -> tuple[str, ...]:
-        """The states that one move can reach from `state`."""
+        """The states that a chain can reach from `state` with one move."""
         return tuple(dict.fromkeys(edge.to_state for edge in self.edges if edge.from_state == state))
 
     def reachable(self, start: str = NEW) -> frozenset[str]:
-        """All states that some sequence of moves reaches from `start`, itself included."""
+        """All states that a chain can reach from `start` with any number of moves; includes `start`."""
         seen, todo = {start}, [start]
         while todo:
             new = [state for state in self.successors(todo.pop()) if state not in seen]
@@ -47,12 +47,12 @@ class StateGraph:
         return frozenset(seen)
 
     def unreachable(self) -> tuple[str, ...]:
-        """States with candidates, or named as a final state, that no chain can come to from NEW (DONE excepted)."""
+        """The states, except DONE, that a chain cannot reach from NEW."""
         reachable = self.reachable()
         return tuple(state for state in self.states if state not in reachable and state != DONE)
 
     def terminal(self) -> tuple[str, ...]:
-        """States that nothing leaves."""
+        """The states without transitions that leave them."""
         leaving = {edge.from_state for edge in self.edges}
         return tuple(state for state in self.states if state not in leaving)
 

@@ -1,4 +1,4 @@
-"""Delivery hours: from when to when on the wall clocks of a time zone callbacks may be called. Pure."""
+"""Delivery hours: the part of a day, in a time zone, in which callbacks may be called. Pure."""
 
 import re
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ _QUARTER: Final = timedelta(minutes=15)
 
 @dataclass(frozen=True, slots=True)
 class DeliveryHours:
-    """A part of every day, from `start` until `end`; an `end` that is not after `start` is on the next day.
+    """A part of every day, from `start` until `end`; if `end` is not after `start`, it is on the next day.
 
-    What counts is what the wall clock of the time zone shows. An hour that is shown twice in autumn counts twice; where
-    clocks are put forward over the start, the hours begin when they are.
+    The wall clock of the time zone decides. An hour that the clock shows twice in autumn counts twice. If clocks are
+    put forward past `start`, the hours begin at that moment.
     """
 
     start: time
@@ -25,26 +25,26 @@ class DeliveryHours:
     @classmethod
     def parse(cls, text: object) -> "DeliveryHours":
         """The hours of "08:00-20:00", "22:00-06:00" or "18:00-24:00". Raises `ValueError` for anything else."""
-        found = _HOURS.fullmatch(text) if isinstance(text, str) else None
-        if found is None:
+        match = _HOURS.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
             raise ValueError('must be hours such as "08:00-20:00"')
-        start_hour, start_minute, end_hour, end_minute = (int(part) for part in found.groups(default="0"))
+        start_hour, start_minute, end_hour, end_minute = (int(part) for part in match.groups(default="0"))
         hours = cls(time(start_hour, start_minute), time(end_hour, end_minute))
         if hours.start == hours.end:
             raise ValueError("must begin and end at different times")
         return hours
 
     def __contains__(self, clock: time) -> bool:
-        """Whether these are the hours when a wall clock shows `clock`."""
+        """Whether the wall-clock time `clock` is within these hours."""
         if self.start < self.end:
             return self.start <= clock < self.end
         return clock >= self.start or clock < self.end
 
     def wait(self, now: datetime, zone: ZoneInfo) -> timedelta:
-        """How long it takes from `now` (aware) until these are the hours in `zone`; zero while they are.
+        """How long to wait from `now` (aware) until the wall clock of `zone` is within these hours; zero if it is.
 
-        Walks from one quarter of an hour to the next: clocks are put forward and back at no other times (IANA time zone
-        database, since 1972), and between two of them a wall clock goes evenly.
+        Steps from one quarter of an hour to the next, because clocks are put forward or back only at a quarter of an
+        hour (IANA time zone database, since 1972).
         """
         moment = now.astimezone(UTC)
         while (clock := moment.astimezone(zone).time()) not in self:
@@ -57,7 +57,7 @@ class DeliveryHours:
 def zone_of(name: object) -> ZoneInfo:
     """The time zone with this IANA name. Raises `ValueError` if there is none."""
     if not isinstance(name, str):
-        raise ValueError("must be the name of a time zone")  # noqa: TRY004 - one error for all that is no time zone
+        raise ValueError("must be the name of a time zone")  # noqa: TRY004 - callers expect one kind of error
     try:
         return ZoneInfo(name)
     except (KeyError, OSError, ValueError) as error:  # an unknown name, a directory, a path

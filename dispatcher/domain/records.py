@@ -1,4 +1,4 @@
-"""The frozen values that storage, decisions and faces exchange: rows as they were read, and what may be written.
+"""The frozen values that storage, decisions and faces exchange: rows as they were read, and writes to make.
 
 Nothing here reads or writes anything.
 """
@@ -22,7 +22,7 @@ MAX_ERROR: Final = 2000
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What an application asked with `enqueue`."""
+    """A request: what an application asked with `enqueue`."""
 
     context: Mapping[str, Any] | None = None
     callback: str | None = None
@@ -30,7 +30,7 @@ class Request:
     requested_by: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The form in which the chain's row keeps it."""
+        """The JSON object that the chain's row stores."""
         return {
             "context": self.context,
             "callback": self.callback,
@@ -40,7 +40,7 @@ class Request:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any] | None) -> "Request | None":
-        """The request in a chain's row, or None."""
+        """The request from the JSON object in a chain's row; None if the row has no request."""
         if raw is None:
             return None
         return cls(raw.get("context"), raw.get("callback"), raw.get("kwargs"), raw.get("requested_by"))
@@ -68,17 +68,17 @@ class ChainRecord:
     resources: tuple[Resource, ...]
 
     def snapshot(self) -> ChainSnapshot:
-        """What a transition may see of this chain."""
+        """The read-only view of this chain that transitions get."""
         return ChainSnapshot(self.id, self.chain_type, self.state, self.resources, self.created_at)
 
 
 def unsaved_record(
-    chain_type: str, resources: tuple[Resource, ...], context: Mapping[str, Any] | None, now: datetime
+    type_name: str, resources: tuple[Resource, ...], context: Mapping[str, Any] | None, now: datetime
 ) -> ChainRecord:
-    """A chain in NEW that is not in the database: its id is 0."""
+    """The record of a chain in NEW that is not in the database; its id is 0."""
     return ChainRecord(
         id=0,
-        chain_type=chain_type,
+        chain_type=type_name,
         state=NEW,
         disabled=False,
         next_update_at=None,
@@ -124,18 +124,18 @@ class DeliveryRecord:
 
 
 def is_local(delivery: DeliveryRecord) -> bool:
-    """Whether only the process that planned it could have called it."""
+    """Whether the callback exists only in the process that planned the delivery."""
     return delivery.callback == CallbackKind.LOCAL
 
 
 def begun_of(delivery: DeliveryRecord) -> DeliveryRecord:
-    """A pending delivery as it stands once its next attempt has begun."""
+    """The record of a pending delivery after its next attempt has begun."""
     return replace(delivery, status=DeliveryStatus.RUNNING, attempt=delivery.attempt + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """A chain goes to `to_state` without a callback."""
+    """Write a move of the chain to `to_state` without a callback."""
 
     record: ChainRecord
     transition: str
@@ -147,7 +147,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rest:
-    """A chain stays; it is due again at `due_at` (None: not by itself)."""
+    """Write that the chain stays in its state and is due at `due_at` (None: never by itself)."""
 
     record: ChainRecord
     due_at: datetime | None
@@ -158,7 +158,7 @@ class Rest:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether writing it would change nothing that matters: then nothing is written."""
+        """Whether this write would change nothing that matters, so that it can be left out."""
         return (
             self.event is None
             and self.failures == self.record.failures
@@ -169,7 +169,7 @@ class Rest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedDelivery:
-    """A delivery that is to be written with its chain's plan."""
+    """Write a new delivery for the transition that was planned for the chain."""
 
     record: ChainRecord
     transition: str
@@ -186,24 +186,25 @@ Write: TypeAlias = Move | Rest | PlannedDelivery
 
 
 def by_kind(writes: Iterable[Write]) -> tuple[list[Move], list[Rest], list[PlannedDelivery]]:
+    """The moves, the rests and the planned deliveries among `writes`."""
     moves: list[Move] = []
     rests: list[Rest] = []
     planned: list[PlannedDelivery] = []
-    for one in writes:
-        if isinstance(one, Move):
-            moves.append(one)
-        elif isinstance(one, Rest):
-            rests.append(one)
+    for write in writes:
+        if isinstance(write, Move):
+            moves.append(write)
+        elif isinstance(write, Rest):
+            rests.append(write)
         else:
-            planned.append(one)
+            planned.append(write)
     return moves, rests, planned
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When new deliveries are looked at: pending ones by the relay `publish_seconds` from now.
+    """When the relay looks at new deliveries: in `publish_seconds`, if they are still pending.
 
-    With `lease_seconds` they are begun at once by the caller instead (an in-process execution).
+    With `lease_seconds` the caller begins their first attempt at once (an in-process execution).
     """
 
     publish_seconds: float
@@ -212,7 +213,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Owed:
-    """A delivery message that is to be published."""
+    """A message to publish: the delivery, and the number of the attempt that it expects."""
 
     delivery_id: str
     attempt: int
@@ -220,7 +221,7 @@ class Owed:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """An attempt that this process has begun: the delivery and its chain as they now stand."""
+    """An attempt that this process has begun, with the delivery and its chain as they are now."""
 
     delivery: DeliveryRecord
     chain: ChainRecord
@@ -229,7 +230,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """One delivered attempt that is to be recorded, and where its chain goes."""
+    """A successful attempt to record, and the rest and due moment of its chain after the move."""
 
     delivery: DeliveryRecord
     next_update_at: datetime | None
@@ -238,7 +239,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class ChainEvent:
-    """One line of a chain's history: `action` is of `EventAction`, `move_version` set for state transitions."""
+    """One line of a chain's history. `action` is an `EventAction`; only state transitions have a `move_version`."""
 
     id: int
     chain_id: int
@@ -263,7 +264,7 @@ class DuePosition:
 
 @dataclass(frozen=True, slots=True)
 class TypeRecord:
-    """What is remembered of a chain type, as it was read."""
+    """The row of a chain type as it was read: pause, fingerprints and plan budget."""
 
     name: str
     paused: bool
@@ -285,7 +286,7 @@ class Budget:
 
     @property
     def left(self) -> int:
-        """Plans that may still be written."""
+        """How many more plans may be written."""
         return max(0, self.limit - self.plans)
 
 
@@ -293,12 +294,15 @@ _KEY_SPACE: Final = uuid.UUID("6c7e1f0a-6f3c-5f0e-9d53-7b8a3c1e2d40")
 
 
 def idempotency_key(chain_id: int, moves: int, transition: str) -> str:
-    """The UUID5 of chain, number of its moves so far and transition: the same for every attempt and re-plan."""
+    """The UUID5 of the chain, its number of moves so far and the transition.
+
+    Every attempt, and a plan of the same transition after a cancelled one, gets the same key.
+    """
     return str(uuid.uuid5(_KEY_SPACE, f"{chain_id}:{moves}:{transition}"))
 
 
 def valid_id(value: object) -> str | None:
-    """`value` as the canonical text of a delivery id, or None when it is none."""
+    """`value` as the canonical text of a delivery id, or None if it is not a UUID."""
     if not isinstance(value, str) or len(value) > 40:  # noqa: PLR2004 - a UUID with braces
         return None
     try:

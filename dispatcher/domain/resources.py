@@ -1,4 +1,4 @@
-"""Resources, and other values from outside: what may be kept, in which form."""
+"""Checks resources and other values from outside, and gives the form in which they are stored."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ MAX_RESOURCE_ID: Final = 255
 
 
 def clean_resources(rsc_mappings: Iterable[Any]) -> tuple[Resource, ...]:
-    """The sorted distinct `(resource_type, resource_id)` pairs; `InvalidResource` names a pair that is none."""
+    """The sorted distinct `(resource_type, resource_id)` pairs. Raises `InvalidResource`, which shows the bad pair."""
     if isinstance(rsc_mappings, str | bytes) or not isinstance(rsc_mappings, Iterable):
         raise InvalidResource("resources must be a list of (type, id) pairs", _show(rsc_mappings))
     pairs = set()
@@ -44,7 +44,7 @@ def resource_key(resources: Sequence[Resource]) -> str:
 
 
 def checked_json(what: str, values: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """`values` as a plain JSON object; `NotSerializable` names the key that cannot travel."""
+    """`values` as a plain JSON object. Raises `NotSerializable`, which names the key whose value is not JSON."""
     if values is None:
         return None
     if not isinstance(values, Mapping):
@@ -64,7 +64,7 @@ def checked_json(what: str, values: Mapping[str, Any] | None) -> dict[str, Any] 
 
 
 def is_text(text: str) -> bool:
-    """Whether every database can keep this text: no NUL, no lone surrogates."""
+    """Whether every database can store this text: it has no NUL and no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

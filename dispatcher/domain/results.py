@@ -1,4 +1,4 @@
-"""What came of executing a chain and of an attempt at a delivery, as values."""
+"""The results of executing a chain and of an attempt at a delivery, as values."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from dispatcher.transition import Transition
 
 @dataclass(frozen=True, slots=True)
 class ChainResult:
-    """What came of executing one chain.
+    """The result of executing one chain.
 
-    `transition` is the winner, if there was one; `delivery_id` the delivery that was planned for it; `error` what a
-    guard raised.
+    `transition` is the winner, or None. `delivery_id` is the delivery that was planned for the winner. `error` is the
+    error that a guard raised.
     """
 
     chain_id: int | None
@@ -30,7 +30,7 @@ class ChainResult:
 
 @dataclass(frozen=True, slots=True)
 class AttemptResult:
-    """What came of one attempt. `retry_seconds` is set where the next one is near enough for Celery's own retry."""
+    """The result of one attempt. `retry_seconds` is set if the next attempt is near enough for a Celery retry."""
 
     delivery_id: str
     attempt: int
@@ -42,7 +42,7 @@ class AttemptResult:
 
     @property
     def next_attempt(self) -> int:
-        """The number of the attempt that follows; a deferred one was not used up."""
+        """The number of the next attempt. It is the same again after a deferral, which uses up no attempt."""
         return self.attempt if self.outcome == AttemptOutcome.DEFERRED else self.attempt + 1
 
 
@@ -52,5 +52,5 @@ def reasons_text(errors: Mapping[str, Sequence[str]]) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """The error as it is kept in a row: its type and its text."""
+    """The error as a row stores it: its type and its text."""
     return f"{type(error).__name__}: {error}"[:MAX_ERROR]

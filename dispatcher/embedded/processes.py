@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, and files that one process holds at a time."""
+"""Child processes that end with their parent, and lock files that only one process can hold."""
 
 import ctypes
 import os
@@ -16,33 +16,34 @@ if sys.platform != "win32":
 
 
 class EmbeddedServerError(DispatcherError):
-    """The embedded server cannot be started; the text says why, and what helps."""
+    """The embedded server cannot be started; the text says why and what to do."""
 
 
 _PR_SET_PDEATHSIG: Final = 1
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """What to pass as `preexec_fn` so that a child is killed when the calling thread's process ends; Linux only.
+    """A `preexec_fn` with which a child is killed when the thread that starts it ends; None if not on Linux.
 
-    (PR_SET_PDEATHSIG, see prctl(2). It survives an exec and is not inherited by the child's own children.) A forked
-    child of a process with threads must not take a lock: what runs there is two calls into libraries loaded before.
+    (PR_SET_PDEATHSIG, see prctl(2). It survives an exec, and the children of the child do not inherit it.) The function
+    makes only calls into libraries that are loaded already, because a forked child of a process with threads must not
+    take a lock.
     """
     if sys.platform != "linux":
         return None
-    libc = ctypes.CDLL(None)  # loaded here: little may be done between fork and exec
+    libc = ctypes.CDLL(None)  # loaded here, because little may be done between fork and exec
     parent = os.getpid()
 
     def prepare() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before the call above
+        if os.getppid() != parent:  # the parent ended before the call above
             os._exit(1)
 
     return prepare
 
 
 def terminate(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """End `process`: SIGTERM, and SIGKILL when that took longer than `seconds`."""
+    """End `process` with SIGTERM, and with SIGKILL if it does not end within `seconds`."""
     process.terminate()
     try:
         process.wait(seconds)
@@ -52,9 +53,9 @@ def terminate(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def hold_lock(path: Path) -> IO[str] | None:
-    """The file at `path`, open, locked, and holding this process's id; None while another process holds it.
+    """The file at `path`, open and locked, with this process's id in it; None while another process holds the lock.
 
-    The kernel releases it with the process, however that ends.
+    The kernel releases the lock when the process ends, in whatever way.
     """
     if sys.platform == "win32":
         raise EmbeddedServerError("the embedded server needs unix sockets: set DISPATCHER_REDIS_URL")
@@ -71,13 +72,13 @@ def hold_lock(path: Path) -> IO[str] | None:
 
 
 def release_lock(file: IO[str]) -> None:
-    """Empty and release a file of `hold_lock`. It stays, because removing it would race with the next holder."""
+    """Empty and release a file of `hold_lock`. It is not deleted, because that would race with the next holder."""
     file.truncate(0)
     file.close()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Make `path` hold `text`; a reader sees the old file or the new one, never a part."""
+    """Write `text` to `path`; a reader sees the old text or the new text, never a part."""
     new = path.with_name(f"{path.name}.{os.getpid()}")
     new.write_text(text, encoding="utf-8")
     new.replace(path)

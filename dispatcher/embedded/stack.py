@@ -1,4 +1,4 @@
-"""`dispatcher dev`: server, worker and beat as processes of one directory, their logs shown, all stopped together."""
+"""`Stack`: server, worker and beat as processes of one directory, started and stopped together."""
 
 import contextlib
 import os
@@ -25,11 +25,11 @@ _READY: Final = re.compile(rb"@\S+ ready\.")
 
 
 class StackError(DispatcherError):
-    """The stack cannot start, or a part of it ended by itself; the text names the part and its log."""
+    """The stack cannot start, or a part of it has ended unexpectedly; the text names the part and its log."""
 
 
 class Child:
-    """One process of the stack, in a session of its own, writing to a log file."""
+    """One process of the stack, in a separate session; it writes to a log file."""
 
     def __init__(self, name: str, arguments: Sequence[str], env: Mapping[str, str], log: Path) -> None:
         self.name = name
@@ -41,13 +41,13 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in the terminal is for the parent, which stops the parts in order
-                preexec_fn=die_with_parent(),  # noqa: PLW1509 - see there; Celery does the same for its pool's processes
+                start_new_session=True,  # so that Ctrl-C reaches only the parent, which stops the parts in order
+                preexec_fn=die_with_parent(),  # noqa: PLW1509 - its docstring says why this is safe
             )
 
     @property
     def pid(self) -> int:
-        """The process id, which is also its group's."""
+        """The process id, which is also the id of its process group."""
         return self._process.pid
 
     def check(self) -> None:
@@ -61,7 +61,7 @@ class Child:
         self._process.terminate()
 
     def has_ended(self) -> bool:
-        """Whether the process is gone."""
+        """Whether the process has ended."""
         return self._process.poll() is not None
 
     def kill(self) -> None:
@@ -75,15 +75,15 @@ class Stack:
     """Worker and beat processes, and the embedded server if there is no Redis URL, for one directory.
 
     - `env`: more environment for the processes, such as `DISPATCHER_CONFIG`.
-    - `redis_url`, `broker_url`, `database_url`: None means the embedded one in `directory`. The environment of the
-      caller is passed on, but these three are always set.
+    - `redis_url`, `broker_url`, `database_url`: None means the embedded server or file in `directory`. The processes
+      inherit the environment of the caller, except for these three URLs, which are always set.
     - `worker_args`, `beat_args`: more arguments of `celery worker` and `celery beat`.
     - `concurrency`: processes of the worker's pool. Defaults to Celery's choice.
     - `log_level`: what is logged, "DEBUG" or "INFO". Defaults to "INFO".
 
     Entering it starts the parts and waits until the worker is ready; leaving it stops them. Logs go to `worker.log`,
     `beat.log` and `server.log` in the directory. Raises `StackError` if the directory has a stack already, or if a
-    part does not come up.
+    part does not start.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Stack:
         self._broker_url = broker_url
         self._database_url = database_url
         pool = ["--concurrency", str(concurrency)] if concurrency is not None else []
-        quick_start = ["--without-gossip", "--without-mingle"]  # they leave lists behind in Redis
+        quick_start = ["--without-gossip", "--without-mingle"]  # both would leave lists behind in Redis
         self._worker_args = [*_celery("worker", log_level), "-E", *quick_start, *pool, *worker_args]
         schedule = str(self.directory / "beat-schedule")
         self._beat_args = [*_celery("beat", log_level), "--pidfile=", "--schedule", schedule, *beat_args]
@@ -149,7 +149,7 @@ class Stack:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a further process needs in its environment to belong to this stack."""
+        """The environment variables with which another process uses this stack."""
         return {
             **self._extra_env,
             "DISPATCHER_REDIS_URL": self.redis_url,
@@ -158,7 +158,7 @@ class Stack:
         }
 
     def launch(self) -> None:
-        """Start all parts and return at once; `stop()` must follow, whatever happens here."""
+        """Start all parts and return at once. Call `stop()` afterwards, even if this raises."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._pid_file = hold_lock(self.directory / "dev.pid")
         if self._pid_file is None:
@@ -176,7 +176,7 @@ class Stack:
         return any(_READY.search(child.log.read_bytes()) for child in self.children if child.name == "worker")
 
     def wait_until_ready(self, seconds: float = READY_SECONDS) -> None:
-        """Return when the worker takes tasks; `StackError` when a part ends or that takes too long."""
+        """Wait until the worker takes tasks. Raises `StackError` if a part ends, or after `seconds`."""
         deadline = time.monotonic() + seconds
         while not self.is_ready():
             self.check()
@@ -185,14 +185,14 @@ class Stack:
             time.sleep(POLL_SECONDS)
 
     def check(self) -> None:
-        """Raise `StackError` if a part has ended by itself."""
+        """Raise `StackError` if a part has ended unexpectedly."""
         if self._server is not None and self._server.pid is None:
             raise StackError(f"the embedded server has ended (see {self.directory / 'server.log'})")
         for child in self.children:
             child.check()
 
     def stop(self) -> None:
-        """Stop beat, then the worker, then the server; whatever outlasts `grace_seconds` is killed."""
+        """Stop beat, then the worker, then the server. A process that does not end in `grace_seconds` is killed."""
         while self.children:
             child = self.children[-1]
             child.ask_to_stop()

@@ -1,4 +1,4 @@
-"""Where the embedded default keeps its files, and whether its server runs."""
+"""Tells where the files of the embedded default are, and whether its server is running."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _PROBE_SECONDS: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """What `server.json` says: the server's process, its own random id of this start, and its socket."""
+    """The content of `server.json`: the server's process id, the random id of this start, and its socket."""
 
     pid: int
     run_id: str
@@ -33,7 +33,7 @@ class ServerState:
 
 
 def embedded_directory() -> Path:
-    """The directory of the embedded default, absolute; it need not exist."""
+    """The absolute path of the directory of the embedded default; it may not exist."""
     return Path.cwd() / EMBEDDED_DIRECTORY
 
 
@@ -44,7 +44,10 @@ def default_database_url(directory: Path) -> str:
 
 
 def find_running(directory: Path) -> str | None:
-    """The redis-py URL of the live server of that directory, or None. Never raises; takes a second at most."""
+    """The redis-py URL of the server that is running for that directory, or None.
+
+    Never raises; takes a second at most.
+    """
     state = read_state(directory)
     return state.redis_url if state is not None and is_alive(state) else None
 

@@ -1,4 +1,4 @@
-"""`dispatcher dev` in a terminal: the stack of the current directory, its logs shown, until Ctrl-C."""
+"""`dispatcher dev` in a terminal: runs the stack of the current directory and shows its logs until Ctrl-C."""
 
 import re
 import signal
@@ -20,7 +20,7 @@ LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class LogFollower:
-    """Shows the new lines of a child's log, with its name before each; lines below `level` are left out."""
+    """Prints the new lines of a child's log with the child's name; leaves out records below `level`."""
 
     def __init__(self, child: Child, colour: str, level: str) -> None:
         self._file = child.log.open(encoding="utf-8", errors="replace")
@@ -30,23 +30,23 @@ class LogFollower:
         self._rest = ""
 
     def show(self) -> None:
-        """Print what has been written since the last call, up to the last complete line."""
+        """Print the complete lines that were written since the last call."""
         *lines, self._rest = (self._rest + self._file.read()).split("\n")
         for line in lines:
             record = _RECORD.match(line)
-            if record is not None:  # the lines that follow a record, such as a traceback, belong to it
+            if record is not None:  # lines without a level, such as a traceback, belong to the record above
                 self._showing = record[1] in self._shown_levels
             if self._showing:
                 click.echo(f"{self._prefix} {line}")
 
     def close(self) -> None:
-        """Print the rest and close the file."""
+        """Print the remaining lines and close the file."""
         self.show()
         self._file.close()
 
 
 class StopSignal:
-    """Remembers that Ctrl-C, SIGTERM or SIGHUP came, while it is entered; a second one means: at once."""
+    """Remembers that Ctrl-C, SIGTERM or SIGHUP came, while it is entered. A second signal kills the processes."""
 
     def __init__(self, stack: Stack) -> None:
         self.came = False
@@ -71,9 +71,9 @@ class StopSignal:
 
 
 def run_dev(settings: Settings, *, concurrency: int | None = None, log_level: str = "INFO") -> None:
-    """Run the stack of the current directory, its logs shown, until Ctrl-C, SIGTERM or SIGHUP.
+    """Run the stack of the current directory and show its logs, until Ctrl-C, SIGTERM or SIGHUP.
 
-    Raises `StackError` when a part ends by itself, with everything stopped.
+    If a part ends unexpectedly, stops everything and raises `StackError`.
     """
     stack = Stack(
         embedded_directory(),
@@ -81,7 +81,7 @@ def run_dev(settings: Settings, *, concurrency: int | None = None, log_level: st
         broker_url=settings.broker_url,
         database_url=settings.database_url,
         concurrency=concurrency,
-        # The readiness line is an INFO record, so nothing less is logged; the display leaves out the rest.
+        # At least INFO, because the readiness line is an INFO record. `LogFollower` hides what is below `log_level`.
         log_level="DEBUG" if log_level == "DEBUG" else "INFO",
     )
     followers: list[LogFollower] = []
@@ -94,7 +94,7 @@ def run_dev(settings: Settings, *, concurrency: int | None = None, log_level: st
             ]
             _say(f"files and logs are in {stack.directory}")
             _follow(stack, followers, stop)
-            _say("stopping (again to kill)")
+            _say("stopping (Ctrl-C again to kill)")
         finally:
             stack.stop()
             for follower in followers:

@@ -1,4 +1,4 @@
-"""Messages to the workers: the only module of this package that knows Celery."""
+"""`Publisher`: sends messages to the workers."""
 
 import logging
 import os
@@ -28,24 +28,25 @@ from dispatcher.urls import require_plain, without_password
 logger = logging.getLogger(__name__)
 
 CeleryApp: TypeAlias = Celery
-"""The type of the app that an application may hand over."""
+"""The type of the Celery app that an application may pass to `Dispatcher`."""
 
 
-_MAX_REPR: Final = 1000  # of the arguments that Flower shows
+_MAX_REPR: Final = 1000
+"""The longest text of a task's arguments, which Flower shows, in characters."""
 
 
 NO_BROKER: Final = "set DISPATCHER_REDIS_URL or DISPATCHER_BROKER_URL, or run `dispatcher dev`"
-"""What to do where no broker is configured."""
+"""The advice when no broker is configured."""
 
 
-class PublishFailed(Exception):  # noqa: N818 - internal: callers turn it into their own outcome
-    """A message may not have reached the broker; `__cause__` is why."""
+class PublishFailed(Exception):  # noqa: N818 - internal: callers turn it into an outcome or an error
+    """A message may not have reached the broker; `__cause__` is the error."""
 
 
 class Publisher:
-    """Sends the tasks of one deployment.
+    """Publishes the tasks of one deployment.
 
-    `app` is the Celery app to publish with; None makes a bare one from the settings, on first use.
+    `app` is the Celery app to publish with. With None, a bare app is made from the settings at first use.
     """
 
     def __init__(self, settings: Settings, *, broker_url: str | None, app: Celery | None = None) -> None:
@@ -59,13 +60,13 @@ class Publisher:
 
     @property
     def app(self) -> Celery:
-        """The Celery app that messages are published with; a forked child leaves its parent's connections alone."""
+        """The Celery app to publish with. A forked child does not use the connections of its parent."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
             _leave_inherited_pools()
             if self._owns_app:
                 self._app = None
-            elif self._app is not None:  # as Celery itself does in billiard's children, and in no others
+            elif self._app is not None:  # Celery does this too, but only in children that billiard forked
                 self._app._pool = self._app.amqp._producer_pool = None
         if self._app is None:
             self._app = Celery("chain-dispatcher", set_as_current=False)
@@ -92,7 +93,7 @@ class Publisher:
         plan: Mapping[str, Any] | None = None,
         producer: Producer | None = None,
     ) -> str:
-        """Publish one execution of these chains; its task id. Raises `PublishFailed`."""
+        """Publish one execution of these chains; gives the task's id. Raises `PublishFailed`."""
         kwargs: dict[str, Any] = {"chain_ids": list(chain_ids)}
         if dry_run:
             kwargs["dry_run"] = True
@@ -109,16 +110,16 @@ class Publisher:
             return
         for start in range(0, len(owed), size):
             group = owed[start : start + size]
-            kwargs = {"deliveries": [[one.delivery_id, one.attempt] for one in group]}
+            kwargs = {"deliveries": [[message.delivery_id, message.attempt] for message in group]}
             self._send(DELIVER, kwargs, CALLBACKS_QUEUE, producer)
 
-    def fan_out(self, chain_type: str, chain_ids: Sequence[int]) -> None:
-        """Hand a page of chains to another worker, which publishes their executions. Raises `PublishFailed`."""
-        self._send(FAN_OUT, {"chain_type": chain_type, "chain_ids": list(chain_ids)}, SWEEPS_QUEUE, None)
+    def fan_out(self, type_name: str, chain_ids: Sequence[int]) -> None:
+        """Publish a page of chains to another worker, which publishes their executions. Raises `PublishFailed`."""
+        self._send(FAN_OUT, {"chain_type": type_name, "chain_ids": list(chain_ids)}, SWEEPS_QUEUE, None)
 
     @contextmanager
     def batch(self) -> Iterator[Producer]:
-        """One producer whose messages are sent together at the end, where the transport can. Raises `PublishFailed`."""
+        """A producer that sends its messages together at the end, if the transport can. Raises `PublishFailed`."""
         seconds = self._settings.connect_seconds
         with (
             self._failures(),
@@ -132,7 +133,7 @@ class Publisher:
         with self._failures(), self._connected() as connection, connection.channel() as channel:
             try:
                 return int(channel.queue_declare(queue=queue, passive=True).message_count)
-            except connection.channel_errors:  # the queue does not exist until something was sent
+            except connection.channel_errors:  # the queue does not exist before its first message
                 return 0
 
     def consumed_queues(self, *, seconds: float = 2.0) -> set[str]:
@@ -150,30 +151,30 @@ class Publisher:
             raise self.unavailable(error) from error
 
     def require(self) -> None:
-        """Raise `ServiceUnavailable` where no broker is configured, or where it does not answer."""
+        """Raise `ServiceUnavailable` if no broker is configured, or if it does not answer."""
         if not self.configured:
             raise ServiceUnavailable("broker", "", NO_BROKER)
         self.check()
 
     def unavailable(self, error: PublishFailed) -> ServiceUnavailable:
-        """The error that a face shows for a message that could not be published."""
+        """The error to show for a message that could not be published."""
         if not self.configured:
             return ServiceUnavailable("broker", "", NO_BROKER)
         return ServiceUnavailable("broker", self.address, str(error))
 
     def close(self) -> None:
-        """Close this process's connections, unless they belong to an app that was handed over."""
+        """Close this process's connections, unless they belong to an app that was passed in."""
         if self._app is not None and self._owns_app:
             self._app.close()
             self._app = None
 
     def _send(self, name: str, kwargs: Mapping[str, Any], queue: str, producer: Producer | None) -> str:
-        """Much as `app.send_task`, signals and events included; the queue is ours, so routes are not asked."""
+        """Like `app.send_task`, with its signals and events, but without routing, because the queue is given."""
         with self._failures():
             if producer is None:
                 seconds = self._settings.connect_seconds
-                with self.app.producer_pool.acquire(block=True, timeout=seconds) as own:
-                    return self._send_with(own, name, kwargs, queue, retry=True)
+                with self.app.producer_pool.acquire(block=True, timeout=seconds) as pooled:
+                    return self._send_with(pooled, name, kwargs, queue, retry=True)
             return self._send_with(producer, name, kwargs, queue, retry=False)
 
     def _send_with(self, producer: Producer, name: str, kwargs: Mapping[str, Any], queue: str, *, retry: bool) -> str:
@@ -204,23 +205,26 @@ class Publisher:
         return task_id
 
     def _to_declare(self, queue: str) -> list[Queue] | None:
-        """None: what Celery declares before each message. On Redis a direct queue is there once a message is in it."""
+        """The queues to declare before a message; None: as Celery does.
+
+        On Redis nothing needs to be declared for a direct queue, because a message creates it.
+        """
         return [] if self._on_redis and self.app.amqp.queues[queue].exchange.type == "direct" else None
 
     @contextmanager
     def _connected(self) -> Iterator[Connection]:
-        """A connection of its own, after one try."""
+        """A new connection, with one try to connect."""
         with self.app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=0)
             yield connection
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        if not self.configured:  # Celery would go to a RabbitMQ on localhost
+        if not self.configured:  # Celery would connect to a RabbitMQ on localhost
             raise PublishFailed("no broker is configured")
         if self._errors is None:
             transport = self.app.connection_for_write()
-            # The recoverable ones name what the others leave out: a message that RabbitMQ refuses.
+            # `recoverable_connection_errors` also contains the error that RabbitMQ raises when it rejects a message.
             refused = (*transport.recoverable_connection_errors, *transport.channel_errors)
             self._errors = (KombuError, OSError, *transport.connection_errors, *refused)
             self._on_redis = transport.transport.driver_type == "redis"
@@ -235,12 +239,12 @@ _pools_pid = os.getpid()
 
 
 def _leave_inherited_pools() -> None:
-    """Forget the pools of the process that this one was forked from, once.
+    """Forget the connection pools of the parent process, once in each forked process.
 
-    They belong to the process, not to an app, and kombu empties them in billiard's children only. What they hold is
-    kept: closing it, which its destruction does, would end the parent's connections.
+    The pools belong to the process, not to an app, and kombu empties them only in children that billiard forked. The
+    connections are kept in a list: garbage collection would close them, and with them those of the parent.
     """
-    global _pools_pid  # noqa: PLW0603 - as the pools themselves
+    global _pools_pid  # noqa: PLW0603 - the pools are global too
     if _pools_pid != os.getpid():
         _pools_pid = os.getpid()
         for group in (pools.connections, pools.producers):

@@ -19,8 +19,7 @@ CALLBACKS_QUEUE: Final = "dispatcher.callbacks"
 SWEEPS_QUEUE: Final = "dispatcher.sweeps"
 QUEUES: Final = (REQUESTS_QUEUE, CHAINS_QUEUE, CALLBACKS_QUEUE, SWEEPS_QUEUE)
 MAX_COUNTDOWN: Final = 60.0
-"""No wait in the broker is longer than this, in seconds: longer ones are in rows."""
-
+"""The longest wait in the broker, in seconds. Longer waits are in rows."""
 
 RETRY_POLICY: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0.2}
 
@@ -28,7 +27,7 @@ RETRY_POLICY: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0
 def celery_settings(settings: Settings, *, broker_url: str | None, queues: Sequence[str] = ()) -> dict[str, Any]:
     """Celery's settings for this deployment: broker, timeouts, queues, beat schedule. (Celery's lower-case names.)
 
-    `queues` are the chain types' own ones, beside the four of this package.
+    `queues` are the queues of the chain types, in addition to the four of this package.
     """
     seconds = settings.broker_seconds
     schedule: dict[str, Any] = {
@@ -63,14 +62,14 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
     }
 
 
-def declared_queues(own: Sequence[str] = ()) -> list[Queue]:
-    """The queues of this package and the chain types' own ones, on-demand requests first."""
-    names = dict.fromkeys([*QUEUES, *own])
+def declared_queues(type_queues: Sequence[str] = ()) -> list[Queue]:
+    """The queues of this package and those of the chain types; on-demand requests come first."""
+    names = dict.fromkeys([*QUEUES, *type_queues])
     return [Queue(name, Exchange(name, type="direct"), routing_key=name) for name in names]
 
 
 def transport_options(broker_url: str | None, seconds: float) -> dict[str, Any]:
-    """What keeps a silent broker from blocking for ever, per transport."""
+    """The broker's transport options: timeouts, so that a silent broker does not block for ever."""
     scheme = (broker_url or "").partition("://")[0]
     if scheme.startswith(("redis", "valkey", "sentinel")):
         return {

@@ -1,4 +1,4 @@
-"""What a person does to chains, deliveries and chain types, and what is wrong with a deployment.
+"""Operators' actions on chains, deliveries and chain types, and the doctor that examines a deployment.
 
-It knows every room below. The command line enters at `operations.Operations` and `doctor.Doctor`.
+It knows every folder below. The command line enters at `operations.Operations` and `doctor.Doctor`.
 """

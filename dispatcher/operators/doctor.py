@@ -1,4 +1,4 @@
-"""What is wrong with a deployment: rows, locks, queues and leases compared, each disagreement with what mends it."""
+"""`Doctor`: compares rows, locks, queues and leases of a deployment, and names each problem and its remedy."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ _ANSWER_SECONDS: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One disagreement: where, what, what mends it, and what to call where that is safe.
+    """One problem of a deployment: where it is, what it is, its remedy, and a function that repairs it if that is safe.
 
     Findings compare by text, ignoring `repair`.
     """
@@ -43,7 +43,9 @@ class Finding:
     repair: Callable[[], None] | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return " ".join(f"{self.area}: {self.problem}; {self.remedy}".split())  # one line, whatever a person wrote
+        return " ".join(
+            f"{self.area}: {self.problem}; {self.remedy}".split()
+        )  # one line, even if the problem quotes a reason of several lines
 
 
 class Doctor:
@@ -67,7 +69,7 @@ class Doctor:
         self._operations = operations
 
     def examine(self) -> list[Finding]:
-        """Every disagreement found, the set-up first; empty when all is well. Reads only."""
+        """All problems found, those of the set-up first; empty if all is well. Reads only."""
         findings = list(self._database_findings())
         if not findings:
             findings += self._database_clock_findings()
@@ -78,7 +80,10 @@ class Doctor:
         return findings
 
     def repair(self) -> tuple[list[Finding], list[Finding]]:
-        """Repair what is safe to repair, again until nothing of it is left: findings that are gone, and that stay."""
+        """Repair the findings that are safe to repair: `(repaired findings, findings that are left)`.
+
+        Repeats until no such finding is left, or until a pass repairs nothing.
+        """
         gone: list[Finding] = []
         left = self.examine()
         while any(finding.repair is not None for finding in left):
@@ -87,12 +92,12 @@ class Doctor:
                 if finding.repair is not None:
                     finding.repair()
             left = self.examine()
-            mended = [finding for finding in before if finding.repair is not None and finding not in left]
-            if not mended:
+            repaired = [finding for finding in before if finding.repair is not None and finding not in left]
+            if not repaired:
                 break
-            for finding in mended:
+            for finding in repaired:
                 emit(logger, Action.REPAIRED, "repaired: %s", finding, area=finding.area)
-            gone += mended
+            gone += repaired
         return gone, left
 
     # --- set-up ------------------------------------------------------------------------------------------------------
@@ -102,27 +107,29 @@ class Doctor:
             self._database.check()
             found, head = revisions.current(self._database), revisions.head()
         except DispatcherError as error:
-            yield Finding("database", str(error), "start it, or correct DISPATCHER_DATABASE_URL")
+            yield Finding("database", str(error), "start the database, or correct DISPATCHER_DATABASE_URL")
             return
         if found != head:
-            remedy = "run `dispatcher db upgrade`, or this command of the newer version if it is ahead"
+            remedy = "run `dispatcher db upgrade`; if the database is ahead, use the newer version of this library"
             yield Finding("database", f"at revision {found}, not at {head}", remedy)
 
     def _database_clock_findings(self) -> Iterator[Finding]:
         with self._database.read() as connection:
-            there = self._database.machine_now(connection)
-        yield from self._clock_finding("database", there)
+            server_now = self._database.machine_now(connection)
+        yield from self._clock_finding("database", server_now)
 
-    def _clock_finding(self, area: str, there: datetime) -> Iterator[Finding]:
-        apart = abs((datetime.now(UTC) - there).total_seconds())
-        if apart > _CLOCK_SECONDS:
-            yield Finding(area, f"its clock and this host's are {apart:.0f} s apart", "synchronise the clocks (NTP)")
+    def _clock_finding(self, area: str, server_now: datetime) -> Iterator[Finding]:
+        difference = abs((datetime.now(UTC) - server_now).total_seconds())
+        if difference > _CLOCK_SECONDS:
+            yield Finding(
+                area, f"its clock and this host's are {difference:.0f} s apart", "synchronise the clocks (NTP)"
+            )
 
     def _redis_findings(self) -> Iterator[Finding]:
         try:
             facts = self._locks.examine()
         except DispatcherError as error:
-            yield Finding("redis", str(error), "start it, or correct DISPATCHER_REDIS_URL")
+            yield Finding("redis", str(error), "start Redis, or correct DISPATCHER_REDIS_URL")
             return
         if facts is None:
             yield Finding("redis", "no lock server is configured", "set DISPATCHER_REDIS_URL, or run `dispatcher dev`")
@@ -140,30 +147,30 @@ class Doctor:
 
     def _broker_findings(self) -> Iterator[Finding]:
         if not self._publisher.configured:
-            yield Finding("broker", "none is configured", "set DISPATCHER_BROKER_URL, or run `dispatcher dev`")
+            yield Finding("broker", "no broker is configured", "set DISPATCHER_BROKER_URL, or run `dispatcher dev`")
             return
         try:
             self._publisher.check()
             consumed = self._publisher.consumed_queues()
         except (DispatcherError, PublishFailed) as error:
-            yield Finding("broker", str(error), "start it, or correct DISPATCHER_BROKER_URL")
+            yield Finding("broker", str(error), "start the broker, or correct DISPATCHER_BROKER_URL")
             return
-        own = [chain.queue for chain in self._config.chains if chain.queue is not None]
-        for queue in dict.fromkeys([*QUEUES, *own]):
+        type_queues = [chain_type.queue for chain_type in self._config.chains if chain_type.queue is not None]
+        for queue in dict.fromkeys([*QUEUES, *type_queues]):
             if queue not in consumed:
-                yield Finding("worker", f"none answers for queue {queue}", "start one that consumes it")
+                yield Finding("worker", f"no worker answers for queue {queue}", "start a worker that consumes it")
         if consumed:
             yield from self._limit_findings()
-        for queue in dict.fromkeys([*QUEUES, *own]):
+        for queue in dict.fromkeys([*QUEUES, *type_queues]):
             try:
                 waiting = self._publisher.backlog(queue)
             except PublishFailed:
                 continue
             if waiting > self._settings.max_backlog:
-                yield Finding("broker", f"{waiting} messages wait in {queue}", "add workers for it")
+                yield Finding("broker", f"{waiting} messages wait in {queue}", "add workers that consume it")
 
     def _limit_findings(self) -> Iterator[Finding]:
-        """Workers whose time limits do not end a task before its lock or lease ends: two could be at it at once."""
+        """Workers whose time limit for a task is longer than its lock or lease, so that two may do the same work."""
         ends_by = {EXECUTE: self._settings.lock_seconds, DELIVER: self._settings.lease_seconds}
         inspect = self._publisher.app.control.inspect(timeout=_ANSWER_SECONDS)
         for worker, lines in sorted((inspect.registered("time_limit") or {}).items()):
@@ -216,14 +223,14 @@ class Doctor:
                 f"{row.name} is paused: {row.paused_reason}",
                 f"`dispatcher chain-types resume {quote(row.name)}`",
             )
-        for (chain_type, state), count in self._operations.unknown_states().items():
-            if chain_type in self._config.by_type:
-                remedy = f"`dispatcher chains map --type {quote(chain_type)} --from {quote(state)} --to STATE`"
+        for (type_name, state), count in self._operations.unknown_states().items():
+            if type_name in self._config.by_type:
+                remedy = f"`dispatcher chains map --type {quote(type_name)} --from {quote(state)} --to STATE`"
             else:
                 remedy = "put the chain type back into the configuration"
             yield Finding(
                 "chain type",
-                f"{count} chains of {chain_type} are in state {state!r}, which this configuration does not know",
+                f"{count} chains of {type_name} are in state {state!r}, which this configuration does not know",
                 remedy,
             )
 
@@ -235,9 +242,9 @@ class Doctor:
             paused = chain_types.paused_types(connection)
             due = [
                 position.due_at
-                for name, chain_type in self._config.by_type.items()
-                if name not in paused and not _asks_every_sweep(chain_type)
-                for position in chains.due_page(connection, chain_type=name, now=domain_now, after=None, limit=1)
+                for type_name, chain_type in self._config.by_type.items()
+                if type_name not in paused and not _asks_every_sweep(chain_type)
+                for position in chains.due_page(connection, chain_type=type_name, now=domain_now, after=None, limit=1)
             ]
         for name, seconds in ((SWEEP, self._settings.sweep_seconds), (RELAY, self._settings.relay_seconds)):
             last_at = last_ticks.get(name)
@@ -264,6 +271,6 @@ class Doctor:
 
 
 def _asks_every_sweep(chain_type: ChainType) -> bool:
-    """Whether some of its chains are due all the time, because nothing is written when a guard says no again."""
+    """Whether some chains of the type are always due, because a rejection that changes nothing writes nothing."""
     rechecks = [candidate.recheck_seconds for candidate in chain_type.by_name.values()]
-    return 0 in [chain_type.recheck_seconds if isinstance(one, TypeDefault) else one for one in rechecks]
+    return 0 in [chain_type.recheck_seconds if isinstance(recheck, TypeDefault) else recheck for recheck in rechecks]

@@ -1,7 +1,7 @@
-"""What operators do to chains and deliveries: guarded writes on a person's behalf, each with its event.
+"""`Operations`: what operators do to chains and deliveries, as guarded writes with an event each.
 
-Where a chain and its delivery are both locked, the delivery is first, as in every end of an attempt: a person and a
-worker then wait for each other instead of ending in a deadlock.
+If a chain and its delivery are both locked, the delivery is locked first, as at the end of every attempt. Otherwise an
+operator and a worker could deadlock.
 """
 
 import logging
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum, auto
 from typing import Final
 
 from sqlalchemy.engine import Connection
@@ -28,15 +29,27 @@ logger = logging.getLogger(__name__)
 
 _BATCH: Final = 500
 _STOPPED: Final = (DeliveryStatus.DEAD, DeliveryStatus.HELD)
-_ANEW: Final = "retried: what an application called in its own process is planned anew"
+_PLANNED_AGAIN: Final = (
+    "retried by hand: its callback exists only in the process that called execute(), so the chain will be planned again"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class MapCounts:
-    """What a mapping of states did, or would do: chains put into the new state, and those that an attempt keeps."""
+    """The result of a mapping of states: chains in the new state, and chains that wait because an attempt runs."""
 
     mapped: int
     waiting: int
+
+
+class _MapOutcome(Enum):
+    """What a mapping of states did with one chain."""
+
+    MAPPED = auto()
+    WAITING = auto()
+    """An attempt runs, so the chain keeps its state."""
+    GONE = auto()
+    """The chain has left the old state meanwhile, or is erased."""
 
 
 class Operations:
@@ -49,7 +62,7 @@ class Operations:
     # --- one chain ---------------------------------------------------------------------------------------------------
 
     def set_disabled(self, chain_id: int, *, disabled: bool, requested_by: str | None) -> bool:
-        """Disable or enable a chain and, with it, the delivery it owes; False when it was so already."""
+        """Disable or enable a chain and its open delivery; False if that was so already."""
         requested_by = checked_requester(requested_by)
 
         def work(connection: Connection) -> bool:
@@ -64,7 +77,7 @@ class Operations:
     def put(
         self, chain_id: int, state: str, action: EventAction, *, reason: str | None, requested_by: str | None
     ) -> None:
-        """Put a chain into a state; a delivery it owes is cancelled. Raises `DeliveryPending` while an attempt runs."""
+        """Put a chain into a state and cancel its open delivery. Raises `DeliveryPending` while an attempt runs."""
         requested_by = checked_requester(requested_by)
 
         def work(connection: Connection) -> None:
@@ -83,7 +96,7 @@ class Operations:
         requested_by: str | None,
         from_state: str | None = None,
     ) -> bool:
-        """Whether the chain was put there; not so when it is to be in `from_state` and is not."""
+        """Whether the chain was put into the state; False if `from_state` is given and the chain is not in it."""
         now = self._database.now(connection)
         record, delivery = _lock(connection, chain_id)
         if from_state is not None and record.state != from_state:
@@ -93,34 +106,36 @@ class Operations:
             text = f"{action} to {state}" + (f": {reason}" if reason else "")
             deliveries.close_and_stay(connection, delivery, now=now, reason=text, requested_by=requested_by)
             record = chains.read_one(connection, chain_id, lock=True)
-        config = self._config.by_type.get(record.chain_type)
+        chain_type = self._config.by_type.get(record.chain_type)
         chains.set_state(
             connection,
             record,
             state=state,
             action=action,
-            due_at=now if config is not None and config.candidates(state) else None,
+            due_at=now if chain_type is not None and chain_type.candidates(state) else None,
             requested_by=requested_by,
             reason=reason,
             now=now,
         )
         return True
 
-    # --- the delivery a chain owes -----------------------------------------------------------------------------------
+    # --- the open delivery of a chain --------------------------------------------------------------------------------
 
     def retry_delivery(self, chain_id: int, *, requested_by: str | None) -> str:
-        """Open a dead, held or waiting delivery's next attempt now; its id. Attempts are added, never taken back.
+        """Make the next attempt at a chain's open delivery due now; gives the delivery's id.
 
-        No other process can call what an application called in its own: such a delivery is cancelled, and its chain is
-        due.
+        A dead or held delivery gets further attempts; the number of attempts is never lowered. The delivery of an
+        in-process `execute()` is cancelled and its chain is due, because no other process has its callback.
         """
 
         def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
             if is_local(delivery):
-                deliveries.close_and_stay(connection, delivery, now=now, reason=_ANEW, requested_by=requested_by)
+                deliveries.close_and_stay(
+                    connection, delivery, now=now, reason=_PLANNED_AGAIN, requested_by=requested_by
+                )
                 return
-            known = self._config.by_type.get(record.chain_type)
-            transition = known.by_name.get(delivery.transition) if known is not None else None
+            chain_type = self._config.by_type.get(record.chain_type)
+            transition = chain_type.by_name.get(delivery.transition) if chain_type is not None else None
             more = transition.retry.max_attempts if transition is not None else 1
             maximum = delivery.max_attempts
             if delivery.status in _STOPPED or delivery.attempt >= maximum:
@@ -137,7 +152,7 @@ class Operations:
         return self._on_delivery(chain_id, work)
 
     def cancel_delivery(self, chain_id: int, *, reason: str, requested_by: str | None) -> str:
-        """Close the delivery a chain owes as cancelled: the chain stays and is due; the delivery's id."""
+        """Close a chain's open delivery as cancelled; the chain stays and is due. Gives the delivery's id."""
 
         def work(connection: Connection, _: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
             deliveries.close_and_stay(connection, delivery, now=now, reason=reason, requested_by=requested_by)
@@ -145,15 +160,15 @@ class Operations:
         return self._on_delivery(chain_id, work)
 
     def skip_delivery(self, chain_id: int, *, reason: str, requested_by: str | None) -> str:
-        """Close the delivery a chain owes as skipped and move the chain as if it had been delivered; its id."""
+        """Close a chain's open delivery as skipped; the chain moves as if it had succeeded. Gives the delivery's id."""
 
         def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
-            config = self._config.get(record.chain_type)
+            chain_type = self._config.get(record.chain_type)
             deliveries.skip(
                 connection,
                 delivery,
                 next_update_at=None,
-                due_at=due_after_move(config, delivery.final_state, None, now),
+                due_at=due_after_move(chain_type, delivery.final_state, None, now),
                 now=now,
                 requested_by=requested_by,
                 detail=reason,
@@ -177,7 +192,7 @@ class Operations:
     # --- a resource --------------------------------------------------------------------------------------------------
 
     def set_resource_disabled(self, resource: Resource, *, disabled: bool, requested_by: str | None) -> int:
-        """Disable or enable every chain that has this resource, in one guarded statement; how many changed."""
+        """Disable or enable every chain that has this resource, in one guarded statement; gives how many changed."""
         requested_by = checked_requester(requested_by)
 
         def work(connection: Connection) -> int:
@@ -191,9 +206,9 @@ class Operations:
         return self._database.write(work)
 
     def erase_resource(self, resource: Resource) -> int:
-        """Delete every chain that has this resource, with all that belongs to it; how many.
+        """Delete every chain that has this resource, with its history and deliveries; gives how many.
 
-        Raises `DeliveryPending`, and deletes nothing, while an attempt of one of them runs.
+        While an attempt of one of these chains runs, deletes nothing and raises `DeliveryPending`.
         """
 
         def work(connection: Connection) -> int:
@@ -209,13 +224,13 @@ class Operations:
         return count
 
     def _lock_for_erasing(self, connection: Connection, chain_ids: Sequence[int]) -> list[int]:
-        """Those of these chains that exist, locked with what they owe, so that no attempt begins any more."""
+        """The ids of these chains that exist; they and their open deliveries are locked, so that no attempt begins."""
         found: dict[int, ChainRecord] = {}
-        for lock in (False, True):  # once more with the chains locked: something may have been planned meanwhile
+        for lock in (False, True):  # again with the chains locked, because a delivery may have been planned meanwhile
             found = chains.read_many(connection, chain_ids, lock=lock)
             for record in found.values():
                 if record.pending_delivery_id is not None:
-                    with suppress(ChainMissing):  # erased by another meanwhile
+                    with suppress(ChainMissing):  # another caller has erased it meanwhile
                         _, delivery = _lock(connection, record.id)
                         if delivery is not None and delivery.status == DeliveryStatus.RUNNING:
                             raise DeliveryPending(record.id, "an attempt is running")
@@ -223,45 +238,44 @@ class Operations:
 
     # --- a chain type ------------------------------------------------------------------------------------------------
 
-    def set_paused(self, chain_type: str, *, paused: bool, reason: str | None) -> bool:
-        """Pause a chain type (nothing more of it is planned) or resume it; False when it was so already."""
-        self._config.get(chain_type)
+    def set_paused(self, type_name: str, *, paused: bool, reason: str | None) -> bool:
+        """Pause a chain type (no transition of it is planned) or resume it; False if that was so already."""
+        self._config.get(type_name)
         return self._database.write(
-            lambda connection: chain_types.set_paused(connection, chain_type, paused=paused, reason=reason)
+            lambda connection: chain_types.set_paused(connection, type_name, paused=paused, reason=reason)
         )
 
     def map_states(
-        self, chain_type: str, from_state: str, to_state: str, *, requested_by: str | None, dry_run: bool
+        self, type_name: str, from_state: str, to_state: str, *, requested_by: str | None, dry_run: bool
     ) -> MapCounts:
         """Put every chain of a type from one state into another, in batches; a dry run only counts.
 
-        The new state must be another one, of the configuration; chains with a running attempt are left and counted.
+        The new state must be a different state of the configuration. A chain with a running attempt keeps its state and
+        is counted as waiting.
         """
         requested_by = checked_requester(requested_by)
-        where = f"chain type {chain_type!r}, state {to_state!r}"
-        if to_state not in self._config.get(chain_type).states:
+        where = f"chain type {type_name!r}, state {to_state!r}"
+        if to_state not in self._config.get(type_name).states:
             raise ConfigurationError("unknown state", where)
         if to_state == from_state:
-            raise ConfigurationError("is the state that is to be left", where)
+            raise ConfigurationError("is the old state; name another state", where)
         if not is_text(from_state):
-            raise ConfigurationError("is no state", f"chain type {chain_type!r}, state {from_state!r}")
+            raise ConfigurationError("is not a state", f"chain type {type_name!r}, state {from_state!r}")
         mapped = waiting = after_id = 0
         while True:
             with self._database.read() as connection:
                 ids = chains.list_ids(
-                    connection, chain_type=chain_type, state=from_state, after_id=after_id, limit=_BATCH
+                    connection, chain_type=type_name, state=from_state, after_id=after_id, limit=_BATCH
                 )
             if not ids:
                 return MapCounts(mapped, waiting)
             after_id = ids[-1]
             for chain_id in ids:
-                done = True if dry_run else self._map_one(chain_id, from_state, to_state, requested_by)
-                mapped += done is True
-                waiting += done is False
+                outcome = _MapOutcome.MAPPED if dry_run else self._map_one(chain_id, from_state, to_state, requested_by)
+                mapped += outcome is _MapOutcome.MAPPED
+                waiting += outcome is _MapOutcome.WAITING
 
-    def _map_one(self, chain_id: int, from_state: str, to_state: str, requested_by: str | None) -> bool | None:
-        """Whether the chain was put into the new state; None when it has left the old one meanwhile."""
-
+    def _map_one(self, chain_id: int, from_state: str, to_state: str, requested_by: str | None) -> _MapOutcome:
         def work(connection: Connection) -> bool:
             return self._put(
                 connection,
@@ -274,36 +288,37 @@ class Operations:
             )
 
         try:
-            return self._database.write(work) or None
+            was_put = self._database.write(work)
         except DeliveryPending:
-            return False
+            return _MapOutcome.WAITING
         except ChainMissing:
-            return None
+            return _MapOutcome.GONE
+        return _MapOutcome.MAPPED if was_put else _MapOutcome.GONE
 
     def unknown_states(self) -> Mapping[tuple[str, str], int]:
-        """`{(chain type, state): chains}` of the states that no configuration here has any more."""
+        """`{(type name, state): chains}` for the states of chains that this configuration does not have."""
         with self._database.read() as connection:
-            found = overview.count_by_state(connection)
+            counts = overview.count_by_state(connection)
         return {
-            (chain_type, state): count
-            for (chain_type, state), count in found.items()
-            if (known := self._config.by_type.get(chain_type)) is None or state not in known.states
+            (type_name, state): count
+            for (type_name, state), count in counts.items()
+            if (chain_type := self._config.by_type.get(type_name)) is None or state not in chain_type.states
         }
 
 
 def _lock(connection: Connection, chain_id: int) -> tuple[ChainRecord, DeliveryRecord | None]:
-    """A chain and the row of the delivery it owes, if both are there, locked. Raises `ChainMissing`."""
+    """A chain and its open delivery, or None, both locked. Raises `ChainMissing`."""
     while True:
-        owed = chains.read_one(connection, chain_id).pending_delivery_id
-        delivery = deliveries.read(connection, owed, lock=True) if owed is not None else None
+        delivery_id = chains.read_one(connection, chain_id).pending_delivery_id
+        delivery = deliveries.read(connection, delivery_id, lock=True) if delivery_id is not None else None
         record = chains.read_one(connection, chain_id, lock=True)
-        if record.pending_delivery_id == owed:
+        if record.pending_delivery_id == delivery_id:
             return record, delivery
 
 
 def _require_idle(record: ChainRecord, delivery: DeliveryRecord | None) -> None:
-    """Raise `DeliveryPending` while an attempt runs, or where the delivery that the chain waits for is not open."""
+    """Raise `DeliveryPending` if an attempt runs, or if the delivery that the chain waits for is not open."""
     if delivery is not None and delivery.status == DeliveryStatus.RUNNING:
         raise DeliveryPending(record.id, "an attempt is running")
     if record.pending_delivery_id is not None and (delivery is None or delivery.status not in OPEN_STATUSES):
-        raise DeliveryPending(record.id, "which is closed or missing: see `dispatcher doctor`")
+        raise DeliveryPending(record.id, "but that delivery is closed or missing: run `dispatcher doctor`")

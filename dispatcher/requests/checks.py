@@ -1,4 +1,4 @@
-"""What an application may ask: arguments of an enqueue, checked and in the form in which they travel."""
+"""Checks the arguments of an enqueue, and gives the request to store."""
 
 from collections.abc import Mapping
 from typing import Any, TypedDict
@@ -11,7 +11,7 @@ from dispatcher.storage.models import MAX_REQUESTED_BY
 
 
 class Asked(TypedDict):
-    """What an application asks with an enqueue, in the words of `Dispatcher.enqueue`."""
+    """The arguments of an enqueue, with the names of `Dispatcher.enqueue`."""
 
     initial_context: Mapping[str, Any] | None
     callback: str | Callback | None
@@ -20,7 +20,7 @@ class Asked(TypedDict):
 
 
 def checked_request(chain_type: ChainType, asked: Asked) -> Request:
-    """The request as it may travel; `NotSerializable`, `ConfigurationError` or `ValueError` says what cannot."""
+    """The request to store. Raises `NotSerializable`, `ConfigurationError` or `ValueError` for a wrong argument."""
     return Request(
         checked_json("initial_context", asked["initial_context"]),
         registered_name(chain_type, asked["callback"]),
@@ -30,14 +30,14 @@ def checked_request(chain_type: ChainType, asked: Asked) -> Request:
 
 
 def registered_name(chain_type: ChainType, callback: str | Callback | None) -> str | None:
-    """The name under which a callback is registered with its chain type; `ConfigurationError` if it is not."""
+    """The name under which the chain type registers a callback. Raises `ConfigurationError` if it does not."""
     path = f"chain type {chain_type.chain_type!r}"
     if callback is None:
         return None
     if isinstance(callback, str):
         if callback not in chain_type.callbacks:
-            known = ", ".join(map(repr, chain_type.callbacks)) or "none"
-            raise ConfigurationError(f"no callback is registered as {callback!r} (registered: {known})", path)
+            names = ", ".join(map(repr, chain_type.callbacks)) or "none"
+            raise ConfigurationError(f"no callback is registered as {callback!r} (registered: {names})", path)
         return callback
     for name, function in chain_type.callbacks.items():
         if function is callback:
@@ -53,7 +53,7 @@ def registered_name(chain_type: ChainType, callback: str | Callback | None) -> s
 
 
 def checked_requester(requested_by: str | None) -> str | None:
-    """`requested_by`, if it is text that fits its column; `ValueError` otherwise."""
+    """`requested_by`, if it is text that fits its column. Raises `ValueError` otherwise."""
     if requested_by is None:
         return None
     if not isinstance(requested_by, str) or len(requested_by) > MAX_REQUESTED_BY or not is_text(requested_by):

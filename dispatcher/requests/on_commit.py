@@ -1,4 +1,4 @@
-"""Actions that wait for the commit of a session that belongs to the caller."""
+"""Runs actions when a session of the caller commits."""
 
 import logging
 from collections.abc import Callable
@@ -20,8 +20,8 @@ _Waiting = list[tuple[SessionTransaction | None, Callable[[], Any]]]
 def run_after_commit(session: Session, action: Callable[[], Any]) -> None:
     """Run `action` once when the session's outermost transaction commits; forget it if its transaction rolls back.
 
-    An action that was asked for inside a savepoint is forgotten when that savepoint rolls back. One that fails is
-    logged as an error, and does not keep the others from running.
+    An action that was added inside a savepoint is forgotten when that savepoint rolls back. The error of an action is
+    logged, and the other actions still run.
     """
     if _WAITING not in session.info:
         session.info[_WAITING] = []
@@ -41,7 +41,7 @@ def _run(session: Session) -> None:
         try:
             action()
         except (DispatcherError, SQLAlchemyError) as error:
-            # The caller's commit has succeeded: an error out of it would say that it has not.
+            # Not raised, because an error from the caller's commit would mean that the commit failed.
             emit(
                 logger,
                 Action.ENQUEUE_ON_COMMIT_FAILED,
@@ -56,7 +56,7 @@ def _forget(session: Session, rolled_back: SessionTransaction) -> None:
 
 
 def _clear(session: Session, ended: SessionTransaction) -> None:
-    if ended.parent is None:  # a session that was closed without a commit ends here, without a rollback's event
+    if ended.parent is None:  # a session that is closed without a commit sends no rollback event
         session.info[_WAITING] = []
 
 

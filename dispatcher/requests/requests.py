@@ -1,4 +1,4 @@
-"""On-demand requests: checked, written to the chain's row, and published."""
+"""`Requests`: writes on-demand requests to the chains' rows and publishes them."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Requests:
-    """Takes the requests of one deployment. The names and types of what is asked are those of `checks.Asked`."""
+    """The requests of one deployment. `**asked` are the arguments in `checks.Asked`."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Requests:
         self._migrated = migrated
         self._publisher = publisher
 
-    # --- what an application asks ------------------------------------------------------------------------------------
+    # --- requests of applications ------------------------------------------------------------------------------------
 
     def enqueue(
         self,
@@ -56,7 +56,7 @@ class Requests:
         best_effort: bool,
         **asked: Unpack[Asked],
     ) -> str | None:
-        """Write a request for the chain with these resources (created if absent) and publish it; the task's id."""
+        """Write and publish a request for the chain with these resources (created if absent); gives the task's id."""
         chain_type = self._config.get(type_name)
         resources = clean_resources(rsc_mappings)
         request = checked_request(chain_type, asked)
@@ -66,9 +66,9 @@ class Requests:
     def enqueue_chain(
         self, record: ChainRecord, *, dry_run: bool, best_effort: bool, **asked: Unpack[Asked]
     ) -> str | None:
-        """Write a request for a chain that was read and publish it; the task's id. Raises `ChainMissing`."""
+        """Write and publish a request for a chain that was read; gives the task's id. Raises `ChainMissing`."""
         request = checked_request(self._config.get(record.chain_type), asked)
-        chain_id = record.id or None  # None: a dry run did not create it
+        chain_id = record.id or None  # None: a dry run has not created the chain
         if dry_run or self._settings.dry_run or chain_id is None:
             return self._publish_dry_run(chain_id, record.chain_type, record.resources, request)
         store.write_request(self._database, chain_id, request)
@@ -85,7 +85,7 @@ class Requests:
     ) -> None:
         """Enqueue when the caller's session commits; arguments are checked now.
 
-        A session on the dispatcher's own database writes the request in the caller's transaction.
+        If the session is on the dispatcher's database, the request is written in the caller's transaction.
         """
         if isinstance(session, scoped_session):
             session = session()
@@ -99,7 +99,7 @@ class Requests:
         else:
             run_after_commit(session, partial(self._enqueue_later, chain_type, resources, request, dry_run=dry_run))
 
-    # --- chains that are asked for -----------------------------------------------------------------------------------
+    # --- creation of chains ------------------------------------------------------------------------------------------
 
     def create(
         self,
@@ -108,7 +108,7 @@ class Requests:
         resources: Sequence[Resource],
         context: Mapping[str, Any] | None,
     ) -> int:
-        """The id of the chain with exactly these resources, made in NEW and due unless another caller was first."""
+        """The id of the chain with exactly these resources; created in NEW and due, unless another caller was first."""
         now = self._database.now(connection)
         return chains.create(
             connection,
@@ -122,7 +122,7 @@ class Requests:
     def create_many(
         self, connection: Connection, *, chain_type: ChainType, resources: Sequence[Sequence[Resource]]
     ) -> list[tuple[int, bool]]:
-        """`(chain id, created here)` of the chain with exactly each of these resource sets, in their order."""
+        """`(chain id, created now)` for each resource set, in their order; each chain has exactly those resources."""
         now = self._database.now(connection)
         due_at = now if chain_type.candidates(NEW) else None
         return portable.create_many(connection, chain_type.chain_type, resources, due_at=due_at, now=now)
@@ -165,7 +165,7 @@ class Requests:
         return chain_id
 
     def _publish(self, chain_id: int, *, best_effort: bool) -> str | None:
-        """The id of the task that executes the chain; `EnqueueNotPublished`, or None with `best_effort`."""
+        """The id of the published task. On failure: raises `EnqueueNotPublished`, or gives None with `best_effort`."""
         try:
             return self._publisher.execute([chain_id], queue=REQUESTS_QUEUE)
         except PublishFailed as error:
@@ -184,7 +184,7 @@ class Requests:
     def _publish_dry_run(
         self, chain_id: int | None, type_name: str, resources: Sequence[Resource], request: Request
     ) -> str:
-        """The id of the task that plans the chain and changes nothing; what was asked travels in the message."""
+        """The id of the task that plans the chain and changes nothing. The request is in the message, not in a row."""
         plan = {
             "chain_type": type_name,
             "resources": [list(pair) for pair in resources],
@@ -198,7 +198,7 @@ class Requests:
             raise EnqueueNotPublished(chain_id or 0, str(error), written=False) from error
 
     def _shares_database(self, theirs: URL) -> bool:
-        """Whether the database at a caller's URL is the one that holds the chains."""
+        """Whether the URL of a caller's database is that of the dispatcher's database."""
         ours = self._database.url
         if ours.get_backend_name() != theirs.get_backend_name():
             return False

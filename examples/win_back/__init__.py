@@ -1,1 +1,1 @@
-"""Winning customers back: one chain per purchase, on eighteen months of real purchase histories."""
+"""Wins customers back: one chain per order, on eighteen months of real purchase histories."""

@@ -21,7 +21,7 @@ _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 when everything went as expected, 1 when not, 2 for wrong usage, 130 after Ctrl-C."""
+    """The exit code: 0 if everything happened as expected, 1 if not, 2 for wrong usage, 130 after Ctrl-C."""
     options = _parse(arguments)
     console = Console(soft_wrap=True)
     for number in _STOPPING:
@@ -88,7 +88,7 @@ def _directory(*, keep: bool, console: Console) -> Iterator[Path]:
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
-    for stopping in _STOPPING:  # stopping has its own time limits and must come to its end
+    for stopping in _STOPPING:  # a second signal must not interrupt the stopping, which has time limits
         signal.signal(stopping, signal.SIG_IGN)
     raise KeyboardInterrupt
 

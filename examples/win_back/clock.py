@@ -1,6 +1,6 @@
-"""The simulated clock: a small file that the driver replaces and every process reads, so that all agree.
+"""The simulated clock: a small file that the driver replaces and every process reads, so that all agree on the day.
 
-The processes name it with `DISPATCHER_CLOCK=examples.win_back.clock:now`; the file's path is in `WIN_BACK_CLOCK`.
+The processes use it because of `DISPATCHER_CLOCK=examples.win_back.clock:now`; the file's path is in `WIN_BACK_CLOCK`.
 """
 
 import os
@@ -18,8 +18,8 @@ def now() -> datetime:
 
 
 def set_day(day: date) -> None:
-    """Move every process to `day`; replacing the file is atomic, so nobody reads half a date."""
+    """Set the day for every process. Replacing the file is atomic, so no process reads half a date."""
     path = Path(os.environ[VARIABLE])
-    coming = path.with_suffix(".coming")
-    coming.write_text(day.isoformat(), encoding="ascii")
-    coming.replace(path)
+    new = path.with_suffix(".new")
+    new.write_text(day.isoformat(), encoding="ascii")
+    new.replace(path)

@@ -1,4 +1,4 @@
-"""What `DISPATCHER_CONFIG=examples.win_back.config:CONFIG` names: one chain type and its callback."""
+"""The configuration (`DISPATCHER_CONFIG=examples.win_back.config:CONFIG`): one chain type and its callback."""
 
 from typing import Any, Final
 
@@ -6,11 +6,11 @@ from dispatcher import DONE, NEW, Transition
 from examples.win_back import sink
 from examples.win_back.transitions import BoughtAgain, Lapsed180, Offer90, Reminder30
 
-CHAIN_TYPE: Final = "win_back"
+TYPE_NAME: Final = "win_back"
 
 
 def send(transition: Transition, **callback_kwargs: Any) -> None:
-    """Send the reminder or the offer: here, one line in the sink."""
+    """Send the reminder or the offer; in this example, write a line to the sink."""
     context = transition.build_context()
     sink.append(
         sink.Effect(
@@ -26,9 +26,9 @@ def send(transition: Transition, **callback_kwargs: Any) -> None:
 CONFIG: Final[dict[str, Any]] = {
     "chains": [
         {
-            "chain_type": CHAIN_TYPE,
+            "chain_type": TYPE_NAME,
             "callback": send,
-            "continue": True,  # after a move, find out at once when the next step is due
+            "continue": True,  # evaluate again at once after a move, to find when the next step is due
             "transitions": {
                 NEW: [BoughtAgain, Reminder30],
                 Reminder30.final_state: [BoughtAgain, Offer90],

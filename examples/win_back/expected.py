@@ -1,6 +1,6 @@
-"""Which order must have got what on which day, computed straight from the file.
+"""The expected steps of each order and their days, computed only from the file of purchases.
 
-Nothing here knows chains, states or transitions: it imports neither the dispatcher nor the code under test.
+This module does not import the dispatcher or the code under test, so that the comparison is independent.
 """
 
 from collections.abc import Container, Iterator
@@ -13,12 +13,12 @@ from typing import Final
 STEPS: Final = (("Reminder30", 30), ("Offer90", 90), ("Lapsed180", 180))
 COMING_BACK: Final = "BoughtAgain"
 SENT: Final = frozenset({"Reminder30", "Offer90"})
-"""The steps that reach the customer; the other ones only end the order's chain."""
+"""The steps that send something to the customer; the other steps only end the order's chain."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Step:
-    """One thing that happens to an order (yyyymmdd) of a customer on a day."""
+    """A step of a customer's order on a day. `order` is the day of the order as yyyymmdd."""
 
     day: date
     customer: str
@@ -27,7 +27,7 @@ class Step:
 
 
 def expected_steps(path: Path, customers: Container[str], until: date) -> list[Step]:
-    """Every step of every order of `customers` up to and including the day `until`, by day."""
+    """All steps of the orders of `customers` up to and including the day `until`, sorted by day."""
     days_of: dict[str, set[str]] = {}
     for line in path.read_text(encoding="ascii").splitlines():
         customer, _, day, *_ = line.split()
@@ -43,7 +43,7 @@ def expected_steps(path: Path, customers: Container[str], until: date) -> list[S
 
 
 def steps_of(bought_on: date, bought_again_on: date | None, until: date) -> Iterator[tuple[str, date]]:
-    """`(transition, day)` of one order up to `until`; a purchase on the day of a step comes before the step."""
+    """`(transition, day)` of each step of an order up to `until`. A purchase on the day of a step precedes the step."""
     for transition, days in STEPS:
         step_on = bought_on + timedelta(days=days)
         if bought_again_on is not None and bought_again_on <= step_on:

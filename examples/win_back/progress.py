@@ -1,4 +1,4 @@
-"""How far the run is: a bar on a terminal, one line a month elsewhere."""
+"""Shows the progress of the run: a bar on a terminal, otherwise one line for each simulated month."""
 
 import time
 from datetime import date
@@ -27,7 +27,7 @@ class DayProgress:
                 TextColumn("{task.fields[figures]}"),
                 TimeElapsedColumn(),
                 console=console,
-                refresh_per_second=5,  # every frame is taken from the two cores that do the work
+                refresh_per_second=5,  # few, because drawing uses the cores that do the work
             )
             self._task = self._bar.add_task("", total=(LAST_DAY - FIRST_DAY).days + 1, day=FIRST_DAY, figures="")
 
@@ -48,7 +48,7 @@ class DayProgress:
         return time.monotonic() - self._started
 
     def show(self, day: date, *, chains: int, moves: int, callbacks: int) -> None:
-        """Say that `day` is over."""
+        """Show that `day` has ended."""
         rates = f"{moves / self.seconds:5.0f} moves/s {callbacks / self.seconds:5.0f} callbacks/s"
         figures = f"{chains:5} chains {rates}"
         if self._bar is not None:

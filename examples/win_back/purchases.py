@@ -15,7 +15,7 @@ _COLUMNS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Purchase:
-    """One line of the file: `customer` is the id in the full data set, `sample_id` the one in the sample."""
+    """One line of the file. `customer` is the id in the full data set, `sample_id` the id in the sample."""
 
     customer: str
     sample_id: str
@@ -26,7 +26,7 @@ class Purchase:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Order:
-    """What one chain follows: all that a customer bought on one day."""
+    """All purchases of a customer on one day. Each order has a chain."""
 
     bought_on: date
     customer: str
@@ -38,13 +38,13 @@ class Order:
 
     @classmethod
     def of(cls, resources: Iterable[tuple[str, str]]) -> "Order":
-        """The order that a chain with these resources follows."""
+        """The order of the chain with these resources."""
         ids = dict(resources)
         return cls(bought_on=_day(ids["order"]), customer=ids["customer"])
 
 
 def parse_purchase(line: str) -> Purchase:
-    """The purchase on one line of the file; `ValueError` for a line that is none."""
+    """The purchase on one line of the file. Raises `ValueError` for a bad line."""
     fields = line.split()
     if len(fields) != _COLUMNS:
         raise ValueError(f"expected {_COLUMNS} columns, found {len(fields)}: {line.strip()!r}")
@@ -53,7 +53,7 @@ def parse_purchase(line: str) -> Purchase:
 
 
 def read_purchases(path: Path = DATA) -> list[Purchase]:
-    """All purchases in the order of the file; `ValueError` naming the first bad line."""
+    """All purchases in the order of the file. Raises `ValueError`, which names the first bad line."""
     purchases = []
     for number, line in enumerate(path.read_text(encoding="ascii").splitlines(), start=1):
         try:
@@ -69,7 +69,7 @@ def orders_of(purchases: Iterable[Purchase]) -> list[Order]:
 
 
 def choose_customers(purchases: Iterable[Purchase], count: int) -> frozenset[str]:
-    """`count` customers spread evenly over the file (which is sorted by first purchase): always the same ones."""
+    """`count` customers, spread evenly over the file, which is sorted by first purchase; always the same customers."""
     customers = list(dict.fromkeys(purchase.customer for purchase in purchases))
     count = min(count, len(customers))
     return frozenset(customers[number * len(customers) // count] for number in range(count))
@@ -77,7 +77,7 @@ def choose_customers(purchases: Iterable[Purchase], count: int) -> frozenset[str
 
 @cache
 def histories() -> Mapping[str, Sequence[date]]:
-    """Each customer's days of purchase, ascending: the shop's database, loaded once per process."""
+    """Each customer's days of purchase, ascending. This is the shop's database; it is loaded once per process."""
     days: dict[str, list[date]] = {}
     for order in orders_of(read_purchases()):
         days.setdefault(order.customer, []).append(order.bought_on)

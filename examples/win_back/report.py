@@ -1,4 +1,4 @@
-"""Expected against got: the table, the mismatches and the duplicates."""
+"""Compares what was expected with what happened: the table, the mismatches and the duplicates."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ _SHOWN: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What should have happened and what did: moves from the chains' histories, effects from the sink."""
+    """The expected steps, the moves in the chains' histories, and the effects in the sink."""
 
     orders: int
     chains: int
@@ -32,20 +32,20 @@ class Outcome:
         return [Step(effect.day, effect.customer, effect.order, effect.transition) for effect in self.effects]
 
     @property
-    def owed(self) -> list[Step]:
-        """The expected steps that reach the customer."""
+    def expected_callbacks(self) -> list[Step]:
+        """The expected steps that send something to the customer."""
         return [step for step in self.expected if step.transition in SENT]
 
     def mismatches(self) -> list[str]:
-        """One line for every expected step that is missing, and for every step that nobody expected."""
+        """One line for every expected step that is missing, and for every step that was not expected."""
         return [
             *([f"{self.orders} orders, but {self.chains} chains"] if self.orders != self.chains else []),
             *_differences("move", self.expected, self.moves),
-            *_differences("callback", self.owed, self.callbacks),
+            *_differences("callback", self.expected_callbacks, self.callbacks),
         ]
 
     def duplicates(self) -> list[str]:
-        """One line for every move or callback that happened again, and for every idempotency key used again."""
+        """One line for every move, callback or idempotency key that happened more than once."""
         moved = Counter((step.customer, step.order, step.transition) for step in self.moves)
         called = Counter((step.customer, step.order, step.transition) for step in self.callbacks)
         keys = Counter(effect.idempotency_key for effect in self.effects)
@@ -57,7 +57,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Whether all that was expected happened, once."""
+        """Whether every expected step happened exactly once, and nothing else."""
         return not self.mismatches() and not self.duplicates()
 
     def print(self, console: Console) -> None:
@@ -73,7 +73,7 @@ class Outcome:
         )
 
     def table(self) -> Table:
-        """Per transition and quarter: how many were expected, and how many there were."""
+        """A table with the expected and actual numbers, per transition and quarter."""
         quarters = sorted({_quarter(step.day) for step in [*self.expected, *self.moves, *self.callbacks]})
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("transition", no_wrap=True)

@@ -1,4 +1,4 @@
-"""One run: real processes in a directory of their own, the walk, and the comparison at its end."""
+"""One run: starts real processes in a directory, walks through the days, and compares the result."""
 
 import os
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ ROOT: Final = Path(__file__).parents[2]
 
 
 def run(*, customers: int, directory: Path, day_seconds: float, console: Console) -> bool:
-    """Whether everything went as expected; progress, table and every difference are printed.
+    """Whether everything happened as expected. Prints progress, the table and the first differences.
 
-    All files are made in `directory`. Raises `DayNotQuiet`, and `StackError` when a process ends by itself.
+    All files are written to `directory`. Raises `DayNotQuiet`, and `StackError` if a process ends unexpectedly.
     """
     environment = prepare_environment(directory)
     purchases = read_purchases()
@@ -55,9 +55,9 @@ def run(*, customers: int, directory: Path, day_seconds: float, console: Console
 
 
 def prepare_environment(directory: Path) -> dict[str, str]:
-    """The environment of the run's processes; this process gets it too, and works in `directory` from now on.
+    """The environment of the run's processes. Sets it in this process too, and changes to `directory`.
 
-    Nothing that the caller's shell or directory says about a dispatcher counts: this run has rows of its own.
+    The `DISPATCHER_*` variables of the caller are removed, so that the run does not touch another deployment.
     """
     environment = {
         "DISPATCHER_CONFIG": "examples.win_back.config:CONFIG",
@@ -76,7 +76,7 @@ def prepare_environment(directory: Path) -> dict[str, str]:
 
 
 def moves_of(chains: Mapping[Order, Chain]) -> list[Step]:
-    """Every move in the histories of `chains`."""
+    """All moves in the histories of `chains`."""
     return [
         Step(event.created_at.date(), order.customer, f"{order.bought_on:%Y%m%d}", str(event.detail))
         for order, chain in chains.items()

@@ -1,7 +1,7 @@
-"""Where the callbacks' effects are counted: an append-only file that several workers write to at once.
+"""The sink, which records the effects of the callbacks: an append-only file to which several workers write.
 
-Its path is in `WIN_BACK_SINK`. Each effect is one line, written by one `write` on a descriptor opened with `O_APPEND`:
-the kernel puts such writes one after the other, so lines of different processes never mix.
+Its path is in `WIN_BACK_SINK`. Each effect is one line, written by one `write` on a descriptor opened with `O_APPEND`.
+The kernel executes such writes one after the other, so that lines of different processes never mix.
 """
 
 import json
@@ -16,7 +16,7 @@ VARIABLE: Final = "WIN_BACK_SINK"
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """One callback that took place: to whom, for which order (yyyymmdd), what, on which simulated day."""
+    """One callback that was called: for which customer, order (yyyymmdd), transition and simulated day."""
 
     customer: str
     order: str
@@ -31,13 +31,13 @@ def append(effect: Effect) -> None:
     descriptor = os.open(os.environ[VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         if os.write(descriptor, line) != len(line):
-            raise OSError("the sink took a part of a line only")
+            raise OSError("only a part of the line was written to the sink")
     finally:
         os.close(descriptor)
 
 
 def read_effects(path: Path) -> list[Effect]:
-    """All effects in the order in which they took place; none if nothing was written yet."""
+    """All effects in the order in which they were written; empty if there are none yet."""
     if not path.exists():
         return []
     raw = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]

@@ -1,7 +1,7 @@
 """The lifecycle of one order: remind after 30 days, offer after 90, give up after 180, stop at the next purchase.
 
-Guards look at `self.now` only, and say with `not_before` when they could say something new: an order is due on the
-days on which something can change, and on no other.
+Guards use only `self.now`, and say with `not_before` when their answer can change. So an order is due only on days on
+which something can change.
 """
 
 from datetime import timedelta
@@ -12,7 +12,7 @@ from examples.win_back.purchases import Order, histories
 
 
 class BoughtAgain(Transition):
-    """The customer came back by themselves. Nothing is due for this: the shop enqueues the chain at a purchase."""
+    """The customer has bought again. No sweep looks for this, because the shop enqueues the chain at a purchase."""
 
     final_state = DONE
     recheck_seconds = None
@@ -26,7 +26,7 @@ class BoughtAgain(Transition):
 
 
 class DaysAfterPurchase(Transition):
-    """Valid from `days` days after the purchase on."""
+    """Valid when `days` days have passed since the purchase."""
 
     days: ClassVar[int]
 
@@ -53,7 +53,7 @@ class Offer90(DaysAfterPurchase):
 
 
 class Lapsed180(DaysAfterPurchase):
-    """180 days without another purchase: the customer is given up (on the way into DONE nothing is called)."""
+    """180 days without another purchase: the customer is given up. A transition to DONE calls no callback."""
 
     final_state = DONE
     days = 180

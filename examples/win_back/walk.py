@@ -1,4 +1,4 @@
-"""The simulated shop and the calendar that it lives through."""
+"""The simulated shop, and the calendar that moves through its days."""
 
 import time
 from collections import deque
@@ -10,7 +10,7 @@ from typing import Any, Final
 from dispatcher import DONE, Chain, Dispatcher
 from dispatcher.embedded.stack import Stack
 from examples.win_back import clock
-from examples.win_back.config import CHAIN_TYPE
+from examples.win_back.config import TYPE_NAME
 from examples.win_back.progress import DayProgress
 from examples.win_back.purchases import LAST_DAY, Order
 
@@ -19,38 +19,38 @@ _CHECK_SECONDS: Final = 1.0
 _COUNT_SECONDS: Final = 2.0
 
 
-class DayNotQuiet(Exception):  # noqa: N818 - it says what it is
-    """A simulated day did not come to its end."""
+class DayNotQuiet(Exception):  # noqa: N818 - the name is clear without "Error"
+    """A simulated day did not end in time."""
 
 
 class Shop:
-    """The application beside the dispatcher: it opens a chain for every order, and says when a customer comes back."""
+    """The application that uses the dispatcher: creates a chain for every order, and enqueues chains at a purchase."""
 
     def __init__(self, dispatcher: Dispatcher, orders: Iterable[Order]) -> None:
         self.chains: dict[Order, Chain] = {}
         self._dispatcher = dispatcher
-        self._coming = deque(sorted(orders))
+        self._future = deque(sorted(orders))
         self._open: dict[str, list[Chain]] = {}
 
     @property
     def next_day(self) -> date | None:
-        """The day of the next purchase."""
-        return self._coming[0].bought_on if self._coming else None
+        """The day of the next purchase; None if there is none."""
+        return self._future[0].bought_on if self._future else None
 
     def sell(self, day: date) -> None:
-        """Take the purchases of `day`: a chain for each, and the customer's earlier ones are looked at now."""
-        while self._coming and self._coming[0].bought_on == day:
-            order = self._coming.popleft()
+        """Create a chain for each order of `day`, and enqueue the customer's earlier chains."""
+        while self._future and self._future[0].bought_on == day:
+            order = self._future.popleft()
             earlier = [chain for chain in self._open.get(order.customer, []) if chain.refresh().state != DONE]
             for chain in earlier:
                 chain.enqueue(requested_by="shop")
-            chain = self._dispatcher.get_or_create_resource_chain(CHAIN_TYPE, order.resources)
+            chain = self._dispatcher.get_or_create_resource_chain(TYPE_NAME, order.resources)
             self._open[order.customer] = [*earlier, chain]
             self.chains[order] = chain
 
 
 class Calendar:
-    """Moves the simulated clock from one day on which something can happen to the next, once the day is quiet."""
+    """Sets the simulated clock to each day on which something can happen, when the day before is quiet."""
 
     def __init__(self, dispatcher: Dispatcher, stack: Stack, *, day_seconds: float, progress: DayProgress) -> None:
         self._dispatcher = dispatcher
@@ -61,18 +61,18 @@ class Calendar:
         self._counted = time.monotonic()
 
     def walk(self, shop: Shop) -> None:
-        """Live through all days; `DayNotQuiet` if one does not end."""
+        """Go through all days. Raises `DayNotQuiet` if a day does not end in time."""
         day = shop.next_day
         while day is not None and day <= LAST_DAY:
             clock.set_day(day)
             shop.sell(day)
             self._dispatcher.sweep()
             next_due_at = self._wait_until_quiet(day)
-            coming = [moment for moment in (shop.next_day, _first_day_from(next_due_at)) if moment is not None]
-            day = min(coming, default=None)
+            days = [day for day in (shop.next_day, _first_day_from(next_due_at)) if day is not None]
+            day = min(days, default=None)
 
     def _wait_until_quiet(self, day: date) -> datetime | None:
-        """When the next chain is due, once none is due on this day and no delivery is open."""
+        """Wait until no chain is due on this day and no delivery is open; gives the next due moment, or None."""
         began = time.monotonic()
         checked = began
         while True:
@@ -95,13 +95,13 @@ class Calendar:
     def _show(self, day: date, stats: Mapping[str, Any]) -> None:
         callbacks = stats["deliveries"]["delivered"]
         if time.monotonic() > self._counted + _COUNT_SECONDS:
-            self._ended = len(self._dispatcher.find_chains(chain_type=CHAIN_TYPE, state=DONE, limit=stats["chains"]))
+            self._ended = len(self._dispatcher.find_chains(chain_type=TYPE_NAME, state=DONE, limit=stats["chains"]))
             self._counted = time.monotonic()
         self._progress.show(day, chains=stats["chains"], moves=callbacks + self._ended, callbacks=callbacks)
 
 
 def _first_day_from(moment: datetime | None) -> date | None:
-    """The first day that begins at or after `moment`: the clock knows no other moments."""
+    """The first day that begins at or after `moment`, because the clock only shows beginnings of days."""
     if moment is None:
         return None
     starts = datetime.combine(moment.date(), time_of_day.min, tzinfo=UTC)

@@ -155,12 +155,12 @@ def test_check_reports_types_states_and_what_is_probably_not_meant(run: CommandL
     assert reports["invoice"]["states"]["new"] == ["Close", "Remind"]
     assert reports["invoice"]["warnings"] == []
     assert reports["loose"]["warnings"] == [
-        "no chain can come to state 'lost'",
+        "no chain can reach state 'lost'",
         "Remind has no callback unless a request names one",
     ]
     done = run("check")
     assert done.returncode == 0, done.stderr
-    assert "warning: no chain can come to state 'lost'" in done.stdout
+    assert "warning: no chain can reach state 'lost'" in done.stdout
 
 
 def test_graph_prints_mermaid(run: CommandLine) -> None:

@@ -279,7 +279,7 @@ def test_a_chain_type_is_paused_listed_and_resumed(run: CommandLine) -> None:
     assert run.says("chain-types", "pause", "single", "--reason", "again") == "single was paused already"
     assert run.json("chain-types", "list")["single"] == "mail is down"
     assert "paused: mail is down" in run.says("chain-types", "list")
-    assert run.says("chain-types", "resume", "single") == "single goes on"
+    assert run.says("chain-types", "resume", "single") == "single is resumed"
     assert run.says("chain-types", "resume", "single") == "single was not paused"
     assert "'lost'" in run.problem("chain-types", "resume", "lost")
 
@@ -294,7 +294,7 @@ def test_the_doctor_names_what_is_wrong_and_repairs_what_is_safe(run: CommandLin
     lines = run.says("doctor", code=1).splitlines()
     assert "redis: dispatcher:lock:77 never expires; --repair deletes it" in lines
     assert any(line.startswith("delivery: 1 dead: a person must decide; ") for line in lines)
-    assert any(line.startswith("worker: none answers for queue dispatcher.sweeps; ") for line in lines)
+    assert any(line.startswith("worker: no worker answers for queue dispatcher.sweeps; ") for line in lines)
 
     told = run.json("doctor", "--repair", code=1)
     assert [one["problem"] for one in told if one["repaired"]] == ["dispatcher:lock:77 never expires"]

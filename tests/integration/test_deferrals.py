@@ -211,7 +211,10 @@ def test_a_lock_server_that_is_away_defers_for_a_while(make_dispatcher: Make) ->
     result = attempt(dispatcher, planned(dispatcher, chain))
 
     assert result.outcome == "deferred" and 15 <= result.retry_seconds <= 30
-    assert delivery_of(dispatcher, chain).last_error == "deferred: the server that counts for the rate limit is away"
+    assert (
+        delivery_of(dispatcher, chain).last_error
+        == "deferred: Redis, which counts the calls for the rate limit, does not answer"
+    )
 
 
 def test_a_chain_that_is_disabled_while_its_delivery_waits_is_left_alone(make_dispatcher: Make) -> None:

@@ -305,7 +305,7 @@ def test_a_service_that_is_away_is_named_without_its_password(make_dispatcher: M
     (line,) = found(dispatcher, service)
 
     assert line.startswith(f"{service}: cannot reach the ") and "127.0.0.1:1" in line
-    assert line.endswith(f"start it, or correct DISPATCHER_{service.upper()}_URL") and "hunter2" not in line
+    assert line.endswith(f", or correct DISPATCHER_{service.upper()}_URL") and "hunter2" not in line
     assert found(dispatcher, "database") == []
 
 
@@ -318,7 +318,7 @@ def test_a_database_that_is_away_is_named_and_the_rest_is_examined(make_dispatch
 
     assert [line.partition(":")[0] for line in lines] == ["database", "redis", "broker"]
     assert lines[0].startswith("database: cannot reach the database at postgresql") and "hunter2" not in lines[0]
-    assert lines[0].endswith("start it, or correct DISPATCHER_DATABASE_URL")
+    assert lines[0].endswith("start the database, or correct DISPATCHER_DATABASE_URL")
 
 
 def test_a_database_that_is_not_migrated_is_named(make_dispatcher: Make, empty_url: str) -> None:
@@ -333,7 +333,7 @@ def test_a_database_that_is_not_migrated_is_named(make_dispatcher: Make, empty_u
 def test_services_that_are_not_configured_are_named(dispatcher: Dispatcher) -> None:
     assert found(dispatcher, "redis", "broker") == [
         "redis: no lock server is configured; set DISPATCHER_REDIS_URL, or run `dispatcher dev`",
-        "broker: none is configured; set DISPATCHER_BROKER_URL, or run `dispatcher dev`",
+        "broker: no broker is configured; set DISPATCHER_BROKER_URL, or run `dispatcher dev`",
     ]
 
 
@@ -401,8 +401,8 @@ def test_queues_that_nobody_consumes_and_those_that_are_too_long_are_named(make_
 
     queues = ["dispatcher.requests", "dispatcher.chains", "dispatcher.callbacks", "dispatcher.sweeps", "carts"]
     assert found(dispatcher, "worker", "broker") == [
-        *(f"worker: none answers for queue {queue}; start one that consumes it" for queue in queues),
-        "broker: 3 messages wait in dispatcher.requests; add workers for it",
+        *(f"worker: no worker answers for queue {queue}; start a worker that consumes it" for queue in queues),
+        "broker: 3 messages wait in dispatcher.requests; add workers that consume it",
     ]
 
 

@@ -279,7 +279,7 @@ def test_a_server_that_is_away_is_waited_for_and_not_for_ever(
     for _ in range(10):
         refusal = ask(limiter, PER_HOUR)
         assert refusal is not None and not had_place(refusal.reason) and 15 <= refusal.seconds <= 30
-    assert caplog.text.count("does not count for rate limits") == 1, "not asked again for some seconds"
+    assert caplog.text.count("does not count calls for rate limits") == 1, "not asked again for some seconds"
     assert "127.0.0.1" not in caplog.text
 
     now += 301

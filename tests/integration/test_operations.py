@@ -686,7 +686,7 @@ def test_mapping_states_leaves_chains_with_a_running_attempt_and_counts_them(mak
     assert (busy.refresh().state, idle.refresh().state) == ("reminded", "never")
 
 
-@pytest.mark.parametrize(("to_state", "problem"), [("nowhere", "unknown state"), (NEW, "is the state that is to be")])
+@pytest.mark.parametrize(("to_state", "problem"), [("nowhere", "unknown state"), (NEW, "is the old state")])
 def test_mapping_to_a_state_that_makes_no_sense_is_refused(make_dispatcher: Make, to_state: str, problem: str) -> None:
     dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
     new_chain(dispatcher)

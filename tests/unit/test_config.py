@@ -248,7 +248,9 @@ class TestRefusedTransitions:
 
     @pytest.mark.parametrize("wrong", [object, Reminder(ChainSnapshot(1, "a", NEW, (), datetime.now(UTC))), "Reminder"])
     def test_a_candidate_that_is_no_transition_class(self, wrong):
-        refused(lambda: cart({NEW: [wrong]}), "is no Transition class", repr(wrong), "'abandoned_cart'", "state 'new'")
+        refused(
+            lambda: cart({NEW: [wrong]}), "is not a Transition class", repr(wrong), "'abandoned_cart'", "state 'new'"
+        )
 
     @pytest.mark.parametrize("states", [(NEW, NEW), (NEW, "reminded")])
     def test_two_transitions_of_one_class_name(self, states):
