@@ -173,7 +173,7 @@ class Dispatcher:
                 (pair,) = clean_resources([resource])
                 ids = chains.list_by_resource(connection, pair, after_id=after_id, limit=limit)
             else:
-                ids = chains.list_ids(connection, chain_type=chain_type, state=state, after_id=after_id, limit=limit)
+                ids = chains.list_ids(connection, type_name=chain_type, state=state, after_id=after_id, limit=limit)
             records = chains.read_many(connection, ids)
         found = [Chain(self._services, records[chain_id]) for chain_id in ids if chain_id in records]
         return [
@@ -196,9 +196,7 @@ class Dispatcher:
         if not is_text(f"{chain_type}"):  # no stored name contains such text
             return []
         with self.database.read() as connection:
-            return overview.listing(
-                connection, chain_id=chain_id, chain_type=chain_type, statuses=statuses, limit=limit
-            )
+            return overview.listing(connection, chain_id=chain_id, type_name=chain_type, statuses=statuses, limit=limit)
 
     def stats(self) -> dict[str, Any]:
         """Counts `{"chains", "due", "next_due_at", "open_deliveries", "deliveries": {status: n}}`; reads all chains."""

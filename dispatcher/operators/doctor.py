@@ -244,7 +244,7 @@ class Doctor:
                 position.due_at
                 for type_name, chain_type in self._config.by_type.items()
                 if type_name not in paused and not _asks_every_sweep(chain_type)
-                for position in chains.due_page(connection, chain_type=type_name, now=domain_now, after=None, limit=1)
+                for position in chains.due_page(connection, type_name=type_name, now=domain_now, after=None, limit=1)
             ]
         for name, seconds in ((SWEEP, self._settings.sweep_seconds), (RELAY, self._settings.relay_seconds)):
             last_at = last_ticks.get(name)

@@ -265,7 +265,7 @@ class Operations:
         while True:
             with self._database.read() as connection:
                 ids = chains.list_ids(
-                    connection, chain_type=type_name, state=from_state, after_id=after_id, limit=_BATCH
+                    connection, type_name=type_name, state=from_state, after_id=after_id, limit=_BATCH
                 )
             if not ids:
                 return MapCounts(mapped, waiting)

@@ -50,33 +50,33 @@ class Pages:
                 self._publisher.execute(group, queue=queue, dry_run=dry_run, producer=producer)
         return -(-len(chain_ids) // size)
 
-    def hand_over(self, chain_type: str, chain_ids: Sequence[int]) -> int:
+    def hand_over(self, type_name: str, chain_ids: Sequence[int]) -> int:
         """Send these marked chains to another worker; how many messages `publish_handed_over` will make of them.
 
         Raises as `publish`.
         """
         with self._taken_back(chain_ids):
-            self._publisher.fan_out(chain_type, chain_ids)
+            self._publisher.fan_out(type_name, chain_ids)
         return -(-len(chain_ids) // self._settings.chains_per_task)
 
-    def publish_handed_over(self, chain_type: str, chain_ids: Sequence[int], *, dry_run: bool) -> dict[str, Any]:
+    def publish_handed_over(self, type_name: str, chain_ids: Sequence[int], *, dry_run: bool) -> dict[str, Any]:
         """Publish the executions of a page that a sweep handed over: `{"chain_type", "enqueued"}`.
 
         Chains for which the queue has no room are left to the next sweep and counted as `"held_back"`. Of a type that
         this configuration does not know nothing is published: `{"outcome": "unknown_definition", "enqueued": 0}`. Its
         chains stay due; when their markers have ended, another worker may know the type. Raises as `publish`.
         """
-        config = self._config.by_type.get(chain_type)
-        if config is None:
+        chain_type = self._config.by_type.get(type_name)
+        if chain_type is None:
             emit(
                 logger,
                 Action.UNKNOWN_PAGE,
                 "a sweep handed over a page of chain type %.100r, which is not in this configuration",
-                chain_type,
-                chain_type=chain_type[:100],
+                type_name,
+                chain_type=type_name[:100],
             )
             return {"outcome": str(Outcome.UNKNOWN_DEFINITION), "enqueued": 0}
-        queue = config.queue or CHAINS_QUEUE
+        queue = chain_type.queue or CHAINS_QUEUE
         with self._taken_back(chain_ids, dry_run=dry_run):
             room = max(self._settings.max_backlog - self._publisher.backlog(queue), 0)
         fits = room * self._settings.chains_per_task
@@ -84,7 +84,7 @@ class Pages:
         if not dry_run:
             self._locks.unmark_queued(left)
         self.publish(taken, queue, dry_run=dry_run)
-        result: dict[str, Any] = {"chain_type": chain_type, "enqueued": len(taken)}
+        result: dict[str, Any] = {"chain_type": type_name, "enqueued": len(taken)}
         if left:
             result["held_back"] = len(left)
         if dry_run:

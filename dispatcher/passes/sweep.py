@@ -89,9 +89,9 @@ class Sweeper:
             paused = chain_types.paused_types(connection)
             positions = {} if dry_run else ticks.read_position(connection, SWEEP)
         cursors = [
-            _Cursor(chain_type, _position(positions.get(name)), resumed=name in positions)
-            for name, chain_type in self._config.by_type.items()
-            if name not in paused
+            _Cursor(chain_type, _position(positions.get(type_name)), resumed=type_name in positions)
+            for type_name, chain_type in self._config.by_type.items()
+            if type_name not in paused
         ]
         counts = SweepCounts()
         going = cursors
@@ -117,12 +117,12 @@ class Sweeper:
         if dry_run:
             result["dry_run"] = True
         if any(cursor.held_back for cursor in cursors):
-            result["held_back"] = sorted(c.chain_type.chain_type for c in cursors if c.held_back)
+            result["held_back"] = sorted(cursor.chain_type.chain_type for cursor in cursors if cursor.held_back)
         emit(logger, Action.SWEPT, "sweep: %s", result, **{f"sweep_{name}": value for name, value in result.items()})
         return result
 
     def _sweep_page(self, cursor: _Cursor, counts: SweepCounts, now: datetime, *, dry_run: bool) -> None:
-        name = cursor.chain_type.chain_type
+        type_name = cursor.chain_type.chain_type
         queue = cursor.chain_type.queue or CHAINS_QUEUE
         if queue not in counts.backlog:
             counts.backlog[queue] = self._publisher.backlog(queue)
@@ -142,7 +142,7 @@ class Sweeper:
         with self._database.read() as connection:
             page = chains.due_page(
                 connection,
-                chain_type=name,
+                type_name=type_name,
                 now=now,
                 after=cursor.after,
                 limit=min(self._settings.sweep_fanout or _PAGE, room * self._settings.chains_per_task),
@@ -157,7 +157,7 @@ class Sweeper:
         ids = [position.chain_id for position in page]
         fresh = ids if dry_run else self._pages.mark(ids)
         if fresh and not dry_run and self._may_hand_over(counts):
-            counts.backlog[queue] += self._pages.hand_over(name, fresh)
+            counts.backlog[queue] += self._pages.hand_over(type_name, fresh)
             counts.backlog[SWEEPS_QUEUE] += 1
             counts.handed_over += len(fresh)
         else:

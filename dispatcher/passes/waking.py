@@ -76,7 +76,7 @@ class Waker:
                 return done
             now = self._database.now(connection)
             found = chains.make_due(
-                connection, chain_type=type_name, state=state, after_id=after_id, limit=_PAGE, now=now
+                connection, type_name=type_name, state=state, after_id=after_id, limit=_PAGE, now=now
             )
             after_id = done if found is None else found
             ticks.write_position(connection, _POSITION, {**positions, key: after_id})

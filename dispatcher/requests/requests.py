@@ -112,7 +112,7 @@ class Requests:
         now = self._database.now(connection)
         return chains.create(
             connection,
-            chain_type=chain_type.chain_type,
+            type_name=chain_type.chain_type,
             resources=resources,
             context=context,
             due_at=now if chain_type.candidates(NEW) else None,

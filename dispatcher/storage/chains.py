@@ -59,21 +59,21 @@ def read_one(connection: Connection, chain_id: int, *, lock: bool = False) -> Ch
 
 
 def find_exact(
-    connection: Connection, chain_type: str, resources: Sequence[Resource], *, lock: bool = False
+    connection: Connection, type_name: str, resources: Sequence[Resource], *, lock: bool = False
 ) -> int | None:
     """The id of the chain whose resources are exactly these, or None; `lock=True` reads what is committed by now."""
-    query = select(CHAIN.c.id).where(CHAIN.c.chain_type == chain_type, CHAIN.c.resource_key == resource_key(resources))
+    query = select(CHAIN.c.id).where(CHAIN.c.chain_type == type_name, CHAIN.c.resource_key == resource_key(resources))
     return connection.execute(query.with_for_update() if lock else query).scalar_one_or_none()
 
 
-def find_containing(connection: Connection, chain_type: str, resources: Sequence[Resource]) -> int | None:
+def find_containing(connection: Connection, type_name: str, resources: Sequence[Resource]) -> int | None:
     """The id of the only chain that has at least these resources, or None; `AmbiguousChain` if there are several."""
     found = list(
         connection.execute(
             select(RESOURCE.c.chain_id)
             .join(CHAIN, CHAIN.c.id == RESOURCE.c.chain_id)
             .where(
-                CHAIN.c.chain_type == chain_type,
+                CHAIN.c.chain_type == type_name,
                 tuple_(RESOURCE.c.resource_type, RESOURCE.c.resource_id).in_(list(resources)),
             )
             .group_by(RESOURCE.c.chain_id)
@@ -83,17 +83,17 @@ def find_containing(connection: Connection, chain_type: str, resources: Sequence
         ).scalars()
     )
     if len(found) > 1:
-        raise AmbiguousChain(chain_type, found)
+        raise AmbiguousChain(type_name, found)
     return found[0] if found else None
 
 
 def list_ids(
-    connection: Connection, *, chain_type: str | None, state: str | None, after_id: int, limit: int
+    connection: Connection, *, type_name: str | None, state: str | None, after_id: int, limit: int
 ) -> list[int]:
     """The ids above `after_id` of the chains of that type and state (None: any), ascending, at most `limit`."""
     query = select(CHAIN.c.id).where(CHAIN.c.id > after_id)
-    if chain_type is not None:
-        query = query.where(CHAIN.c.chain_type == chain_type)
+    if type_name is not None:
+        query = query.where(CHAIN.c.chain_type == type_name)
     if state is not None:
         query = query.where(CHAIN.c.state == state)
     return list(connection.execute(query.order_by(CHAIN.c.id).limit(limit)).scalars())
@@ -110,7 +110,7 @@ def list_by_resource(connection: Connection, resource: Resource, *, after_id: in
 
 
 def due_page(
-    connection: Connection, *, chain_type: str, now: datetime, after: DuePosition | None, limit: int
+    connection: Connection, *, type_name: str, now: datetime, after: DuePosition | None, limit: int
 ) -> list[DuePosition]:
     """The next due chains of a type after a position, in the order (due_at, id)."""
     query = select(CHAIN.c.due_at, CHAIN.c.id).where(is_due(now)).limit(limit)
@@ -119,13 +119,13 @@ def due_page(
         # With `=` MySQL may walk all entries of a type, the resting chains first. It compares row values without an
         # index. For the `or` below it may merge this index with another, and sort everything that is due.
         query = query.with_hint(CHAIN, "FORCE INDEX (ix_chain_dispatcher_chain_due)")
-        query = query.where(CHAIN.c.chain_type >= chain_type, CHAIN.c.chain_type <= chain_type)
+        query = query.where(CHAIN.c.chain_type >= type_name, CHAIN.c.chain_type <= type_name)
         query = query.order_by(CHAIN.c.chain_type, CHAIN.c.due_at, CHAIN.c.id)
         if after is not None:
             same_moment = and_(CHAIN.c.due_at == after.due_at, CHAIN.c.id > after.chain_id)
             query = query.where(or_(same_moment, CHAIN.c.due_at > after.due_at))
     else:
-        query = query.where(CHAIN.c.chain_type == chain_type).order_by(CHAIN.c.due_at, CHAIN.c.id)
+        query = query.where(CHAIN.c.chain_type == type_name).order_by(CHAIN.c.due_at, CHAIN.c.id)
         if after is not None:
             position = tuple_(literal(after.due_at, CHAIN.c.due_at.type), literal(after.chain_id))
             query = query.where(tuple_(CHAIN.c.due_at, CHAIN.c.id) > position)
@@ -138,7 +138,7 @@ def due_page(
 def create(
     connection: Connection,
     *,
-    chain_type: str,
+    type_name: str,
     resources: Sequence[Resource],
     context: Mapping[str, Any] | None,
     due_at: datetime | None,
@@ -147,7 +147,7 @@ def create(
     """The id of the chain with exactly these resources, created in NEW unless another caller was faster."""
     key = resource_key(resources)
     statement = insert_or_ignore(connection, CHAIN).values(
-        chain_type=chain_type,
+        chain_type=type_name,
         resource_key=key,
         state=NEW,
         due_at=due_at,
@@ -159,7 +159,7 @@ def create(
         made = connection.execute(statement.returning(CHAIN.c.id)).one_or_none() is not None
     else:
         made = one_row(connection.execute(statement))
-    chain_id = find_exact(connection, chain_type, resources, lock=not made)
+    chain_id = find_exact(connection, type_name, resources, lock=not made)
     assert chain_id is not None  # by the unique constraint: either our chain, or the chain that existed before
     if made:
         connection.execute(
@@ -299,13 +299,13 @@ def set_state(
 
 
 def make_due(
-    connection: Connection, *, chain_type: str, state: str, after_id: int, limit: int, now: datetime
+    connection: Connection, *, type_name: str, state: str, after_id: int, limit: int, now: datetime
 ) -> int | None:
     """Make the next batch of chains that rest in a state due; the last id seen, or None when there are no more."""
     ids = (
         connection.execute(
             select(CHAIN.c.id)
-            .where(CHAIN.c.chain_type == chain_type, CHAIN.c.state == state, CHAIN.c.id > after_id)
+            .where(CHAIN.c.chain_type == type_name, CHAIN.c.state == state, CHAIN.c.id > after_id)
             .order_by(CHAIN.c.id)
             .limit(limit)
         )

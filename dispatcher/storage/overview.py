@@ -49,7 +49,7 @@ def listing(
     *,
     chain_id: int | None = None,
     statuses: Sequence[DeliveryStatus] = (),
-    chain_type: str | None = None,
+    type_name: str | None = None,
     limit: int = 100,
 ) -> list[DeliveryRecord]:
     """Deliveries by chain, status and chain type, newest first, at most `limit`."""
@@ -60,8 +60,8 @@ def listing(
         query = query.where(DELIVERY.c.status.in_([str(status) for status in statuses]))
         if not set(statuses) & set(CLOSED_STATUSES):
             query = query.where(DELIVERY.c.finished_at.is_(None))  # which the index of their statuses is limited to
-    if chain_type is not None:
-        query = query.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).where(CHAIN.c.chain_type == chain_type)
+    if type_name is not None:
+        query = query.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).where(CHAIN.c.chain_type == type_name)
     return [DeliveryRecord(*row) for row in connection.execute(query.order_by(DELIVERY.c.id.desc()).limit(limit))]
 
 

@@ -311,7 +311,7 @@ def finish(connection: Connection, finished: Sequence[Finished], *, now: datetim
 
 def create_many(
     connection: Connection,
-    chain_type: str,
+    type_name: str,
     resources: Sequence[Sequence[Resource]],
     *,
     due_at: datetime | None,
@@ -320,13 +320,13 @@ def create_many(
     """`(chain id, created here)` of the chain with exactly each of these resource sets, in their order."""
     keys = [resource_key(pairs) for pairs in resources]
     by_key = dict(zip(keys, resources, strict=True))
-    found = _ids_by_key(connection, chain_type, by_key)
+    found = _ids_by_key(connection, type_name, by_key)
     missing = [key for key in by_key if key not in found]
     made: dict[str, int] = {}
     if missing:
         rows = [{"resource_key": key} for key in sorted(missing)]
         statement = insert_or_ignore(connection, CHAIN).values(
-            chain_type=chain_type, state=NEW, due_at=due_at, created_at=now, updated_at=now
+            chain_type=type_name, state=NEW, due_at=due_at, created_at=now, updated_at=now
         )
         if connection.dialect.insert_returning:
             made = {
@@ -336,12 +336,12 @@ def create_many(
         else:
             connection.execute(statement, rows)
             # Another process commits a chain together with its resources, so a chain without any was made here.
-            ids = _ids_by_key(connection, chain_type, missing)
+            ids = _ids_by_key(connection, type_name, missing)
             theirs = set(
                 connection.execute(select(RESOURCE.c.chain_id).where(RESOURCE.c.chain_id.in_(ids.values()))).scalars()
             )
             made = {key: chain_id for key, chain_id in ids.items() if chain_id not in theirs}
-        found.update(_ids_by_key(connection, chain_type, [key for key in missing if key not in made]), **made)
+        found.update(_ids_by_key(connection, type_name, [key for key in missing if key not in made]), **made)
     insert_many(
         connection,
         RESOURCE,
@@ -362,13 +362,13 @@ def create_many(
     return [(found[key], key in made and first[key] == number) for number, key in enumerate(keys)]
 
 
-def _ids_by_key(connection: Connection, chain_type: str, keys: Iterable[str]) -> dict[str, int]:
+def _ids_by_key(connection: Connection, type_name: str, keys: Iterable[str]) -> dict[str, int]:
     wanted = list(keys)
     if not wanted:
         return {}
     rows = connection.execute(
         select(CHAIN.c.resource_key, CHAIN.c.id).where(
-            CHAIN.c.chain_type == chain_type, CHAIN.c.resource_key.in_(wanted)
+            CHAIN.c.chain_type == type_name, CHAIN.c.resource_key.in_(wanted)
         )
     )
     return {key: chain_id for key, chain_id in rows}

@@ -75,7 +75,7 @@ def write_request(database: Database, chain_id: int, request: Request) -> None:
 
 
 def write_request_if_exists(
-    database: Database, chain_type: str, resources: Sequence[Resource], request: Request
+    database: Database, type_name: str, resources: Sequence[Resource], request: Request
 ) -> int | None:
     """Write a request to the chain with exactly these resources; its id.
 
@@ -84,7 +84,7 @@ def write_request_if_exists(
     if database.dialect != _POSTGRESQL:
         return None
     with database.read() as connection:
-        chain_id = chains.find_exact(connection, chain_type, resources)
+        chain_id = chains.find_exact(connection, type_name, resources)
     if chain_id is not None:
         with suppress(ChainMissing):  # erased meanwhile
             write_request(database, chain_id, request)

@@ -218,7 +218,7 @@ def assert_range(plan: Plan, index: str, *, most: int, database: Database, condi
 def due_page(database: Database, after: DuePosition | None) -> tuple[list[DuePosition], Plan]:
     """A page as a sweep reads it, and its statement's plan."""
     with sent(database) as statements, database.read() as connection:
-        page = chains.due_page(connection, chain_type=CHAIN_TYPE, now=START, after=after, limit=PAGE)
+        page = chains.due_page(connection, type_name=CHAIN_TYPE, now=START, after=after, limit=PAGE)
     (found,) = [one for one in statements if "FROM chain_dispatcher_chain" in one[0]]
     return page, explain(database, *found)
 

@@ -91,11 +91,9 @@ def missing_of(text: str) -> list[str]:
     return missing
 
 
-def of_each_folder(**not_yet: str) -> pytest.MarkDecorator:
-    """A test for every folder; `not_yet` says why it fails for one whose docstring is still to be mended."""
-    marks = {name: [pytest.mark.xfail(reason=reason)] for name, reason in not_yet.items()}
-    folders = [pytest.param(path, id=path.name, marks=marks.get(path.name, [])) for path in FOLDERS]
-    return pytest.mark.parametrize("folder", folders)
+def of_each_folder() -> pytest.MarkDecorator:
+    """A test for every folder."""
+    return pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 
 
 def docstring(folder: Path) -> str:
@@ -152,11 +150,11 @@ class TestThePage:
 
 
 class TestEveryRoom:
-    @of_each_folder(cli="its docstring has one sentence")
+    @of_each_folder()
     def test_says_in_two_to_four_sentences_what_lives_there(self, folder):
         assert 2 <= len(re.findall(r"[.!?](?=\s|$)", docstring(folder))) <= 4
 
-    @of_each_folder(requests="its docstring names methods that were renamed")
+    @of_each_folder()
     def test_names_only_what_exists(self, folder):
         assert missing_of(docstring(folder)) == []
 
