@@ -54,42 +54,56 @@ def decide(
     plan = evaluated.plan
     winner = plan.winner
     if winner is None:
-        outcome = Outcome.TERMINAL if plan.terminal else Outcome.NONE
-        rest = Rest(record=record, due_at=_rest_until(record, plan, now), clear_request=plan.terminal)
-        result = ChainResult(record.id, outcome, record.state, errors=plan.errors)
-        return Decision(result, None if rest.changes_nothing else rest)
-    name = type(winner).__name__
+        return _stay(record, plan, now)
     try:
         choice = choose_for(chain_type, winner, asked, call)
     except KeyError as error:
         return _failed(record, UnknownDefinition(record.id, f"callback {error.args[0]!r}"), now)
     if choice is NO_CALLBACK_FOUND:
+        name = type(winner).__name__
         detail = f"{name}: neither the transition, nor the request, nor the chain type has a callback"
         rest = Rest(record=record, due_at=None, event=EventAction.NO_CALLBACK, detail=detail)
         return Decision(ChainResult(record.id, Outcome.NO_CALLBACK, record.state, winner, plan.errors), rest)
     if not choice.kind:
-        next_update_at = next_update(winner)
-        move = Move(
-            record=record,
-            transition=name,
-            to_state=winner.final_state,
-            next_update_at=next_update_at,
-            due_at=due_after_move(chain_type, winner.final_state, next_update_at, now),
-            requested_by=asked.requested_by,
-        )
+        move = _move(record, chain_type, winner, asked, now)
         return Decision(ChainResult(record.id, Outcome.MOVED, winner.final_state, winner, plan.errors), move)
-    planned = PlannedDelivery(
+    planned = _plan(record, winner, choice.kind, asked, call)
+    result = ChainResult(record.id, Outcome.PLANNED, record.state, winner, plan.errors, callback=choice.kind)
+    return Decision(result, planned)
+
+
+def _stay(record: ChainRecord, plan: Plan, now: datetime) -> Decision:
+    outcome = Outcome.TERMINAL if plan.terminal else Outcome.NONE
+    rest = Rest(record=record, due_at=_rest_until(record, plan, now), clear_request=plan.terminal)
+    result = ChainResult(record.id, outcome, record.state, errors=plan.errors)
+    return Decision(result, None if rest.changes_nothing else rest)
+
+
+def _move(record: ChainRecord, chain_type: ChainType, winner: Transition, asked: Request, now: datetime) -> Move:
+    next_update_at = next_update(winner)
+    return Move(
         record=record,
-        transition=name,
+        transition=type(winner).__name__,
+        to_state=winner.final_state,
+        next_update_at=next_update_at,
+        due_at=due_after_move(chain_type, winner.final_state, next_update_at, now),
+        requested_by=asked.requested_by,
+    )
+
+
+def _plan(
+    record: ChainRecord, winner: Transition, callback: str, asked: Request, call: LocalCall | None
+) -> PlannedDelivery:
+    return PlannedDelivery(
+        record=record,
+        transition=type(winner).__name__,
         final_state=winner.final_state,
-        callback=choice.kind,
+        callback=callback,
         max_attempts=winner.retry.max_attempts,
         kwargs=asked.kwargs,
         context=asked.context if call is None else None,
         requested_by=asked.requested_by,
     )
-    result = ChainResult(record.id, Outcome.PLANNED, record.state, winner, plan.errors, callback=choice.kind)
-    return Decision(result, planned)
 
 
 def due_after_move(

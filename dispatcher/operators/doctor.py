@@ -74,6 +74,8 @@ class Doctor:
         if not findings:
             findings += self._database_clock_findings()
             findings += self._row_findings()
+            findings += self._delivery_findings()
+            findings += self._type_findings()
             findings += self._pass_findings()
         findings += self._redis_findings()
         findings += self._broker_findings()
@@ -189,11 +191,6 @@ class Doctor:
         with self._database.read() as connection:
             astray = overview.chains_astray(connection, limit=_SHOWN)
             orphans = overview.orphans(connection, limit=_SHOWN)
-            stopped = overview.count_stopped(connection)
-            late = overdue.late(connection, seconds=self._late_seconds(), limit=_SHOWN)
-            paused = [
-                row for row in chain_types.read_types(connection) if row.paused and row.name in self._config.by_type
-            ]
         for chain_id in astray:
             yield Finding(
                 "chain",
@@ -208,6 +205,11 @@ class Doctor:
                 "--repair closes it as cancelled",
                 lambda delivery_id=delivery_id: self._write(deliveries.close_orphan, delivery_id),  # type: ignore[misc]
             )
+
+    def _delivery_findings(self) -> Iterator[Finding]:
+        with self._database.read() as connection:
+            stopped = overview.count_stopped(connection)
+            late = overdue.late(connection, seconds=self._late_seconds(), limit=_SHOWN)
         for status, count in sorted(stopped.items()):
             yield Finding(
                 "delivery",
@@ -217,6 +219,12 @@ class Doctor:
         for delivery_id in late:
             remedy = f"start beat and a worker on {SWEEPS_QUEUE}, or run `dispatcher relay`"
             yield Finding("delivery", f"{delivery_id} is overdue for the relay", remedy)
+
+    def _type_findings(self) -> Iterator[Finding]:
+        with self._database.read() as connection:
+            paused = [
+                row for row in chain_types.read_types(connection) if row.paused and row.name in self._config.by_type
+            ]
         for row in paused:
             yield Finding(
                 "chain type",

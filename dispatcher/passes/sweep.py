@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -106,6 +107,13 @@ class Sweeper:
         }
         if not dry_run and stopped != positions:
             self._database.write(lambda connection: ticks.write_position(connection, SWEEP, stopped))
+        result = self._result(cursors, counts, now, dry_run=dry_run)
+        emit(logger, Action.SWEPT, "sweep: %s", result, **{f"sweep_{name}": value for name, value in result.items()})
+        return result
+
+    def _result(
+        self, cursors: Sequence[_Cursor], counts: SweepCounts, now: datetime, *, dry_run: bool
+    ) -> dict[str, Any]:
         age = (now - counts.oldest).total_seconds() if counts.oldest is not None else 0.0
         result: dict[str, Any] = {
             "due": counts.due,
@@ -118,7 +126,6 @@ class Sweeper:
             result["dry_run"] = True
         if any(cursor.held_back for cursor in cursors):
             result["held_back"] = sorted(cursor.chain_type.chain_type for cursor in cursors if cursor.held_back)
-        emit(logger, Action.SWEPT, "sweep: %s", result, **{f"sweep_{name}": value for name, value in result.items()})
         return result
 
     def _sweep_page(self, cursor: _Cursor, counts: SweepCounts, now: datetime, *, dry_run: bool) -> None:
