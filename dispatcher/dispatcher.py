@@ -1,8 +1,6 @@
 """`Dispatcher`: the class that applications, workers and the command line call."""
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Self
@@ -20,14 +18,10 @@ from dispatcher.errors import ConfigurationError
 from dispatcher.messages.publisher import CeleryApp, PublishFailed
 from dispatcher.operators.doctor import Finding
 from dispatcher.operators.operations import MapCounts
-from dispatcher.services import wire
+from dispatcher.services import Clock, wire
 from dispatcher.settings import Settings, load_object
 from dispatcher.states import AttemptOutcome, DeliveryStatus
 from dispatcher.storage import chain_types, chains, overview, store
-
-logger = logging.getLogger(__name__)
-
-Clock = Callable[[], datetime]
 
 
 class Dispatcher:

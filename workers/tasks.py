@@ -5,7 +5,8 @@ A message has ids and the number of an attempt, but no decisions: a wrong messag
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from celery import Celery, Task, signals
@@ -181,10 +182,7 @@ def owed_of(raw: Any) -> list[Owed]:
 def summary_of_chains(results: Sequence[ChainResult]) -> Any:
     """The result that Flower shows for an execution: one chain's outcome and reasons, or a count per outcome."""
     if len(results) != 1:
-        counts: dict[str, int] = {}
-        for result in results:
-            counts[str(result.outcome)] = counts.get(str(result.outcome), 0) + 1
-        return counts
+        return _counted(results)
     (result,) = results
     shown: dict[str, Any] = {"chain_id": result.chain_id, "outcome": str(result.outcome)}
     if result.state:
@@ -203,10 +201,7 @@ def summary_of_chains(results: Sequence[ChainResult]) -> Any:
 def summary_of_attempts(results: Sequence[AttemptResult]) -> Any:
     """The result that Flower shows for attempts: one delivery's outcome, or a count per outcome."""
     if len(results) != 1:
-        counts: dict[str, int] = {}
-        for result in results:
-            counts[str(result.outcome)] = counts.get(str(result.outcome), 0) + 1
-        return counts
+        return _counted(results)
     (result,) = results
     shown: dict[str, Any] = {
         "delivery_id": result.delivery_id,
@@ -218,6 +213,10 @@ def summary_of_attempts(results: Sequence[AttemptResult]) -> Any:
     if result.detail:
         shown["detail"] = result.detail
     return shown
+
+
+def _counted(results: Iterable[ChainResult | AttemptResult]) -> dict[str, int]:
+    return dict(Counter(str(result.outcome) for result in results))
 
 
 def _plan(dispatcher: Dispatcher, ids: Sequence[int], plan: Any) -> Any:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -26,9 +25,6 @@ from dispatcher.embedded.processes import (
     write_atomically,
 )
 from dispatcher.embedded.state import ServerState, client_of, is_alive, read_state, server_info, state_file
-
-if sys.platform != "win32":
-    pass
 
 _MAX_SOCKET_PATH: Final = 100
 """The field sun_path has 104 bytes on macOS and 108 on Linux, including the final NUL."""

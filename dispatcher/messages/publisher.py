@@ -1,6 +1,5 @@
 """`Publisher`: sends messages to the workers."""
 
-import logging
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +23,6 @@ from dispatcher.messages.queues import (
 )
 from dispatcher.settings import Settings
 from dispatcher.urls import require_plain, without_password
-
-logger = logging.getLogger(__name__)
 
 CeleryApp: TypeAlias = Celery
 """The type of the Celery app that an application may pass to `Dispatcher`."""

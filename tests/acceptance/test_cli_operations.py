@@ -176,7 +176,7 @@ def test_a_running_delivery_is_never_decided(run: CommandLine, shop: Dispatcher,
     planned(shop, chain)
     with here.running(here.worker()):
         try:
-            shop._publisher.deliver([Owed(chain.deliveries[0].id, 1)])
+            shop._services.publisher.deliver([Owed(chain.deliveries[0].id, 1)])
             here.eventually(lambda: chain.deliveries[0].status == "running", "the attempt's begin")
             for arguments in (
                 ["deliveries", "retry", "--chain", words(chain)],
@@ -289,7 +289,7 @@ def test_a_chain_type_is_paused_listed_and_resumed(run: CommandLine) -> None:
 
 def test_the_doctor_names_what_is_wrong_and_repairs_what_is_safe(run: CommandLine, shop: Dispatcher) -> None:
     dead(shop, 1)
-    shop._locks._client.set("dispatcher:lock:77", "token")  # type: ignore[union-attr]
+    shop._services.locks._client.set("dispatcher:lock:77", "token")  # type: ignore[union-attr]
 
     lines = run.says("doctor", code=1).splitlines()
     assert "redis: dispatcher:lock:77 never expires; --repair deletes it" in lines
