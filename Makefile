@@ -3,6 +3,10 @@
 PYTHON ?= python3
 ARGS ?=
 
+# How many processes run the tests, each with servers of its own. More than two for two cores, because most tests wait
+# for other processes.
+WORKERS ?= 3
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -18,9 +22,12 @@ help: ## Show this
 demo: $(VENV)/demo.stamp ## Run the example; its arguments in ARGS="--customers 100"
 	$(BIN)/python -m examples.win_back $(ARGS)
 
-# The pure core has to be covered whole. No coverage where ARGS chooses some of the tests.
-test: $(VENV)/dev.stamp ## Run the tests with branch coverage; pytest's arguments in ARGS
-	$(BIN)/python -m pytest $(or $(strip $(ARGS)),--cov --cov-report=term)
+# The pure core has to be covered whole. Where ARGS chooses some of the tests there is no coverage, and one process runs
+# them, so that a debugger and `-s` work. `worksteal` gives each worker whole modules, because neighbours share processes,
+# and the rest of another's when it has nothing left to do.
+ALL := --numprocesses=$(WORKERS) --dist=worksteal --durations=20 --cov --cov-report=term
+test: $(VENV)/dev.stamp ## Run the tests with branch coverage, by WORKERS=3 processes; pytest's arguments in ARGS
+	$(BIN)/python -m pytest $(or $(strip $(ARGS)),$(ALL))
 	$(if $(strip $(ARGS)),,$(BIN)/python -m coverage report --include=$(CORE) --fail-under=100)
 
 chaos: $(VENV)/dev.stamp ## Run the whole chaos suite, an hour; CHAOS_CHAINS, CHAOS_SEED, CHAOS_RESULTS; pytest's arguments in ARGS

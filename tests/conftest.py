@@ -2,12 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
+from hypothesis import settings
 
 from dispatcher.database import Database
 from dispatcher.migrations import current, head, upgrade
@@ -16,6 +17,10 @@ from tests.servers import MariaDbServer, MissingBinaryError, PostgresServer, Rab
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 Shape = set[tuple[str, ...]]
+
+# The machine that runs the tests is busy, so the time of one example says nothing.
+settings.register_profile("tests", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +38,22 @@ def _no_settings() -> Iterator[None]:
 def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds the `.env` or `.dispatcher` of the directory that pytest was started in."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Reports that the workers of pytest-xdist can send: some tests log strings that are no UTF-8."""
+    return _encodable((yield))
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_encodable, value))
+    return value
 
 
 def missing(reason: str) -> NoReturn:

@@ -68,9 +68,13 @@ def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listens on at this moment, and that no outgoing connection is given.
 
     The system takes the ports of its ephemeral range for connections: a server of that port could not start again, and
-    a client that calls while it is away may be connected to itself.
+    a client that calls while it is away may be connected to itself. Each worker of pytest-xdist has ports of its own,
+    because a port is free until its server starts, and another worker would find it free as well.
     """
-    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):  # not what `pytest-randomly` seeds
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = _PORTS[number % workers :: workers]  # the number of a worker that replaces a crashed one is beyond them
+    for port in random.SystemRandom().sample(ports, len(ports)):  # not what `pytest-randomly` seeds
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
