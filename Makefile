@@ -6,6 +6,8 @@ ARGS ?=
 # How many processes run the tests, each with servers of its own. More than two for two cores, because most tests wait
 # for other processes.
 WORKERS ?= 3
+# How much of a slow test `make slow` does: 1 is all of it.
+SLOW_SCALE ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ CORE := dispatcher/errors.py,dispatcher/states.py,dispatcher/graph.py,dispatcher
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos bench lint format clean
+.PHONY: help demo test slow chaos bench lint format clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,10 +27,13 @@ demo: $(VENV)/demo.stamp ## Run the example; its arguments in ARGS="--customers 
 # The pure core has to be covered whole. Where ARGS chooses some of the tests there is no coverage, and one process runs
 # them, so that a debugger and `-s` work. `worksteal` gives each worker whole modules, because neighbours share processes,
 # and the rest of another's when it has nothing left to do.
-ALL := --numprocesses=$(WORKERS) --dist=worksteal --durations=20 --cov --cov-report=term
+ALL := --numprocesses=$(WORKERS) --dist=worksteal -m "not slow" --durations=20 --cov --cov-report=term
 test: $(VENV)/dev.stamp ## Run the tests with branch coverage, by WORKERS=3 processes; pytest's arguments in ARGS
 	$(BIN)/python -m pytest $(or $(strip $(ARGS)),$(ALL))
 	$(if $(strip $(ARGS)),,$(BIN)/python -m coverage report --include=$(CORE) --fail-under=100)
+
+slow: $(VENV)/dev.stamp ## Run the tests that take minutes, one at a time; SLOW_SCALE=0.1 does a tenth of them
+	SLOW_SCALE=$(SLOW_SCALE) $(BIN)/python -m pytest -m slow --durations=0 $(ARGS)
 
 chaos: $(VENV)/dev.stamp ## Run the whole chaos suite, an hour; CHAOS_CHAINS, CHAOS_SEED, CHAOS_RESULTS; pytest's arguments in ARGS
 	CHAOS_MATRIX=1 $(BIN)/python -m pytest tests/chaos -m chaos -p no:randomly $(ARGS)

@@ -63,6 +63,11 @@ def missing(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def scaled(whole: int, *, least: int) -> int:
+    """The share of `whole` that SLOW_SCALE asks slow tests for, at least `least`; `whole` without SLOW_SCALE."""
+    return max(least, round(whole * float(os.environ.get("SLOW_SCALE") or 1)))
+
+
 @contextmanager
 def running(make: Callable[[], AnyServer], missing: Callable[[str], NoReturn] = missing) -> Iterator[AnyServer]:
     """The server that `make` makes, while it runs; `missing` is called where its program is not installed."""
