@@ -24,12 +24,14 @@ help: ## Show this
 demo: $(VENV)/demo.stamp ## Run the example; its arguments in ARGS="--customers 100"
 	$(BIN)/python -m examples.win_back $(ARGS)
 
-# The pure core has to be covered whole. Where ARGS chooses some of the tests there is no coverage, and one process runs
-# them, so that a debugger and `-s` work. `worksteal` gives each worker whole modules, because neighbours share processes,
-# and the rest of another's when it has nothing left to do.
-ALL := --numprocesses=$(WORKERS) --dist=worksteal -m "not slow" --durations=20 --cov --cov-report=term
+# The pure core has to be covered whole. `worksteal` gives each worker whole modules, because the tests of a module share
+# processes, and the rest of another's when it has nothing left to do. Where ARGS chooses some of the tests there is no
+# coverage, and one process runs them, so that a debugger and `-s` work.
+PARALLEL := --numprocesses=$(WORKERS) --dist=worksteal -m "not slow and not alone" --durations=20 --cov --cov-report=
+ALONE := -m "alone and not slow" --cov --cov-append --cov-report=term
 test: $(VENV)/dev.stamp ## Run the tests with branch coverage, by WORKERS=3 processes; pytest's arguments in ARGS
-	$(BIN)/python -m pytest $(or $(strip $(ARGS)),$(ALL))
+	$(BIN)/python -m pytest $(or $(strip $(ARGS)),$(PARALLEL))
+	$(if $(strip $(ARGS)),,$(BIN)/python -m pytest $(ALONE))
 	$(if $(strip $(ARGS)),,$(BIN)/python -m coverage report --include=$(CORE) --fail-under=100)
 
 slow: $(VENV)/dev.stamp ## Run the tests that take minutes, one at a time; SLOW_SCALE=0.1 does a tenth of them
