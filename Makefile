@@ -3,6 +3,12 @@
 PYTHON ?= python3
 ARGS ?=
 
+# How many processes run the tests, each with servers of its own. More than two for two cores, because most tests wait
+# for other processes.
+WORKERS ?= 3
+# How much of a slow test `make slow` does: 1 is all of it.
+SLOW_SCALE ?= 1
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -10,7 +16,7 @@ CORE := dispatcher/domain/*,dispatcher/errors.py,dispatcher/states.py,dispatcher
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos pictures bench lint format clean
+.PHONY: help demo test slow chaos pictures bench lint format clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,10 +24,18 @@ help: ## Show this
 demo: $(VENV)/demo.stamp ## Run the example; its arguments in ARGS="--customers 100"
 	$(BIN)/python -m examples.win_back $(ARGS)
 
-# The pure core has to be covered whole. No coverage where ARGS chooses some of the tests.
-test: $(VENV)/dev.stamp ## Run the tests with branch coverage; pytest's arguments in ARGS
-	$(BIN)/python -m pytest $(or $(strip $(ARGS)),--cov --cov-report=term)
+# The pure core has to be covered whole. `worksteal` gives each worker whole modules, because the tests of a module share
+# processes, and the rest of another's when it has nothing left to do. Where ARGS chooses some of the tests there is no
+# coverage, and one process runs them, so that a debugger and `-s` work.
+PARALLEL := --numprocesses=$(WORKERS) --dist=worksteal -m "not slow and not alone" --durations=20 --cov --cov-report=
+ALONE := -m "alone and not slow" --cov --cov-append --cov-report=term
+test: $(VENV)/dev.stamp ## Run the tests with branch coverage, by WORKERS=3 processes; pytest's arguments in ARGS
+	$(BIN)/python -m pytest $(or $(strip $(ARGS)),$(PARALLEL))
+	$(if $(strip $(ARGS)),,$(BIN)/python -m pytest $(ALONE))
 	$(if $(strip $(ARGS)),,$(BIN)/python -m coverage report --include=$(CORE) --fail-under=100)
+
+slow: $(VENV)/dev.stamp ## Run the tests that take minutes, one at a time; SLOW_SCALE=0.1 does a tenth of them
+	SLOW_SCALE=$(SLOW_SCALE) $(BIN)/python -m pytest -m slow --durations=0 $(ARGS)
 
 chaos: $(VENV)/dev.stamp ## Run the whole chaos suite, an hour; CHAOS_CHAINS, CHAOS_SEED, CHAOS_RESULTS; pytest's arguments in ARGS
 	CHAOS_MATRIX=1 $(BIN)/python -m pytest tests/chaos -m chaos -p no:randomly $(ARGS)

@@ -2,14 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
-from sqlalchemy import inspect
-from sqlalchemy.exc import NoSuchTableError
+from hypothesis import settings
 
 from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.revisions import current, head
@@ -18,6 +17,11 @@ from dispatcher.storage.models import Base
 from tests.servers import MariaDbServer, MissingBinaryError, PostgresServer, RabbitMqServer, RedisServer, Server
 
 AnyServer = TypeVar("AnyServer", bound=Server)
+Shape = set[tuple[str, ...]]
+
+# The machine that runs the tests is busy, so the time of one example says nothing.
+settings.register_profile("tests", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +30,8 @@ def _no_settings() -> Iterator[None]:
         for name in list(os.environ):
             if name.startswith("DISPATCHER_"):
                 patch.delenv(name)
+        # PyMySQL reads the system's certificates again for each connection, which takes 25 ms; no test needs them.
+        patch.setenv("SSL_CERT_FILE", os.devnull)
         yield
 
 
@@ -35,11 +41,32 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Reports that the workers of pytest-xdist can send: some tests log strings that are no UTF-8."""
+    return _encodable((yield))
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_encodable, value))
+    return value
+
+
 def missing(reason: str) -> NoReturn:
     """End a test for want of a service: a skip on a laptop, a failure where CI is set."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def scaled(whole: int, *, least: int) -> int:
+    """The share of `whole` that SLOW_SCALE asks slow tests for, at least `least`; `whole` without SLOW_SCALE."""
+    return max(least, round(whole * float(os.environ.get("SLOW_SCALE") or 1)))
 
 
 @contextmanager
@@ -113,23 +140,24 @@ def postgres_url(postgres_server: PostgresServer, postgres_template: str) -> Ite
 
 
 @pytest.fixture(scope="session")
-def mariadb_spares() -> list[str]:
-    """The URLs of migrated, empty databases that earlier tests have left."""
+def mariadb_spares() -> list[tuple[str, Shape]]:
+    """The URLs and shapes of migrated, empty databases that earlier tests have left."""
     return []
 
 
 @pytest.fixture
-def mariadb_url(mariadb_server: MariaDbServer, mariadb_spares: list[str]) -> Iterator[str]:
+def mariadb_url(mariadb_server: MariaDbServer, mariadb_spares: list[tuple[str, Shape]]) -> Iterator[str]:
     """The URL of a migrated MariaDB database that the test has to itself."""
     if mariadb_spares:
-        url = mariadb_spares.pop()
+        url, shape = mariadb_spares.pop()
     else:
         url = mariadb_server.create_database()
         _migrate(url)
+        shape = mariadb_server.shape(url)
     yield url
-    if _is_as_migrated(url):
-        mariadb_server.empty_database(url, tables=Base.metadata.tables)
-        mariadb_spares.append(url)
+    if mariadb_server.shape(url) == shape and _revision(url) == head():
+        mariadb_server.empty_database(url, tables=Base.metadata.sorted_tables)
+        mariadb_spares.append((url, shape))
     else:
         mariadb_server.drop_database(url)
 
@@ -162,14 +190,9 @@ def _migrate(url: str) -> None:
     database.dispose()
 
 
-def _is_as_migrated(url: str) -> bool:
+def _revision(url: str) -> str | None:
     database = Database(url)
     try:
-        return current(database) == head() and all(
-            {column["name"] for column in inspect(database.engine).get_columns(name)} == set(table.columns.keys())
-            for name, table in Base.metadata.tables.items()
-        )
-    except NoSuchTableError:
-        return False
+        return current(database)
     finally:
         database.dispose()

@@ -296,6 +296,7 @@ def test_a_setting_that_does_not_fit_is_named_without_its_value(run: CommandLine
 # --- services that do not answer -------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("command", [["chains", "list"], ["db", "current"], ["db", "upgrade"], ["sweep"]])
 @pytest.mark.parametrize("port", ["closed_port", "silent_port"])
 def test_an_unreachable_database_is_one_line_within_ten_seconds(
@@ -309,6 +310,7 @@ def test_an_unreachable_database_is_one_line_within_ten_seconds(
     assert "hunter2" not in problem
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ["REDIS", "BROKER"])
 @pytest.mark.parametrize("port", ["closed_port", "silent_port"])
 def test_an_unreachable_redis_or_broker_is_one_line_within_ten_seconds(
@@ -323,6 +325,7 @@ def test_an_unreachable_redis_or_broker_is_one_line_within_ten_seconds(
     assert "hunter2" not in problem
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("port", ["closed_port", "silent_port"])
 @pytest.mark.parametrize("command", [["enqueue", "invoice", "customer=7"], ["sweep"], ["relay"]])
 def test_a_command_that_must_publish_tells_an_unreachable_broker_within_ten_seconds(

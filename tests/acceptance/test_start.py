@@ -57,6 +57,7 @@ def assert_ends_with_one_line(deployment: Deployment, part: str, *words: str, **
     assert seconds < 10
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("part", ["worker", "beat"])
 @pytest.mark.parametrize("silent", [False, True])
 def test_without_its_broker_nothing_starts(
@@ -67,6 +68,7 @@ def test_without_its_broker_nothing_starts(
     assert_ends_with_one_line(bare_deployment, part, "broker", str(port), DISPATCHER_BROKER_URL=url)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("silent", [False, True])
 def test_without_its_database_no_worker_starts(bare_deployment: Deployment, silent_port: int, silent: bool) -> None:
     port = silent_port if silent else free_port()
@@ -74,6 +76,7 @@ def test_without_its_database_no_worker_starts(bare_deployment: Deployment, sile
     assert_ends_with_one_line(bare_deployment, "worker", "database", str(port), DISPATCHER_DATABASE_URL=url)
 
 
+@pytest.mark.alone
 def test_a_server_database_without_tables_is_left_alone(
     bare_deployment: Deployment, postgres_server: PostgresServer
 ) -> None:
@@ -84,6 +87,7 @@ def test_a_server_database_without_tables_is_left_alone(
         postgres_server.drop_database(url)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("part", ["worker", "beat"])
 def test_a_wrong_configuration_is_told_in_one_line(bare_deployment: Deployment, part: str) -> None:
     assert_ends_with_one_line(bare_deployment, part, "no module", "nowhere", DISPATCHER_CONFIG="nowhere:CONFIG")
@@ -100,6 +104,7 @@ def test_a_module_of_celery_settings_is_laid_over_the_dispatcher_s(bare_deployme
     assert "'dispatcher.sweep'" in done.stdout, "and what it does not set stays"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("part", ["worker", "beat"])
 def test_a_missing_module_of_celery_settings_is_told_in_one_line(bare_deployment: Deployment, part: str) -> None:
     assert_ends_with_one_line(bare_deployment, part, "nowhere", CELERY_CONFIG_MODULE="nowhere")

@@ -1,9 +1,11 @@
 """Real workers and beats under faults, judged by the oracle.
 
-In the ordinary run random combinations with few chains: one seed is always the same; without CI one is new each time.
-`make chaos` sets CHAOS_MATRIX and runs every fault alone and more combinations. CHAOS_CHAINS, CHAOS_SEED,
+`make slow` runs random combinations: one seed is always the same; without CI one is new each time. SLOW_SCALE makes
+them smaller. `make chaos` sets CHAOS_MATRIX and runs every fault alone and more combinations. CHAOS_CHAINS, CHAOS_SEED,
 CHAOS_SECONDS (how long the faults last at least), CHAOS_COMBINATIONS (how many) and CHAOS_RESULTS (a file for the
 numbers) change what it does. A failure prints the command that does the same run again.
+
+These tests need the machine for themselves, because the oracle holds the deployment to seconds.
 """
 
 import json
@@ -18,18 +20,18 @@ import pytest
 from tests.chaos.driver import Run, perform
 from tests.chaos.faults import FAULTS, combination
 from tests.chaos.oracle import Report
-from tests.conftest import missing
+from tests.conftest import missing, scaled
 from tests.servers import MissingBinaryError
 
 MATRIX: Final = bool(os.environ.get("CHAOS_MATRIX"))
-CHAINS: Final = int(os.environ.get("CHAOS_CHAINS") or (2000 if MATRIX else 150))
-SECONDS: Final = float(os.environ.get("CHAOS_SECONDS") or (30 if MATRIX else 10))
+CHAINS: Final = int(os.environ.get("CHAOS_CHAINS") or (2000 if MATRIX else scaled(1500, least=100)))
+SECONDS: Final = float(os.environ.get("CHAOS_SECONDS") or (30 if MATRIX else scaled(30, least=10)))
 SEED: Final = int(os.environ.get("CHAOS_SEED") or 1)
 COMBINATIONS: Final = int(os.environ.get("CHAOS_COMBINATIONS") or 6)
 RESULTS: Final = Path(os.environ["CHAOS_RESULTS"]).absolute() if os.environ.get("CHAOS_RESULTS") else None
 FIXED_SEED: Final = 3
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def check(run: Run) -> Report:
