@@ -242,8 +242,9 @@ class Dispatcher:
     ) -> None:
         """Enqueue when the caller's SQLAlchemy session commits, and not at all if it rolls back.
 
-        If the session is on the dispatcher's database, the request is written in the caller's transaction, so that
-        nothing is lost between the commit and the message. Arguments are checked now.
+        If the session is on the dispatcher's database, the request is written in the caller's transaction, so the
+        commit cannot lose it. On another database the request is written after the commit; it is lost if the process
+        dies between the two. Arguments are checked now.
         """
         self._services.requests.enqueue_on_commit(
             session,
@@ -335,7 +336,10 @@ class Dispatcher:
     # --- operators ---------------------------------------------------------------------------------------------------
 
     def disable_resource(self, resource: tuple[str, str], requested_by: str | None = None) -> int:
-        """Disable every chain that has this resource (an unsubscribe), in one statement; gives how many changed."""
+        """Disable every chain that has this resource now, in one transaction; gives how many changed.
+
+        For example after an unsubscribe. A chain that is created later is not disabled.
+        """
         self._ready()
         (pair,) = clean_resources([resource])
         return self._services.operations.set_resource_disabled(pair, disabled=True, requested_by=requested_by)

@@ -30,7 +30,11 @@ CLOSED_STATUSES: Final = (DeliveryStatus.DELIVERED, DeliveryStatus.CANCELLED, De
 
 
 class CallbackKind(StrEnum):
-    """Which callback a delivery calls; a named one is stored as `named:<name>`."""
+    """Which callback a delivery calls, as its row says.
+
+    OWN: the transition's method. TYPE: the chain type's callback. NAMED: the callback that the request names, stored as
+    `named:<name>`. LOCAL: any callback of an in-process `execute()`; no other process can call it.
+    """
 
     OWN = "own"
     TYPE = "type"

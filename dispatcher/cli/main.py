@@ -175,12 +175,11 @@ def enqueue(  # noqa: PLR0917 - click passes all of them by name
 def execute(type_name: str, resources: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
     """Execute the chain of these resources here and now, callback included."""
     settings = read_settings()
-    if dry_run:  # a setting of the whole dispatcher, so that a missing chain is not created either
+    if dry_run:  # set for the whole dispatcher, so that a missing chain is not created either
         settings = settings.model_copy(update={"dry_run": True})
     chain = open_dispatcher(settings).get_or_create_resource_chain(type_name, resources)
-    with redirect_stdout(
-        sys.stderr if as_json else sys.stdout
-    ):  # a callback may print, which must not get into the JSON
+    # A callback may print. With --json its text goes to stderr, so that stdout has only the JSON.
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
         result = chain.execute(requested_by="cli")
     if as_json:
         print_json(result)

@@ -184,7 +184,7 @@ class _Counter(ABC):
 
 
 class _ServerTime(RedisStorage):
-    """Counts with one clock for all workers; the base class uses the clock of each worker."""
+    """Counts with one clock for all workers, because worker clocks differ. The base class uses each worker's clock."""
 
     def __init__(self, client: redis.Redis, prefix: str, clock: Callable[[], float]) -> None:
         super().__init__("redis://", connection_pool=client.connection_pool, key_prefix=prefix)

@@ -43,8 +43,9 @@ class _Script:
 # cluster as its broker either.)
 
 # SET NX PX for each lock. A lock that has our token already counts as taken, because the reply to an earlier try may be
-# lost. The same round trip counts the execution as begun and clears its queued marker. Gives only the exceptions: an id
-# with -1 if another process has the lock, or with the number of earlier executions that never ended.
+# lost. The same round trip counts the execution as begun and clears its queued marker. The answer leaves out each chain
+# that was locked and has no crash. For the others it has the id, and then -1 if another process has the lock, else the
+# number of earlier executions that never ended.
 _ACQUIRE: Final = _Script("""
 local prefix, token, milliseconds, crash_seconds = unpack(ARGV, 1, 4)
 local answer = {}
@@ -80,7 +81,7 @@ end
 return released
 """)
 
-# Releases locks whose chains were not executed, so it takes their crash counters back by one.
+# Releases the locks of chains that were not executed. `_ACQUIRE` counted each as begun; this takes the one back.
 _SET_ASIDE: Final = _Script("""
 local prefix, token = ARGV[1], ARGV[2]
 for id in string.gmatch(ARGV[3], '%d+') do
@@ -96,10 +97,10 @@ return 0
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The chains whose locks one execution holds (`held`), and those that other processes have locked (`locked`).
+    """The chains that one execution may work on (`held`), and those that other processes have locked (`locked`).
 
-    `crashes` counts, per chain, earlier executions that began and never ended. `token` is None if the locks are not in
-    a lock server, because none is configured or it is away.
+    `crashes` counts, per chain, earlier executions that began and never ended. `token` is what our locks contain. It is
+    None if no lock server is configured, or if the server is away: then `held` has all chains, but none is locked.
     """
 
     token: str | None

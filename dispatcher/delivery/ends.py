@@ -124,7 +124,7 @@ class Ends:
     # --- ends --------------------------------------------------------------------------------------------------------
 
     def record(self, attempt: Attempt, end: End, *, commit_may_have_succeeded: bool = False) -> AttemptResult:
-        """Write what an end means, try again while the database is away, and log it; the attempt's result."""
+        """Write what an end means, try again while the database is away, and log it; gives the attempt's result."""
         match end:
             case Called(transition):
                 return self._delivered(attempt, transition, "", commit_may_have_succeeded=commit_may_have_succeeded)
@@ -142,7 +142,7 @@ class Ends:
                 return _result(attempt, AttemptOutcome.STALE, "the delivery was taken over meanwhile")
 
     def record_called(self, called: Sequence[tuple[Attempt, Called]]) -> list[AttemptResult]:
-        """Record callbacks that returned, in one transaction; one by one, with all their retries, if that fails."""
+        """Record callbacks that returned, in one transaction. If it fails, record each alone, with all its retries."""
         if len(called) < 2:  # noqa: PLR2004 - a batch has several
             return [self.record(attempt, end) for attempt, end in called]
         finished = [finished_of(attempt, end.transition) for attempt, end in called]
@@ -257,7 +257,7 @@ class Ends:
         *,
         attempt_after: int | None = None,
     ) -> bool:
-        """Whether the end of an attempt is committed; tried again until the lease ends while the database is away."""
+        """Whether the end of an attempt is committed. Tries again until `finish_by` while the database is away."""
         return recorded(
             self._database,
             attempt.delivery,
@@ -286,21 +286,21 @@ class Ends:
 
 
 def finished_of(attempt: Attempt, transition: Transition) -> Finished:
-    """A delivered attempt as it is to be recorded."""
+    """What to record of an attempt whose delivery has succeeded."""
     return finished_delivery(attempt.delivery, transition, attempt.chain_type, attempt.now)
 
 
 def finished_delivery(
     delivery: DeliveryRecord, transition: Transition, chain_type: ChainType, now: datetime
 ) -> Finished:
-    """A delivery as delivered: with the rest that its transition asks for, and when its chain is due."""
+    """What to record of a delivery that has succeeded: also until when its chain rests, and when the chain is due."""
     next_update_at = next_update(transition)
     due_at = due_after_move(chain_type, delivery.final_state, next_update_at, now)
     return Finished(delivery, next_update_at, due_at)
 
 
 def _for_skipping(attempt: Attempt) -> Transition | None:
-    """The transition whose rest a skipped delivery keeps; None when it cannot even be made."""
+    """The transition that says how long the chain rests after a skipped delivery; None if its constructor fails."""
     try:
         return bare_transition(attempt, attempt.delivery.context or {})
     except Exception:  # noqa: BLE001 - user code: its constructor may be what failed

@@ -24,7 +24,10 @@ _CLOCK_SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Deferral:
-    """Why an attempt waits: `why` for the log, `reason` for its row; and for how many seconds of machine time."""
+    """Why an attempt waits: `why` for the log, `reason` for the delivery's row.
+
+    `seconds` is how long it waits, in machine time (the database's clock).
+    """
 
     why: str
     reason: str
@@ -32,14 +35,20 @@ class Deferral:
 
 
 class Pacing:
-    """Asks hours and limits. With `own_clock` domain time is not the database's, and may pass at another speed."""
+    """Asks the delivery hours and the rate limits.
+
+    `own_clock` says that domain time comes from a clock of the application, which may run at another speed.
+    """
 
     def __init__(self, *, limiter: RateLimiter, own_clock: bool) -> None:
         self._limiter = limiter
         self._own_clock = own_clock
 
     def deferral(self, chain_type: ChainType, begun: Begun, now: datetime) -> Deferral | None:
-        """None: the attempt may go on, and its limits have counted a call. Else why it waits; `now` is domain time."""
+        """None if the attempt may go on; its limits have then counted a call. Otherwise why it waits.
+
+        `now` is domain time.
+        """
         delivery = begun.delivery
         error = delivery.last_error or ""
         deferred, before = error.startswith(_DEFERRED), error
@@ -61,12 +70,15 @@ class Pacing:
 
 
 def _deferral(why: str, seconds: float, before: str) -> Deferral:
-    """A deferral whose reason keeps the error of an earlier attempt, because no other place in the row has it."""
+    """A deferral; `before` is the error of an earlier attempt, if any.
+
+    The reason replaces `last_error` in the delivery's row, so it contains that error too.
+    """
     return Deferral(why, f"{_DEFERRED}{why}" + (f"{_BEFORE}{before}" if before else ""), seconds)
 
 
 def _zone(chain_type: ChainType, begun: Begun) -> ZoneInfo:
-    """The chain's own time zone, from the context in its row or its request; the type's where that names none."""
+    """The time zone that the context names, in the chain's row or in its request; else that of the chain type."""
     context: Mapping[str, Any] = {**(begun.chain.context or {}), **(begun.delivery.context or {})}
     if context.get("time_zone") is None:
         return chain_type.zone

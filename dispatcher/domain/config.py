@@ -123,7 +123,7 @@ class ChainType:
         )
 
     def candidates(self, state: str) -> tuple[type[Transition], ...]:
-        """The transitions that may leave `state`, in order; empty for a terminal state."""
+        """The transitions listed for `state`, in order; empty for a terminal or unknown state."""
         return tuple(self.transitions.get(state, ()))
 
     @property
@@ -303,7 +303,7 @@ def _check_pacing(chain_type: ChainType, path: str) -> None:
 
 
 def _check_shared_limits(chain_types: Iterable[ChainType]) -> None:
-    """Two limits that share a name must have the same rate, or the stricter one is silently exceeded."""
+    """Limits with the same name must have the same rate. Otherwise calls would silently exceed the stricter one."""
     limits: dict[str, RateLimit] = {}
     for chain_type in chain_types:
         methods = [getattr(transition, "callback", None) for transition in chain_type.by_name.values()]

@@ -13,10 +13,10 @@ _QUARTER: Final = timedelta(minutes=15)
 
 @dataclass(frozen=True, slots=True)
 class DeliveryHours:
-    """A part of every day, from `start` until `end`; if `end` is not after `start`, it is on the next day.
+    """A part of every day, from `start` until `end`. If `end` is earlier than `start`, it is a time of the next day.
 
-    The wall clock of the time zone decides. An hour that the clock shows twice in autumn counts twice. If clocks are
-    put forward past `start`, the hours begin at that moment.
+    The wall clock of the time zone decides. When clocks are put back, the same wall-clock times come twice, and
+    they count twice. When clocks are put forward past `start`, the hours begin at that moment.
     """
 
     start: time

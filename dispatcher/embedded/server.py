@@ -199,7 +199,7 @@ def _remove_orphan(directory: Path) -> None:
 def _forget(directory: Path, state: ServerState) -> None:
     state_file(directory).unlink(missing_ok=True)
     if server_info(state.redis_url) is not None:
-        return  # the socket now belongs to another server
+        return  # keep the socket: another server has started and uses it now
     socket = Path(state.socket)
     with contextlib.suppress(OSError, ValueError):
         if socket.is_socket():

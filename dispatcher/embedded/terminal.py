@@ -46,7 +46,7 @@ class LogFollower:
 
 
 class StopSignal:
-    """Remembers that Ctrl-C, SIGTERM or SIGHUP came, while it is entered. A second signal kills the processes."""
+    """A context manager that remembers whether Ctrl-C, SIGTERM or SIGHUP came. A second signal kills the processes."""
 
     def __init__(self, stack: Stack) -> None:
         self.came = False

@@ -1,4 +1,7 @@
-"""Writes what came of executions within their types' `max_plans_per_hour`, counted and written in one transaction."""
+"""Writes the results of executions, with at most `max_plans_per_hour` plans for each chain type.
+
+The plans are counted and written in the same transaction.
+"""
 
 import logging
 from collections import Counter
@@ -20,7 +23,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Written:
-    """What was written: `{chain id: id of its new delivery, if any}`; chains and types that a budget has stopped."""
+    """What was written, as `deliveries`: `{chain id: id of its new delivery, if any}`.
+
+    `refused` has the chains whose plan was not written because of a budget. `paused` has the types that this write has
+    paused.
+    """
 
     deliveries: dict[int, str | None] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)
@@ -35,14 +42,18 @@ class Budgets:
         self._database = database
 
     def limited_types(self, decisions: Sequence[Decision]) -> list[str]:
-        """The names of the types with a limit for which something is to be planned, sorted."""
+        """The names of the types that have a limit and for which these decisions plan a transition, sorted."""
         names = {decision.write.record.chain_type for decision in decisions if decision.write and decision.plans}
         return sorted(name for name in names if self._config.get(name).max_plans_per_hour is not None)
 
     def write(
         self, decisions: Sequence[Decision], limited_types: Sequence[str], *, now: datetime, timing: Timing
     ) -> Written:
-        """Write these decisions; when the budget of a limited type is used up, its other plans are refused."""
+        """Write these decisions, in one transaction; gives what was written.
+
+        When the budget of a limited type is used up, or the type is paused, its further plans are not written. The ids
+        of their chains are in `Written.refused`.
+        """
 
         def work(connection: Connection) -> Written:
             return self._write(connection, decisions, limited_types, now=now, timing=timing)

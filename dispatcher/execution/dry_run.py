@@ -45,9 +45,10 @@ class DryRun:
         callback: str | None = None,
         local: LocalCall | None = None,
     ) -> ChainResult:
-        """Evaluate one chain and log the planned transition; what is planned.
+        """Evaluate one chain, log the transition that would be planned, and return the result. Writes nothing.
 
-        With `chain_id=None` an unsaved chain in NEW with these resources is planned. Raises `GuardFailed`.
+        With `chain_id=None` it evaluates an unsaved chain in NEW with these resources. Raises `GuardFailed` if a guard
+        raises an error.
         """
         with self._database.read() as connection:
             now = self._database.now(connection)
@@ -86,7 +87,7 @@ class DryRun:
         context: Mapping[str, Any] | None = None,
         callback: str | None = None,
     ) -> ChainResult:
-        """As `plan`, but what a guard raises is logged and becomes the result's outcome."""
+        """Like `plan`, but does not raise `GuardFailed`: the error is logged, and the outcome is `GUARD_FAILED`."""
         try:
             return self.plan(chain_id, type_name=type_name, resources=resources, context=context, callback=callback)
         except GuardFailed as error:
@@ -132,7 +133,7 @@ def _result_of(
 
 
 def _log_plan(record: ChainRecord, result: ChainResult, standing: Outcome | None) -> None:
-    """One line on the logger `dispatcher.plan`: what is planned, or why nothing is."""
+    """Log one line on `dispatcher.plan`: what would be planned, or why nothing would be."""
     chain_id = record.id or None
     blocked = f" blocked={standing}" if standing is not None else ""
     winner = result.transition

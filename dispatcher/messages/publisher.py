@@ -99,7 +99,7 @@ class Publisher:
         return self._send(EXECUTE, kwargs, queue, producer)
 
     def deliver(self, owed: Sequence[Owed], *, producer: Producer | None = None) -> None:
-        """Publish attempts at these deliveries, `deliveries_per_task` in one message. Raises `PublishFailed`."""
+        """Publish these attempts, at most `deliveries_per_task` in one message. Raises `PublishFailed`."""
         size = self._settings.deliveries_per_task
         if len(owed) > size and producer is None:
             with self.batch() as batch:
@@ -111,7 +111,7 @@ class Publisher:
             self._send(DELIVER, kwargs, CALLBACKS_QUEUE, producer)
 
     def fan_out(self, type_name: str, chain_ids: Sequence[int]) -> None:
-        """Publish a page of chains to another worker, which publishes their executions. Raises `PublishFailed`."""
+        """Send these chains to another worker, which then publishes their executions. Raises `PublishFailed`."""
         self._send(FAN_OUT, {"chain_type": type_name, "chain_ids": list(chain_ids)}, SWEEPS_QUEUE, None)
 
     @contextmanager

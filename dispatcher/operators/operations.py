@@ -192,7 +192,7 @@ class Operations:
     # --- a resource --------------------------------------------------------------------------------------------------
 
     def set_resource_disabled(self, resource: Resource, *, disabled: bool, requested_by: str | None) -> int:
-        """Disable or enable every chain that has this resource, in one guarded statement; gives how many changed."""
+        """Disable or enable every chain that has this resource, in one transaction; gives how many changed."""
         requested_by = checked_requester(requested_by)
 
         def work(connection: Connection) -> int:

@@ -28,7 +28,7 @@ _PAGE: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """What one page of overdue deliveries gave: how many there were, what is to be published, what was settled."""
+    """One page of overdue deliveries: how many were found, which are to be published, what was settled."""
 
     found: int
     owed: list[Owed]
@@ -59,7 +59,7 @@ class Relay:
         """Publish deliveries whose message was lost, and settle those whose worker died: `{"relayed", "settled"}`.
 
         With `tick=True` only the first caller within the interval does anything (`{"claimed": False}` for the others).
-        What cannot be published stays owed.
+        A delivery that cannot be published stays owed, and a later relay publishes it.
         """
         if tick and not self._turns.claim(RELAY, self._settings.relay_seconds):
             return {"claimed": False}
@@ -67,7 +67,7 @@ class Relay:
         relayed = settled = 0
         try:
             room = self._settings.max_backlog - self._publisher.backlog(CALLBACKS_QUEUE)
-        except PublishFailed as error:  # what needs no message is settled all the same
+        except PublishFailed as error:  # settling needs no broker, so it continues
             _log_not_published(error)
             room = None
         while time.monotonic() < stop_at:
@@ -125,7 +125,7 @@ class Relay:
 
 
 def _log_settlement(settlement: Settlement) -> None:
-    """Log what a person must know of a settlement; the others show in the delivery's row."""
+    """Log a settlement if a person must know of it. The other settlements are only in the deliveries' rows."""
     delivery = settlement.delivery
     if settlement.orphan:
         emit(

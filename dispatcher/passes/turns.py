@@ -1,4 +1,4 @@
-"""The turns of the periodic passes: any number of beats may ask, and the tick's row gives each turn to one of them."""
+"""The turns of the periodic passes. Any number of beats may ask; the row of the tick lets one of them run the pass."""
 
 from datetime import timedelta
 
@@ -9,13 +9,13 @@ from dispatcher.storage.database import Database
 
 
 class Turns:
-    """Gives out the turns of one deployment's passes."""
+    """Decides which caller runs a periodic pass of one deployment: one caller per pass and interval."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def claim(self, name: str, interval_seconds: float) -> bool:
-        """True for one caller in each interval, False for all others."""
+        """True for one caller in each interval, False for all others. `name` is the name of the pass."""
 
         def work(connection: Connection) -> bool:
             machine_now = self._database.machine_now(connection)

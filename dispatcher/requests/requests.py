@@ -122,7 +122,10 @@ class Requests:
     def create_many(
         self, connection: Connection, *, chain_type: ChainType, resources: Sequence[Sequence[Resource]]
     ) -> list[tuple[int, bool]]:
-        """`(chain id, created now)` for each resource set, in their order; each chain has exactly those resources."""
+        """Find or create one chain for each resource set; gives `(chain id, created now)`, in the order of `resources`.
+
+        Each chain has exactly the resources of its set.
+        """
         now = self._database.now(connection)
         due_at = now if chain_type.candidates(NEW) else None
         return portable.create_many(connection, chain_type.chain_type, resources, due_at=due_at, now=now)
@@ -165,7 +168,7 @@ class Requests:
         return chain_id
 
     def _publish(self, chain_id: int, *, best_effort: bool) -> str | None:
-        """The id of the published task. On failure: raises `EnqueueNotPublished`, or gives None with `best_effort`."""
+        """Publish the task; gives its id. On failure raises `EnqueueNotPublished`, or gives None with `best_effort`."""
         try:
             return self._publisher.execute([chain_id], queue=REQUESTS_QUEUE)
         except PublishFailed as error:
@@ -184,7 +187,7 @@ class Requests:
     def _publish_dry_run(
         self, chain_id: int | None, type_name: str, resources: Sequence[Resource], request: Request
     ) -> str:
-        """The id of the task that plans the chain and changes nothing. The request is in the message, not in a row."""
+        """Publish a dry run; gives the task's id. The task changes nothing. The request is only in its message."""
         plan = {
             "chain_type": type_name,
             "resources": [list(pair) for pair in resources],

@@ -42,7 +42,7 @@ class Database:
         try:
             self.url: URL = normal_url(url)
         except (ArgumentError, ValueError):
-            # Not `from error`, which may show what it could not parse.
+            # Not `from error`, because its text may contain the URL with the password.
             problem = "the database URL cannot be parsed: quote special characters, as in %40 for an @"
             raise ConfigurationError(problem) from None
         self.connect_seconds = connect_seconds
@@ -132,7 +132,7 @@ class Database:
         return self.clock() if self.clock is not None else self.machine_now(connection)
 
     def domain_now(self, machine_now: datetime | None) -> datetime:
-        """Domain time, where the database's clock was read along with something else."""
+        """Domain time, if a read has already given the time of the database's clock (`machine_now`)."""
         if self.clock is not None:
             return self.clock()
         if machine_now is None or self.dialect == "sqlite":  # SQLite's clock is this host's, and has milliseconds only
@@ -164,12 +164,12 @@ class Database:
 
 
 def commit(step: Callable[[], Result]) -> Result:
-    """What `step()` returns, which commits a writing transaction. All commits pass here: tests can fail them."""
+    """Call `step`, which commits, and return its result. All commits pass here, so that tests can make them fail."""
     return step()
 
 
 def run_statement(connection: Connection, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
-    """The rows of a statement that is written for the driver: SQLAlchemy's part would cost three times the driver's.
+    """The rows of a statement. It goes directly to the driver, because SQLAlchemy would take three times as long.
 
     An error of the driver is raised as SQLAlchemy's `DBAPIError`, as everywhere.
     """
@@ -195,7 +195,7 @@ def run_statement(connection: Connection, statement: str, parameters: Mapping[st
 
 
 def _aware(clock: Callable[[], datetime]) -> Callable[[], datetime]:
-    """`clock`, which must give aware datetimes: some databases would take a naive one for the server's time zone."""
+    """`clock`, checked: it must give aware datetimes. Some databases read a naive one in the server's time zone."""
 
     def now() -> datetime:
         moment = clock()

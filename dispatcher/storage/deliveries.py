@@ -165,7 +165,10 @@ def close_and_stay(
     reason: str,
     requested_by: str | None = None,
 ) -> bool:
-    """Close a delivery as cancelled: its chain stays in its state and is due at once; False when it is not ours."""
+    """Close a delivery as cancelled; False when it changed since it was read.
+
+    The chain stays in its state. It is due at once, or when it is enabled.
+    """
     if not _close(connection, delivery, status=DeliveryStatus.CANCELLED, error=reason):
         return False
     done = connection.execute(
@@ -219,7 +222,10 @@ def mark_known(connection: Connection, delivery: DeliveryRecord) -> bool:
 
 
 class LostChain(Exception):  # noqa: N818 - not an error for callers: it undoes the transaction
-    """Raised inside a transaction to roll it back: the chain does not wait for the delivery. Callers return `stale`."""
+    """Raised inside a transaction to roll it back, because the chain does not wait for the delivery any more.
+
+    `recording.recorded` catches it, and the attempt's outcome is `stale`. Relay and operators check the chain before.
+    """
 
 
 CLOSED_VALUES: Final[Mapping[str, Any]] = {
@@ -345,8 +351,8 @@ def reopen(
 
 
 def free_chain(connection: Connection, chain_id: int, *, now: datetime) -> None:
-    """Make a chain due that waits for a delivery which is closed or missing; nothing if it does not."""
-    # Lock the chain first: a delivery that is planned while this waits for the row would otherwise seem to be missing.
+    """Make a chain due if it waits for a delivery that is closed or missing; else do nothing."""
+    # Lock the chain first. Otherwise a delivery that is planned while this statement waits for the row seems missing.
     chains.read_many(connection, [chain_id], lock=True)
     owed = select(DELIVERY.c.id).where(
         DELIVERY.c.id == CHAIN.c.pending_delivery_id, DELIVERY.c.status.in_([str(status) for status in OPEN_STATUSES])
@@ -359,7 +365,10 @@ def free_chain(connection: Connection, chain_id: int, *, now: datetime) -> None:
 
 
 def close_orphan(connection: Connection, delivery_id: str, *, now: datetime) -> None:
-    """Close an open delivery as cancelled if its chain is missing, or does not wait for it while it does not run."""
+    """Close an open delivery as cancelled if its chain is missing or does not wait for it.
+
+    If the chain exists, a running delivery is left alone.
+    """
     delivery = read(connection, delivery_id, lock=True)
     if delivery is None or delivery.status in CLOSED_STATUSES:
         return

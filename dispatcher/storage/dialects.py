@@ -25,7 +25,7 @@ _DEADLOCK_CODES = {1205, 1213, 1020}
 
 
 class clock_plus(ColumnElement[datetime]):
-    """The database's own clock, `seconds` later: an SQL expression for machine time."""
+    """An SQL expression: the time of the database's own clock (machine time) plus `seconds`."""
 
     inherit_cache = True
     type = UtcDateTime()
@@ -56,7 +56,10 @@ def _mysql_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """One process's engine, and the same with what reads and writes need. Making those costs more than a query."""
+    """One process's engine, and the same engine with the options for reads and with those for writes.
+
+    All three are kept, because making them takes longer than a query.
+    """
 
     engine: Engine
     reads: Engine
@@ -113,10 +116,11 @@ def _make_engine(url: URL, connect_seconds: float) -> Engine:
 
 
 def normal_url(url: str) -> URL:
-    """`url` with its driver named. Raises `ArgumentError` or `ValueError` for one that cannot be parsed safely."""
+    """`url` with the name of its driver. Raises `ArgumentError` or `ValueError` if it cannot be parsed safely."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite" and url.count("@") > 1:
-        raise ValueError("unquoted @")  # the rest of the password would be taken for host or database, and be logged
+        # The rest of the password would be read as host or database, and be logged.
+        raise ValueError("unquoted @")
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername in ("mysql", "mariadb"):
@@ -147,7 +151,7 @@ def is_unreachable(error: OperationalError) -> bool:
 
 
 def first_line(error: BaseException | None) -> str:
-    """The first line of an error's text, or its type's name, at most 200 characters."""
+    """The first line of an error's text, at most 200 characters; the name of the error's type if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

@@ -54,7 +54,7 @@ def add_event(connection: Connection, chain_id: int, chain_version: int, action:
 
 
 def add_events(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append these lines to their chains' histories."""
+    """Append these events to the histories of their chains; `rows` are as `event_values` gives them."""
     insert_many(connection, EVENT, rows)
 
 
@@ -70,7 +70,7 @@ def add_event_at_version(
     requested_by: str | None = None,
     detail: str | None = None,
 ) -> None:
-    """Append one line to a chain's history that carries the version its row has in this transaction."""
+    """Append one event to a chain's history, with the version that the chain's row has in this transaction."""
     is_move = action == EventAction.STATE_TRANSITION
     source = select(
         CHAIN.c.id,

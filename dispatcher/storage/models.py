@@ -1,9 +1,11 @@
 """The tables: chains, their resources, events, deliveries, ticks and types.
 
-Timestamps are aware UTC with microseconds. No index contains a chain's `context` or `request`; `version` orders a
-chain's history. Events and deliveries have no foreign key to their chain. Each is written in the transaction of a
-guarded write of the chain or of its delivery, so a foreign key would find nothing, and cost a fifth of a plan. The
-doctor finds what a `DELETE` by hand leaves behind.
+Timestamps are aware UTC with microseconds. No index contains a chain's `context` or `request`. `version` orders a
+chain's history.
+
+Events and deliveries have no foreign key to their chain. Each is written in the transaction of a guarded write of the
+chain or of its delivery, so a foreign key would never find an error. Its check would add a fifth to the cost of a plan.
+If somebody deletes a chain by hand, the doctor finds the rows that are left.
 """
 
 from datetime import UTC, datetime
@@ -248,8 +250,8 @@ class DeliveryRow(Base):
             postgresql_where=text("publish_after IS NOT NULL"),
             sqlite_where=text("publish_after IS NOT NULL"),
         ),
-        # Not on the status alone: by a plan that was made while few deliveries ran, PostgreSQL would search this index
-        # for all running deliveries instead of looking up a delivery by its id.
+        # Not on the status alone. PostgreSQL may use a query plan from a time when few deliveries ran. With such an
+        # index that plan would read all running deliveries, instead of looking up one delivery by its id.
         Index(
             "ix_chain_dispatcher_delivery_status",
             "status",
@@ -293,7 +295,7 @@ class TypeRow(Base):
     estimated_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
 
 
-# The tables beneath the classes: statements on them go past the ORM, which costs the hot paths much for nothing.
+# The tables of the classes. Statements use these and not the ORM, because the ORM is slow and adds nothing there.
 CHAIN: Final = cast("Table", ChainRow.__table__)
 RESOURCE: Final = cast("Table", ResourceRow.__table__)
 EVENT: Final = cast("Table", EventRow.__table__)

@@ -1,7 +1,7 @@
 """The hot writes in a transaction of several statements, for every database.
 
-Rows are locked in id order and compared with what was read; those that changed meanwhile are left out. A batch costs a
-handful of statements, whatever its size.
+Rows are locked in id order and compared with what was read. A row that changed meanwhile is left out. A batch of any
+size needs only a few statements.
 """
 
 from collections import defaultdict
@@ -166,7 +166,7 @@ def _plan(
         connection.execute(
             update(CHAIN)
             .where(CHAIN.c.id.in_(sorted(plan.record.id for plan in group)))
-            .ordered_values(  # MySQL evaluates from left to right, and the subquery needs the old version
+            .ordered_values(  # `owed` must be first: it reads the old version, and MySQL assigns from left to right
                 (CHAIN.c.pending_delivery_id, owed),
                 (CHAIN.c.version, CHAIN.c.version + 1),
                 (CHAIN.c.due_at, None),
@@ -317,7 +317,10 @@ def create_many(
     due_at: datetime | None,
     now: datetime,
 ) -> list[tuple[int, bool]]:
-    """`(chain id, created here)` of the chain with exactly each of these resource sets, in their order."""
+    """Find or create one chain for each resource set; gives `(chain id, created here)`, in the order of `resources`.
+
+    Each chain has exactly the resources of its set.
+    """
     keys = [resource_key(pairs) for pairs in resources]
     by_key = dict(zip(keys, resources, strict=True))
     found = _ids_by_key(connection, type_name, by_key)

@@ -34,7 +34,7 @@ def insert_or_ignore(connection: Connection, table: Table | type[Base]) -> Inser
 
 
 def insert_many(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], **common: Any) -> None:
-    """Insert rows in as few statements as the database allows; `common` values are the same for all."""
+    """Insert rows in as few statements as the database allows; all rows get the values in `common`."""
     if not rows:
         return
     statement = insert(table).values(**common) if common else insert(table)
@@ -44,7 +44,7 @@ def insert_many(connection: Connection, table: Table, rows: Sequence[Mapping[str
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """The items by their key, in their order."""
+    """The items grouped by `key(item)`; each group keeps their order."""
     groups: dict[Key, list[Item]] = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
@@ -52,7 +52,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
 
 
 def one_row(result: Any) -> bool:
-    """Whether a guarded write met its row."""
+    """Whether a guarded write has changed its row, so that the guard was true."""
     return bool(result.rowcount == 1)
 
 

@@ -1,8 +1,8 @@
 """The hot reads and writes, for any number of rows at once: chains, executions, requests, attempts.
 
-There are two ways to write: `portable` for every database, in a transaction of several statements, and `postgresql`
-with one statement that commits by itself. This module chooses between them. Both lock rows in id order and compare them
-with what was read; rows that changed meanwhile are left out.
+There are two ways to write. `portable` uses a transaction of several statements, on every database. `postgresql` uses
+one statement that commits by itself, or one transaction if a batch has writes of several kinds. This module chooses
+between them. Both lock rows in id order and compare them with what was read. A row that changed meanwhile is left out.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,8 @@ def write(database: Database, writes: Sequence[Write], *, now: datetime, timing:
 
     def statements(connection: Connection) -> dict[int, str | None]:
         run = partial(run_statement, connection)
-        # Each statement locks its chains in id order; this lock makes it the order over all statements.
+        # Moves, rests and plans are one statement each. Each of them locks its own rows in id order, but two such
+        # batches could still deadlock. Therefore the rows of all chains are locked here first, in id order.
         postgresql.lock(run, [change.record.id for change in writes])
         return postgresql.write(run, writes, now=now, timing=timing)
 

@@ -1,4 +1,4 @@
-"""What Alembic executes for every command: the revisions run on the connection that the runner passes in."""
+"""Alembic executes this file for every command. The revisions run on the connection that the runner passes in."""
 
 from alembic import context
 

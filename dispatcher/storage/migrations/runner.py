@@ -31,9 +31,9 @@ def _is_ours(name: str | None, kind: str, _parents: Any) -> bool:
 
 OPTIONS: Final[dict[str, Any]] = {
     "version_table": VERSION.name,  # the application's own Alembic may live in the same database
-    "include_name": _is_ours,  # filters what is read from the database, so no foreign table is even looked at
+    "include_name": _is_ours,  # so that the application's tables are not even read
 }
-"""What every Alembic context here is configured with."""
+"""The options of every Alembic context here."""
 
 
 def configuration(connection: Connection | None = None) -> Config:
@@ -45,18 +45,19 @@ def configuration(connection: Connection | None = None) -> Config:
 
 
 def upgrade(database: Database) -> str:
-    """Create or upgrade the tables; the revision that the database is at afterwards.
+    """Create or upgrade the tables; gives the revision of the database afterwards.
 
-    Safe to run from any number of processes at once: they take turns, and the later ones find nothing to do. A
-    database at a newer revision than this version knows is left as it is. On SQLite and PostgreSQL it happens as a
-    whole or not at all. Raises `ServiceUnavailable` when the database cannot be reached.
+    Any number of processes may call this at once: they take turns, and the later ones find nothing to do. A database at
+    a newer revision than this version knows is left as it is, without an error. On SQLite and PostgreSQL an upgrade
+    that fails changes nothing. Raises `ServiceUnavailable` when the database cannot be reached, or (MySQL) when another
+    process is still upgrading it after 25 seconds.
     """
     with _alembic_proxies, _one_mysql_migrator(database):
         return database.write(partial(_upgrade_in_transaction, database.dialect))
 
 
 def _upgrade_in_transaction(dialect: str, connection: Connection) -> str:
-    """`Database.write` begins IMMEDIATE on SQLite, so one process is in here at a time; PostgreSQL needs a lock."""
+    """One process at a time upgrades. On SQLite `Database.write` begins IMMEDIATE; PostgreSQL needs this lock."""
     if dialect == "postgresql":
         connection.execute(select(func.pg_advisory_xact_lock(zlib.crc32(_LOCK_NAME.encode()))))
     found = revision_if_any(connection)
@@ -68,11 +69,11 @@ def _upgrade_in_transaction(dialect: str, connection: Connection) -> str:
 
 @contextmanager
 def _one_mysql_migrator(database: Database) -> Iterator[None]:
-    """On MySQL DDL commits, so the lock is held by a second connection, until the last commit is through."""
+    """One migration at a time on MySQL. A second connection holds the lock, because each DDL statement commits."""
     if database.dialect not in ("mysql", "mariadb"):
         yield
         return
-    name = func.concat(f"{_LOCK_NAME}.", func.md5(func.database()))  # such locks belong to the server
+    name = func.concat(f"{_LOCK_NAME}.", func.md5(func.database()))  # a lock is valid for the whole server
     with database.read() as connection:
         if not connection.execute(select(func.get_lock(name, _MYSQL_LOCK_SECONDS))).scalar_one():
             raise ServiceUnavailable("database", database.address, "another process is migrating it")
