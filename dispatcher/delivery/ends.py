@@ -316,22 +316,34 @@ def _result(
 
 
 def _logged(result: AttemptResult, error: BaseException | None = None) -> AttemptResult:
-    emit(
-        logger,
-        _LOGGED_AS[result.outcome],
-        "chain %s: attempt %s of %s, delivery %s: %s %s",
-        result.chain_id,
-        result.attempt,
-        result.transition,
-        result.delivery_id,
-        result.outcome,
-        result.detail,
-        error=error,
-        chain_id=result.chain_id,
-        delivery_id=result.delivery_id,
-        attempt=result.attempt,
-        transition=result.transition,
-    )
+    action = _LOGGED_AS[result.outcome]
+    outcome = f"{result.outcome} {result.detail}".rstrip()
+    if result.chain_id is None:  # it was not begun, so nothing of it was read
+        emit(
+            logger,
+            action,
+            "attempt %s of delivery %s: %s",
+            result.attempt,
+            result.delivery_id,
+            outcome,
+            delivery_id=result.delivery_id,
+            attempt=result.attempt,
+        )
+    else:
+        emit(
+            logger,
+            action,
+            "chain %s: attempt %s of %s: %s",
+            result.chain_id,
+            result.attempt,
+            result.transition,
+            outcome,
+            error=error,
+            chain_id=result.chain_id,
+            delivery_id=result.delivery_id,
+            attempt=result.attempt,
+            transition=result.transition,
+        )
     return result
 
 

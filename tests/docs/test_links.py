@@ -19,7 +19,8 @@ def broken_links(path: Path, text: str) -> list[str]:
             continue
         file, _, anchor = link.target.partition("#")
         target = (path.parent / file).resolve() if file else path
-        if not target.is_file():
+        is_there = target.is_dir() if file.endswith("/") else target.is_file()
+        if not is_there:
             broken.append(f"{page_name(path)}:{link.line}: no such file: {link.target}")
         elif anchor and anchor not in anchors_of(text if target == path else target.read_text()):
             broken.append(f"{page_name(path)}:{link.line}: no such heading: {link.target}")

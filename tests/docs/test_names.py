@@ -164,16 +164,6 @@ def test_outcomes_events_and_statuses_that_are_named_exist(path: Path) -> None:
     assert set(re.findall(r"--status (\w+)", text)) - names(DeliveryStatus) == set()
 
 
-def test_the_page_of_log_events_is_complete() -> None:
-    shown = set(first_column(section("docs/reference/logging.md")))
-    packages = [Path(package.__file__).parent for package in (dispatcher, workers) if package.__file__]
-    source = "\n".join(path.read_text() for package in packages for path in package.rglob("*.py"))
-    written = set(re.findall(r'"action": "(\w+)"', source))
-    # Put together from an outcome where they are logged.
-    made = {f"attempt_{outcome}" for outcome in AttemptOutcome if outcome != AttemptOutcome.DRY_RUN}
-    assert shown == written | made | {str(Outcome.NO_CALLBACK), str(Outcome.UNKNOWN_DEFINITION)}
-
-
 # --- tasks, errors, API, tables ---------------------------------------------------------------------------------------
 
 
