@@ -24,8 +24,8 @@ help: ## Show this
 demo: $(VENV)/demo.stamp ## Run the example; its arguments in ARGS="--customers 100"
 	$(BIN)/python -m examples.win_back $(ARGS)
 
-# The pure core has to be covered whole. `worksteal` gives each worker whole modules, because the tests of a module share
-# processes, and the rest of another's when it has nothing left to do. Where ARGS chooses some of the tests there is no
+# The pure core has to be covered whole. `worksteal` gives each process neighbouring tests, because the tests of a
+# module share processes, and takes some of another's when it has nothing left to do. Where ARGS chooses some of the tests there is no
 # coverage, and one process runs them, so that a debugger and `-s` work.
 PARALLEL := --numprocesses=$(WORKERS) --dist=worksteal -m "not slow and not alone" --durations=20 --cov --cov-report=
 ALONE := -m "alone and not slow" --cov --cov-append --cov-report=term
@@ -59,7 +59,7 @@ format: $(VENV)/dev.stamp ## Format, and mend what can be mended
 clean: ## Remove what was made here, .venv included
 	rm -rf $(VENV) .dispatcher build dist htmlcov .coverage .coverage.* .hypothesis
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find dispatcher workers examples tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks dispatcher examples tests tools workers -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: set PYTHON to a Python 3.11 or newer" >&2; exit 1; }

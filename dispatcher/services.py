@@ -58,6 +58,11 @@ class Services:
     doctor: Doctor
 
 
+def open_database(settings: Settings, url: str, clock: Clock | None = None) -> Database:
+    """The database at `url`; nothing is connected yet."""
+    return Database(url, connect_seconds=settings.connect_seconds, clock=clock)
+
+
 def wire(
     config: DispatcherConfig,
     settings: Settings,
@@ -69,7 +74,7 @@ def wire(
     clock: Clock | None,
 ) -> Services:
     """The parts of a deployment. They open connections when they need them."""
-    database = Database(database_url, connect_seconds=settings.connect_seconds, clock=clock)
+    database = open_database(settings, database_url, clock)
     locks = ChainLocks(
         redis_url,
         prefix=settings.prefix,

@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     """Chains per page that a sweep hands to another worker for publishing. Defaults to 0 (the sweep publishes)."""
 
     max_backlog: int = Field(default=100_000, ge=1)
-    """A sweep adds nothing while its queue holds more messages than this. Defaults to 100000."""
+    """A sweep adds nothing while its queue holds this many messages. Defaults to 100000."""
 
     chains_per_task: int = Field(default=1, ge=1, le=1000)
     """Chains in one `dispatcher.execute_chain` message. Defaults to 1."""
@@ -75,16 +75,16 @@ class Settings(BaseSettings):
     """Age in days at which events and closed deliveries are pruned. Defaults to none (kept)."""
 
     dry_run: bool = False
-    """Log what would be done, and do nothing; holds for the library, workers and commands. Defaults to false."""
+    """Log what sweeps, enqueues and executions would do. Operators' commands still write. Defaults to false."""
 
     clock: str | None = None
     """Domain time, as `package.module:callable` giving aware datetimes. Defaults to none (the database's clock)."""
 
     connect_seconds: float = Field(default=5, gt=0, le=9)
-    """Connect and socket timeout for database, Redis and broker, in seconds. Defaults to 5."""
+    """Connect timeout of the database in seconds; half of it for each try at Redis and the broker. Defaults to 5."""
 
     @model_validator(mode="after")
-    def _one_database_and_broker(self) -> Self:
+    def _urls_are_urls(self) -> Self:
         for name in ("database_url", "redis_url", "broker_url"):
             value = getattr(self, name)
             if value is not None and "://" not in value:

@@ -1,6 +1,7 @@
 """The command line: `dispatcher`.
 
-It knows the façade and how to print, and loads both only when a command runs. It enters at `main.main`.
+It calls the façade, the migrations and `dispatcher dev`, and loads them only when a command runs. It enters at
+`main.main`.
 """
 
 from dispatcher.cli.main import main

@@ -38,10 +38,10 @@ def open_dispatcher(settings: "Settings | None" = None) -> "Dispatcher":
 def open_database() -> "Database":
     """The database of the settings, for commands that need no configuration."""
     from dispatcher import addresses  # noqa: PLC0415 - late, as said above
-    from dispatcher.storage.database import Database  # noqa: PLC0415 - late, as said above
+    from dispatcher.services import open_database as at_url  # noqa: PLC0415 - late, as said above
 
     settings = read_settings()
-    return Database(addresses.database_url(settings), connect_seconds=settings.connect_seconds)
+    return at_url(settings, addresses.database_url(settings))
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

@@ -103,7 +103,7 @@ class Attempts:
             transition_class = chain_type.by_name[delivery.transition]
             callback = resolve_callback(chain_type, transition_class, delivery.callback)
         except KeyError as error:
-            return self._ends.unknown_definition(begun, error.args[0], now)
+            return self._ends.unknown_definition(begun, error.args[0], now, finish_by)
         attempt = Attempt(begun, chain_type, transition_class, callback, now, finish_by)
         try:
             deferral = self._pacing.deferral(chain_type, begun, now)

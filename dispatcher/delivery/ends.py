@@ -66,14 +66,14 @@ class Ends:
         """The result of an attempt that may not begin."""
         return _logged(AttemptResult(delivery_id, attempt, outcome))
 
-    def unknown_definition(self, begun: Begun, name: str, now: datetime) -> AttemptResult:
+    def unknown_definition(self, begun: Begun, name: str, now: datetime, finish_by: float) -> AttemptResult:
         """Take back the beginning of an attempt whose chain type, transition or callback this process does not know."""
         delivery, record = begun.delivery, begun.chain
         reason = f"{_UNKNOWN_DEFINITION}{name!r}"
         waited = max((begun.machine_now - delivery.planned_at).total_seconds(), 0)
         seconds = growing_interval(1 + int(waited // 60)).total_seconds()
 
-        def work(connection: Connection) -> None:
+        def work(connection: Connection) -> bool:
             postponed = deliveries.postpone(connection, delivery, seconds=seconds, reason=reason)
             if postponed and not (delivery.last_error or "").startswith(_UNKNOWN_DEFINITION):
                 history.add_event(
@@ -87,8 +87,16 @@ class Ends:
                     detail=reason,
                     now=now,
                 )
+            return postponed
 
-        self._database.write(work)
+        recorded(
+            self._database,
+            delivery,
+            partial(self._database.write, work),
+            (DeliveryStatus.PENDING,),
+            finish_by=finish_by,
+            attempt_after=delivery.attempt - 1,
+        )
         return _logged(AttemptResult(delivery.id, delivery.attempt, AttemptOutcome.UNKNOWN_DEFINITION))
 
     def deferred(self, attempt: Attempt, deferral: Deferral) -> AttemptResult:

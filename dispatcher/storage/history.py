@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import delete, func, insert, literal, null, or_, select
+from sqlalchemy import ColumnElement, delete, func, insert, literal, or_, select
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import MAX_DETAIL, ChainEvent
@@ -58,45 +58,17 @@ def add_events(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> Non
     insert_many(connection, EVENT, rows)
 
 
-def add_event_at_version(
-    connection: Connection,
-    chain_id: int,
-    action: EventAction,
-    *,
-    now: datetime,
-    value: str | None = None,
-    from_state: str | None = None,
-    to_state: str | None = None,
-    requested_by: str | None = None,
-    detail: str | None = None,
-) -> None:
-    """Append one event to a chain's history, with the version that the chain's row has in this transaction."""
-    is_move = action == EventAction.STATE_TRANSITION
-    source = select(
-        CHAIN.c.id,
-        CHAIN.c.version,
-        CHAIN.c.version if is_move else null(),
-        literal(str(action)),
-        literal(value, EVENT.c.value.type),
-        literal(from_state, EVENT.c.from_state.type),
-        literal(to_state, EVENT.c.to_state.type),
-        literal(requested_by, EVENT.c.requested_by.type),
-        literal(detail[:MAX_DETAIL] if detail else None, EVENT.c.detail.type),
-        literal(now, EVENT.c.created_at.type),
-    ).where(CHAIN.c.id == chain_id)
-    columns = [
-        "chain_id",
-        "chain_version",
-        "move_version",
-        "action",
-        "value",
-        "from_state",
-        "to_state",
-        "requested_by",
-        "detail",
-        "created_at",
-    ]
-    connection.execute(insert(EVENT).from_select(columns, source, include_defaults=False))
+def add_event_at_version(connection: Connection, chain_id: int, action: EventAction, **facts: Any) -> None:
+    """Append one event with the version that the chain's row has in this transaction; `facts` as in `event_values`."""
+    values = event_values(chain_id, 0, action, **facts)
+    sources: dict[str, ColumnElement[Any]] = {
+        name: literal(value, EVENT.c[name].type) for name, value in values.items()
+    }
+    sources["chain_version"] = CHAIN.c.version
+    if action == EventAction.STATE_TRANSITION:
+        sources["move_version"] = CHAIN.c.version
+    source = select(*sources.values()).where(CHAIN.c.id == chain_id)
+    connection.execute(insert(EVENT).from_select(list(sources), source, include_defaults=False))
 
 
 def prune_events(connection: Connection, *, before: datetime, limit: int) -> int:

@@ -9,7 +9,7 @@ from tests.docs.pages import PAGES, ROOT, Block, page_name, parts_of
 from tests.docs.reader import FILE, Reader
 from tests.servers import MariaDbServer, PostgresServer, RedisServer
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]  # a page is a sequence of commands and processes
 
 
 @pytest.fixture

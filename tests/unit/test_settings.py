@@ -294,3 +294,9 @@ class TestWithoutPassword:
     @given(st.text(max_size=40))
     def test_it_never_fails_whatever_it_is_given(self, text):
         assert without_password(text)
+
+
+def test_the_example_of_an_env_file_names_every_setting():
+    text = (Path(__file__).parents[2] / ".env.example").read_text()
+    named = set(re.findall(r"\bDISPATCHER_([A-Z_]+)\b", text))
+    assert named == {name.upper() for name in Settings.model_fields}

@@ -256,7 +256,7 @@ def _draw_rows(canvas: Canvas, boxes: _Boxes) -> None:
     _draw_access(canvas, boxes.execute, boxes.execute.top + 88, store.write, "chain", "delivery", "event")
     _draw_access(canvas, boxes.deliver, boxes.deliver.top + 36, store.begin, "delivery")
     _draw_access(canvas, boxes.deliver, boxes.deliver.top + 88, store.finish, "delivery", "chain", "event")
-    _draw_access(canvas, boxes.relay, boxes.relay.top + 48, overdue.claim_overdue, "delivery", reads=True)
+    _draw_access(canvas, boxes.relay, boxes.relay.top + 48, overdue.claim_overdue, "delivery")
 
 
 def _draw_access(canvas: Canvas, box: Area, y: float, function: Function, *names: str, reads: bool = False) -> None:
