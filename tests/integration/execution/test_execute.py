@@ -23,38 +23,11 @@ from dispatcher import (
 )
 from dispatcher.domain.results import ChainResult
 from dispatcher.storage.models import ChainRow
-from tests.integration.transitions import (
-    CHAIN_TYPE,
-    LONG_AGO,
-    START,
-    WAIT_SECONDS,
-    Clock,
-    Gate,
-    Raises,
-    Sink,
-    actions,
-    assert_consistent,
-    at_once,
-    attempt,
-    cart,
-    change_chain,
-    change_delivery,
-    delivery_of,
-    dump_rows,
-    new_chain,
-    planned,
-    row_of,
-    take_messages,
-    transition,
-)
+from tests.integration import shop
 
 pytestmark = pytest.mark.integration
 
-Make = Callable[..., Dispatcher]
-
 PROCESSES = 8
-Remind = transition("Remind", "reminded")
-Never = transition("Never", "never", valid=False)
 
 
 def executed(dispatcher: Dispatcher, *chains: Any) -> Sequence[ChainResult]:
@@ -66,15 +39,15 @@ def executed(dispatcher: Dispatcher, *chains: Any) -> Sequence[ChainResult]:
 
 @pytest.mark.parametrize("with_redis", [True, False])
 def test_concurrent_executions_in_applications_move_a_chain_once_and_call_back_once(
-    make_dispatcher: Make, with_redis: bool
+    make_dispatcher: shop.Make, with_redis: bool
 ) -> None:
-    sink = Sink()
-    config = cart({NEW: [Remind], "reminded": [Never]}, callback=sink)
+    sink = shop.Sink()
+    config = shop.cart({NEW: [shop.Remind], "reminded": [shop.Never]}, callback=sink)
     urls = {} if with_redis else {"redis_url": None, "broker_url": None}
     dispatchers = [make_dispatcher(config, **urls) for _ in range(PROCESSES)]
-    chains = [new_chain(dispatcher) for dispatcher in dispatchers]
+    chains = [shop.new_chain(dispatcher) for dispatcher in dispatchers]
 
-    results = at_once(*(chain.execute for chain in chains))
+    results = shop.at_once(*(chain.execute for chain in chains))
 
     moved = [result for result in results if isinstance(result, dict) and result["outcome"] == "moved"]
     others = [result for result in results if result not in moved]
@@ -84,63 +57,63 @@ def test_concurrent_executions_in_applications_move_a_chain_once_and_call_back_o
         late = isinstance(other, ChainLocked | DeliveryPending)
         assert late or other["outcome"] in ("stale", "none"), other
     assert len(sink) == 1
-    assert actions(chains[0]) == ["created", "planned", "state_transition"]
-    assert_consistent(dispatchers[0])
+    assert shop.actions(chains[0]) == ["created", "planned", "state_transition"]
+    shop.assert_consistent(dispatchers[0])
 
 
 @pytest.mark.parametrize("with_redis", [True, False])
 def test_concurrent_executions_on_workers_plan_a_chain_once(
-    make_dispatcher: Make, broker_url: str, with_redis: bool
+    make_dispatcher: shop.Make, broker_url: str, with_redis: bool
 ) -> None:
-    sink = Sink()
-    config = cart({NEW: [Remind], "reminded": [Never]}, callback=sink)
+    sink = shop.Sink()
+    config = shop.cart({NEW: [shop.Remind], "reminded": [shop.Never]}, callback=sink)
     # Without a lock server the guarded writes alone keep them apart.
     urls = {"broker_url": broker_url} if with_redis else {"redis_url": None, "broker_url": broker_url}
     dispatchers = [make_dispatcher(config, **urls) for _ in range(PROCESSES)]
-    chain = new_chain(dispatchers[0])
+    chain = shop.new_chain(dispatchers[0])
 
     def work(dispatcher: Dispatcher) -> Callable[[], Any]:
         return lambda: dispatcher.execute_chains([chain.id])
 
-    results = [result for (result,) in at_once(*map(work, dispatchers))]
+    results = [result for (result,) in shop.at_once(*map(work, dispatchers))]
 
     outcomes = [str(result.outcome) for result in results]
     assert outcomes.count("planned") == 1
     assert set(outcomes) <= {"planned", "locked", "stale", "pending"}
-    (message,) = take_messages(broker_url, "dispatcher.callbacks")
-    assert attempt(dispatchers[0], *message.kwargs["deliveries"][0]).outcome == "delivered"
+    (message,) = shop.take_messages(broker_url, shop.CALLBACKS)
+    assert shop.attempt(dispatchers[0], *message.kwargs["deliveries"][0]).outcome == "delivered"
     assert len(sink) == 1
-    assert_consistent(dispatchers[0])
+    shop.assert_consistent(dispatchers[0])
 
 
-def test_an_evaluation_that_was_overtaken_is_stale(make_dispatcher: Make) -> None:
-    gate, sink = Gate(), Sink()
+def test_an_evaluation_that_was_overtaken_is_stale(make_dispatcher: shop.Make) -> None:
+    gate, sink = shop.Gate(), shop.Sink()
     passes: list[object] = []
 
     def first_waits(_: object) -> bool:
         passes.append(_)
         return gate.wait() if len(passes) == 1 else True
 
-    config = cart({NEW: [transition("Guarded", "guarded", first_waits)]}, callback=sink)
+    config = shop.cart({NEW: [shop.transition("Guarded", "guarded", first_waits)]}, callback=sink)
     slow, fast = make_dispatcher(config, redis_url=None), make_dispatcher(config, redis_url=None)
-    chain = new_chain(slow)
+    chain = shop.new_chain(slow)
 
     with gate.during(lambda: executed(slow, chain)) as future:
-        delivery = planned(fast, chain)
+        delivery = shop.planned(fast, chain)
 
     (result,) = future.result()
     assert result.outcome == "stale" and result.delivery_id is None
     assert [one.id for one in slow.find_deliveries()] == [delivery.id]
-    assert actions(chain) == ["created", "planned"]
+    assert shop.actions(chain) == ["created", "planned"]
 
 
 # --- what a worker moves, plans and leaves ---------------------------------------------------------------------------
 
 
-def test_a_worker_moves_a_chain_to_done_without_any_callback(make_dispatcher: Make) -> None:
-    sink = Sink()
-    dispatcher = make_dispatcher(cart({NEW: [transition("Finish", DONE)]}, callback=sink))
-    chain = new_chain(dispatcher)
+def test_a_worker_moves_a_chain_to_done_without_any_callback(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Finish", DONE)]}, callback=sink))
+    chain = shop.new_chain(dispatcher)
 
     (result,) = executed(dispatcher, chain)
 
@@ -152,72 +125,72 @@ def test_a_worker_moves_a_chain_to_done_without_any_callback(make_dispatcher: Ma
 
 
 @pytest.mark.parametrize("where", ["transition", "type"])
-def test_a_worker_moves_a_chain_whose_callback_is_none(make_dispatcher: Make, where: str) -> None:
-    sink, clock = Sink(), Clock()
-    silent = transition("Silent", "silent", **({"callback": None} if where == "transition" else {}))
+def test_a_worker_moves_a_chain_whose_callback_is_none(make_dispatcher: shop.Make, where: str) -> None:
+    sink, clock = shop.Sink(), shop.Clock()
+    silent = shop.transition("Silent", "silent", **({"callback": None} if where == "transition" else {}))
     dispatcher = make_dispatcher(
-        cart({NEW: [silent], "silent": [Never]}, callback=None if where == "type" else sink), clock=clock
+        shop.cart({NEW: [silent], "silent": [shop.Never]}, callback=None if where == "type" else sink), clock=clock
     )
-    chain = new_chain(dispatcher)
+    chain = shop.new_chain(dispatcher)
 
     (result,) = executed(dispatcher, chain)
 
-    assert (result.outcome, chain.refresh().state, chain.due_at) == ("moved", "silent", START)
+    assert (result.outcome, chain.refresh().state, chain.due_at) == ("moved", "silent", shop.START)
     assert len(sink) == 0
-    assert_consistent(dispatcher)
+    shop.assert_consistent(dispatcher)
 
 
-def test_a_worker_does_not_move_a_chain_for_which_it_has_no_callback(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}))
-    chain = new_chain(dispatcher)
+def test_a_worker_does_not_move_a_chain_for_which_it_has_no_callback(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+    chain = shop.new_chain(dispatcher)
 
     (result,) = executed(dispatcher, chain)
 
     assert (result.outcome, result.state) == ("no_callback", NEW)
-    row = row_of(dispatcher, chain.id)
+    row = shop.row_of(dispatcher, chain.id)
     assert (row.state, row.due_at, row.pending_delivery_id) == (NEW, None, None)
-    assert actions(chain) == ["created", "no_callback"]
+    assert shop.actions(chain) == ["created", "no_callback"]
     assert dispatcher.sweep()["due"] == 0
 
 
-def test_a_chain_without_callback_is_moved_by_a_request_that_names_one(make_dispatcher: Make) -> None:
-    sink = Sink()
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}, callbacks={"send": sink}))
-    chain = new_chain(dispatcher)
+def test_a_chain_without_callback_is_moved_by_a_request_that_names_one(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callbacks={"send": sink}))
+    chain = shop.new_chain(dispatcher)
     executed(dispatcher, chain)
 
     chain.enqueue(callback="send")
-    attempt(dispatcher, planned(dispatcher, chain))
+    shop.attempt(dispatcher, shop.planned(dispatcher, chain))
 
     assert chain.refresh().state == "reminded" and len(sink) == 1
 
 
-def test_a_winner_with_a_callback_is_planned_as_a_delivery(make_dispatcher: Make, broker_url: str) -> None:
-    clock = Clock()
-    dispatcher = make_dispatcher(cart({NEW: [Never, Remind]}, callback=Sink()), clock=clock)
-    chain = new_chain(dispatcher)
+def test_a_winner_with_a_callback_is_planned_as_a_delivery(make_dispatcher: shop.Make, broker_url: str) -> None:
+    clock = shop.Clock()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Never, shop.Remind]}, callback=shop.Sink()), clock=clock)
+    chain = shop.new_chain(dispatcher)
 
     (result,) = executed(dispatcher, chain)
 
-    delivery = delivery_of(dispatcher, chain)
+    delivery = shop.delivery_of(dispatcher, chain)
     assert (result.outcome, result.delivery_id, result.state) == ("planned", delivery.id, NEW)
     assert result.errors == {"<Never>": ["Never is not wanted"]}
-    row = row_of(dispatcher, chain.id)
+    row = shop.row_of(dispatcher, chain.id)
     assert (row.state, row.due_at, row.pending_delivery_id, row.version) == (NEW, None, delivery.id, 1)
     assert (delivery.status, delivery.attempt, delivery.callback) == ("pending", 0, "type")
     assert (delivery.transition, delivery.from_state, delivery.final_state) == ("Remind", NEW, "reminded")
-    (message,) = take_messages(broker_url, "dispatcher.callbacks")
+    (message,) = shop.take_messages(broker_url, shop.CALLBACKS)
     assert (message.task, message.kwargs) == ("dispatcher.deliver_callback", {"deliveries": [[delivery.id, 1]]})
     event = chain.events[-1]
-    assert (event.action, event.value, event.created_at) == ("planned", "Remind", START)
+    assert (event.action, event.value, event.created_at) == ("planned", "Remind", shop.START)
 
 
-def test_a_chain_that_waits_for_its_delivery_is_not_evaluated(make_dispatcher: Make) -> None:
+def test_a_chain_that_waits_for_its_delivery_is_not_evaluated(make_dispatcher: shop.Make) -> None:
     asked: list[object] = []
-    counted = transition("Counted", "counted", lambda self: not asked.append(self))
-    dispatcher = make_dispatcher(cart({NEW: [counted]}, callback=Sink()))
-    chain = new_chain(dispatcher)
-    planned(dispatcher, chain)
+    counted = shop.transition("Counted", "counted", lambda self: not asked.append(self))
+    dispatcher = make_dispatcher(shop.cart({NEW: [counted]}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    shop.planned(dispatcher, chain)
 
     (result,) = executed(dispatcher, chain)
     with pytest.raises(DeliveryPending):
@@ -226,19 +199,21 @@ def test_a_chain_that_waits_for_its_delivery_is_not_evaluated(make_dispatcher: M
     assert result.outcome == "pending" and len(asked) == 1
 
 
-def test_a_plan_that_cannot_be_published_stays_planned(make_dispatcher: Make, caplog: pytest.LogCaptureFixture) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}, callback=Sink()), broker_url="redis://127.0.0.1:1/0")
-    chain = new_chain(dispatcher)
+def test_a_plan_that_cannot_be_published_stays_planned(
+    make_dispatcher: shop.Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()), broker_url=shop.NOBODY)
+    chain = shop.new_chain(dispatcher)
 
     (result,) = executed(dispatcher, chain)
 
     assert result.outcome == "planned"
-    assert delivery_of(dispatcher, chain).publish_after is not None
+    assert shop.delivery_of(dispatcher, chain).publish_after is not None
     assert "relay" in caplog.text
 
 
 def test_an_execution_without_a_configured_broker_connects_to_nobody(
-    make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+    make_dispatcher: shop.Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Celery's own default is a RabbitMQ on localhost, which may be a stranger's."""
 
@@ -246,16 +221,16 @@ def test_an_execution_without_a_configured_broker_connects_to_nobody(
         raise AssertionError("a connection to a broker that nobody configured")
 
     monkeypatch.setattr("amqp.transport._AbstractTransport.connect", refuse)
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}, callback=Sink()), redis_url=None, broker_url=None)
-    chain = new_chain(dispatcher)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()), redis_url=None, broker_url=None)
+    chain = shop.new_chain(dispatcher)
 
     assert [str(result.outcome) for result in executed(dispatcher, chain)] == ["planned"]
 
 
-def test_a_terminal_state_gives_no_transition(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind], "reminded": []}, callback=Sink()))
-    chain = new_chain(dispatcher)
-    attempt(dispatcher, planned(dispatcher, chain))
+def test_a_terminal_state_gives_no_transition(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind], "reminded": []}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    shop.attempt(dispatcher, shop.planned(dispatcher, chain))
     assert chain.refresh().due_at is None
 
     (result,) = executed(dispatcher, chain)
@@ -264,50 +239,54 @@ def test_a_terminal_state_gives_no_transition(make_dispatcher: Make) -> None:
     assert chain.execute()["outcome"] == "terminal"
 
 
-def test_later_candidates_are_not_asked_once_one_has_won(make_dispatcher: Make) -> None:
+def test_later_candidates_are_not_asked_once_one_has_won(make_dispatcher: shop.Make) -> None:
     asked: list[str] = []
 
     def asks(name: str, verdict: bool) -> Callable[[Any], bool]:
         return lambda _: asked.append(name) or verdict  # type: ignore[func-returns-value]
 
     candidates = [
-        transition(name, f"to_{name}", asks(name, verdict))
+        shop.transition(name, f"to_{name}", asks(name, verdict))
         for name, verdict in [("A", False), ("B", True), ("C", True)]
     ]
-    dispatcher = make_dispatcher(cart({NEW: candidates}, callback=None))
-    chain = new_chain(dispatcher)
+    dispatcher = make_dispatcher(shop.cart({NEW: candidates}, callback=None))
+    chain = shop.new_chain(dispatcher)
 
     (result,) = executed(dispatcher, chain)
 
     assert (asked, result.state) == (["A", "B"], "to_B")
 
 
-def test_one_execution_takes_one_transition(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind], "reminded": [transition("Finish", DONE)]}, callback=None))
-    chain = new_chain(dispatcher)
+def test_one_execution_takes_one_transition(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [shop.Remind], "reminded": [shop.transition("Finish", DONE)]}, callback=None)
+    )
+    chain = shop.new_chain(dispatcher)
 
     executed(dispatcher, chain)
 
     assert chain.refresh().state == "reminded"
 
 
-def test_ids_that_are_named_twice_are_executed_once(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind], "reminded": [transition("Finish", DONE)]}, callback=None))
-    chain = new_chain(dispatcher)
+def test_ids_that_are_named_twice_are_executed_once(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [shop.Remind], "reminded": [shop.transition("Finish", DONE)]}, callback=None)
+    )
+    chain = shop.new_chain(dispatcher)
 
     assert [str(result.outcome) for result in dispatcher.execute_chains([chain.id, chain.id])] == ["moved"]
 
 
-def test_an_unknown_id_is_a_named_outcome(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}, callback=Sink()))
-    chain = new_chain(dispatcher)
+def test_an_unknown_id_is_a_named_outcome(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
 
     results = dispatcher.execute_chains([9_999_999, chain.id])
 
     assert [str(result.outcome) for result in results] == ["missing", "planned"]
 
 
-def test_no_session_is_open_while_user_code_runs(make_dispatcher: Make) -> None:
+def test_no_session_is_open_while_user_code_runs(make_dispatcher: shop.Make) -> None:
     seen: dict[str, int] = {}
 
     def watch(name: str) -> None:
@@ -317,13 +296,13 @@ def test_no_session_is_open_while_user_code_runs(make_dispatcher: Make) -> None:
         watch("load_context")
         return {}
 
-    watched = transition("Watched", "watched", lambda _: watch("guard") is None)
-    config = cart({NEW: [watched]}, callback=lambda _: watch("callback"), load_context=load)
+    watched = shop.transition("Watched", "watched", lambda _: watch("guard") is None)
+    config = shop.cart({NEW: [watched]}, callback=lambda _: watch("callback"), load_context=load)
     dispatcher = make_dispatcher(config)
-    chain = new_chain(dispatcher)
+    chain = shop.new_chain(dispatcher)
 
-    attempt(dispatcher, planned(dispatcher, chain))
-    new_chain(dispatcher, 2).execute(callback=lambda _: watch("local callback"))
+    shop.attempt(dispatcher, shop.planned(dispatcher, chain))
+    shop.new_chain(dispatcher, 2).execute(callback=lambda _: watch("local callback"))
 
     assert seen == {"load_context": 0, "guard": 0, "callback": 0, "local callback": 0}
 
@@ -332,46 +311,48 @@ def test_no_session_is_open_while_user_code_runs(make_dispatcher: Make) -> None:
 
 
 def waits(name: str, when: date | datetime, **attributes: Any) -> type[Transition]:
-    return transition(name, name.lower(), lambda self: self.not_before(when, f"{name} is early"), **attributes)
+    return shop.transition(name, name.lower(), lambda self: self.not_before(when, f"{name} is early"), **attributes)
 
 
-def test_a_rejected_chain_is_due_when_its_guard_may_say_otherwise(make_dispatcher: Make) -> None:
-    clock = Clock()
-    dispatcher = make_dispatcher(cart({NEW: [waits("Wait", START + timedelta(days=2))]}, callback=None), clock=clock)
-    chain = new_chain(dispatcher)
+def test_a_rejected_chain_is_due_when_its_guard_may_say_otherwise(make_dispatcher: shop.Make) -> None:
+    clock = shop.Clock()
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [waits("Wait", shop.START + timedelta(days=2))]}, callback=None), clock=clock
+    )
+    chain = shop.new_chain(dispatcher)
 
     (result,) = executed(dispatcher, chain)
 
     assert (result.outcome, result.errors) == ("none", {"<Wait>": ["Wait is early"]})
-    assert chain.refresh().due_at == START + timedelta(days=2)
+    assert chain.refresh().due_at == shop.START + timedelta(days=2)
     assert dispatcher.sweep()["due"] == 0
     clock.forward(days=2)
     assert dispatcher.sweep()["due"] == 1
     assert executed(dispatcher, chain)[0].outcome == "moved"
 
 
-def test_the_earliest_of_all_candidates_counts(make_dispatcher: Make) -> None:
-    candidates = [waits("Late", START + timedelta(days=9)), waits("Soon", START + timedelta(hours=1))]
-    dispatcher = make_dispatcher(cart({NEW: candidates}), clock=Clock())
-    chain = new_chain(dispatcher)
+def test_the_earliest_of_all_candidates_counts(make_dispatcher: shop.Make) -> None:
+    candidates = [waits("Late", shop.START + timedelta(days=9)), waits("Soon", shop.START + timedelta(hours=1))]
+    dispatcher = make_dispatcher(shop.cart({NEW: candidates}), clock=shop.Clock())
+    chain = shop.new_chain(dispatcher)
 
     executed(dispatcher, chain)
 
-    assert chain.refresh().due_at == START + timedelta(hours=1)
+    assert chain.refresh().due_at == shop.START + timedelta(hours=1)
 
 
-def test_the_earliest_of_several_times_in_one_guard_counts(make_dispatcher: Make) -> None:
+def test_the_earliest_of_several_times_in_one_guard_counts(make_dispatcher: shop.Make) -> None:
     def guard(self: Transition) -> bool:
-        times = [START + timedelta(days=days) for days in (3, 1, 2)]
+        times = [shop.START + timedelta(days=days) for days in (3, 1, 2)]
         verdicts = [self.not_before(when, "early") for when in times]
         return all(verdicts)
 
-    dispatcher = make_dispatcher(cart({NEW: [transition("Many", "many", guard)]}), clock=Clock())
-    chain = new_chain(dispatcher)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Many", "many", guard)]}), clock=shop.Clock())
+    chain = shop.new_chain(dispatcher)
 
     executed(dispatcher, chain)
 
-    assert chain.refresh().due_at == START + timedelta(days=1)
+    assert chain.refresh().due_at == shop.START + timedelta(days=1)
 
 
 @pytest.mark.parametrize(
@@ -388,63 +369,63 @@ def test_the_earliest_of_several_times_in_one_guard_counts(make_dispatcher: Make
     ],
 )
 def test_a_chain_is_due_again_after_the_recheck_of_its_candidates(
-    make_dispatcher: Make, of_type: float | None, of_transition: list[dict[str, Any]], due: float | None
+    make_dispatcher: shop.Make, of_type: float | None, of_transition: list[dict[str, Any]], due: float | None
 ) -> None:
     candidates = [
-        transition(f"Candidate{number}", "there", valid=False, **options)
+        shop.transition(f"Candidate{number}", "there", valid=False, **options)
         for number, options in enumerate(of_transition)
     ]
-    dispatcher = make_dispatcher(cart({NEW: candidates}, recheck_seconds=of_type), clock=Clock())
-    chain = new_chain(dispatcher)
+    dispatcher = make_dispatcher(shop.cart({NEW: candidates}, recheck_seconds=of_type), clock=shop.Clock())
+    chain = shop.new_chain(dispatcher)
 
     executed(dispatcher, chain)
 
-    assert chain.refresh().due_at == (None if due is None else START + timedelta(seconds=due))
+    assert chain.refresh().due_at == (None if due is None else shop.START + timedelta(seconds=due))
 
 
-def test_a_time_outweighs_the_recheck_of_the_same_candidate(make_dispatcher: Make) -> None:
-    candidate = waits("Wait", START + timedelta(days=1), recheck_seconds=5)
-    dispatcher = make_dispatcher(cart({NEW: [candidate]}), clock=Clock())
-    chain = new_chain(dispatcher)
+def test_a_time_outweighs_the_recheck_of_the_same_candidate(make_dispatcher: shop.Make) -> None:
+    candidate = waits("Wait", shop.START + timedelta(days=1), recheck_seconds=5)
+    dispatcher = make_dispatcher(shop.cart({NEW: [candidate]}), clock=shop.Clock())
+    chain = shop.new_chain(dispatcher)
 
     executed(dispatcher, chain)
 
-    assert chain.refresh().due_at == START + timedelta(days=1)
+    assert chain.refresh().due_at == shop.START + timedelta(days=1)
 
 
-def test_an_evaluation_that_learns_nothing_writes_nothing(make_dispatcher: Make) -> None:
-    clock = Clock()
-    dispatcher = make_dispatcher(cart({NEW: [Never]}), clock=clock)  # asked at every sweep
-    chain = new_chain(dispatcher)
+def test_an_evaluation_that_learns_nothing_writes_nothing(make_dispatcher: shop.Make) -> None:
+    clock = shop.Clock()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Never]}), clock=clock)  # asked at every sweep
+    chain = shop.new_chain(dispatcher)
     executed(dispatcher, chain)
-    before = dump_rows(dispatcher)
+    before = shop.dump_rows(dispatcher)
     clock.forward(hours=1)
 
     (result,) = executed(dispatcher, chain)
 
     assert result.outcome == "none"
-    assert dump_rows(dispatcher) == before
+    assert shop.dump_rows(dispatcher) == before
     assert chain.execute()["outcome"] == "none"
-    assert dump_rows(dispatcher) == before
+    assert shop.dump_rows(dispatcher) == before
 
 
-def test_a_chain_that_waits_for_a_time_is_not_written_again_before_it(make_dispatcher: Make) -> None:
-    clock = Clock()
-    dispatcher = make_dispatcher(cart({NEW: [waits("Wait", START + timedelta(days=2))]}), clock=clock)
-    chain = new_chain(dispatcher)
+def test_a_chain_that_waits_for_a_time_is_not_written_again_before_it(make_dispatcher: shop.Make) -> None:
+    clock = shop.Clock()
+    dispatcher = make_dispatcher(shop.cart({NEW: [waits("Wait", shop.START + timedelta(days=2))]}), clock=clock)
+    chain = shop.new_chain(dispatcher)
     executed(dispatcher, chain)
-    before = dump_rows(dispatcher)
+    before = shop.dump_rows(dispatcher)
     clock.forward(hours=1)
 
     executed(dispatcher, chain)
 
-    assert dump_rows(dispatcher) == before
+    assert shop.dump_rows(dispatcher) == before
 
 
 @pytest.mark.parametrize("kind", ["date", "naive", "aware", "other zone"])
 @pytest.mark.parametrize("on", ["class", "self"])
-def test_a_chain_rests_until_its_date_next_update(make_dispatcher: Make, kind: str, on: str) -> None:
-    until = datetime(2024, 3, 5, tzinfo=UTC) if kind == "date" else START + timedelta(days=4)
+def test_a_chain_rests_until_its_date_next_update(make_dispatcher: shop.Make, kind: str, on: str) -> None:
+    until = datetime(2024, 3, 5, tzinfo=UTC) if kind == "date" else shop.START + timedelta(days=4)
     given: Any = {
         "date": until.date(),
         "naive": until.replace(tzinfo=None),
@@ -457,17 +438,17 @@ def test_a_chain_rests_until_its_date_next_update(make_dispatcher: Make, kind: s
             self.date_next_update = given
         return True
 
-    resting = transition("Resting", "resting", guard, **({"date_next_update": given} if on == "class" else {}))
-    clock, sink = Clock(), Sink()
-    dispatcher = make_dispatcher(cart({NEW: [resting], "resting": [transition("Finish", DONE)]}), clock=clock)
-    here, silent, sent = (new_chain(dispatcher, number) for number in range(3))
-    config = cart({NEW: [resting], "resting": [transition("Finish", DONE)]}, callback=None)
+    resting = shop.transition("Resting", "resting", guard, **({"date_next_update": given} if on == "class" else {}))
+    clock, sink = shop.Clock(), shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [resting], "resting": [shop.transition("Finish", DONE)]}), clock=clock)
+    here, silent, sent = (shop.new_chain(dispatcher, number) for number in range(3))
+    config = shop.cart({NEW: [resting], "resting": [shop.transition("Finish", DONE)]}, callback=None)
     without = make_dispatcher(config, clock=clock)
     with_sink = make_dispatcher({"chains": [{**config["chains"][0], "callback": sink}]}, clock=clock)
 
     here.execute(callback=sink)
     executed(without, silent)
-    attempt(with_sink, planned(with_sink, sent))
+    shop.attempt(with_sink, shop.planned(with_sink, sent))
 
     for chain in (here, silent, sent):
         chain.refresh()
@@ -484,39 +465,41 @@ def test_a_chain_rests_until_its_date_next_update(make_dispatcher: Make, kind: s
     assert here.next_update_at is None
 
 
-def test_a_chain_is_never_due_before_its_rest_is_over(make_dispatcher: Make) -> None:
-    until = START + timedelta(days=1)
-    dispatcher = make_dispatcher(cart({NEW: [Never]}), clock=Clock())
-    chain = new_chain(dispatcher)
-    change_chain(dispatcher, chain.id, next_update_at=until)
+def test_a_chain_is_never_due_before_its_rest_is_over(make_dispatcher: shop.Make) -> None:
+    until = shop.START + timedelta(days=1)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Never]}), clock=shop.Clock())
+    chain = shop.new_chain(dispatcher)
+    shop.change_chain(dispatcher, chain.id, next_update_at=until)
 
     chain.enqueue()
 
     assert chain.refresh().due_at == until
 
 
-def test_the_injected_clock_is_the_domain_s_and_leases_stay_on_the_database_s(make_dispatcher: Make) -> None:
-    clock, seen = Clock(datetime(1997, 1, 1, tzinfo=UTC)), []
-    gate = Gate()
-    keeps = transition("Keeps", "kept", lambda self: not seen.append(self.now))
-    dispatcher = make_dispatcher(cart({NEW: [keeps], "kept": [Never]}, callback=Sink(gate.wait)), clock=clock)
-    chain = new_chain(dispatcher)
-    delivery = planned(dispatcher, chain)
+def test_the_injected_clock_is_the_domain_s_and_leases_stay_on_the_database_s(make_dispatcher: shop.Make) -> None:
+    clock, seen = shop.Clock(datetime(1997, 1, 1, tzinfo=UTC)), []
+    gate = shop.Gate()
+    keeps = shop.transition("Keeps", "kept", lambda self: not seen.append(self.now))
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [keeps], "kept": [shop.Never]}, callback=shop.Sink(gate.wait)), clock=clock
+    )
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
     assert abs(delivery.planned_at - datetime.now(UTC)) < timedelta(minutes=5)
 
-    with gate.during(lambda: attempt(dispatcher, delivery)):
-        lease_until = delivery_of(dispatcher, chain).lease_until
+    with gate.during(lambda: shop.attempt(dispatcher, delivery)):
+        lease_until = shop.delivery_of(dispatcher, chain).lease_until
     assert lease_until is not None and timedelta(0) < lease_until - datetime.now(UTC) < timedelta(minutes=5)
     assert set(seen) == {clock.now}
     assert {event.created_at for event in chain.events} == {clock.now}
     assert chain.refresh().due_at == chain.created_at == clock.now
 
 
-def test_without_a_clock_the_domain_s_time_is_the_database_s(make_dispatcher: Make) -> None:
+def test_without_a_clock_the_domain_s_time_is_the_database_s(make_dispatcher: shop.Make) -> None:
     seen: list[datetime] = []
-    keeps = transition("Keeps", "kept", lambda self: bool(seen.append(self.now)))
-    dispatcher = make_dispatcher(cart({NEW: [keeps]}))
-    chain = new_chain(dispatcher)
+    keeps = shop.transition("Keeps", "kept", lambda self: bool(seen.append(self.now)))
+    dispatcher = make_dispatcher(shop.cart({NEW: [keeps]}))
+    chain = shop.new_chain(dispatcher)
 
     executed(dispatcher, chain)
 
@@ -527,16 +510,16 @@ def test_without_a_clock_the_domain_s_time_is_the_database_s(make_dispatcher: Ma
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-def test_a_guard_that_raises_backs_off_further_each_time_and_is_one_event(make_dispatcher: Make) -> None:
-    clock = Clock()
-    bad = transition("Bad", "bad", Raises(RuntimeError("no such booking")))
-    dispatcher = make_dispatcher(cart({NEW: [bad]}), clock=clock)
-    chain = new_chain(dispatcher)
+def test_a_guard_that_raises_backs_off_further_each_time_and_is_one_event(make_dispatcher: shop.Make) -> None:
+    clock = shop.Clock()
+    bad = shop.transition("Bad", "bad", shop.Raises(RuntimeError("no such booking")))
+    dispatcher = make_dispatcher(shop.cart({NEW: [bad]}), clock=clock)
+    chain = shop.new_chain(dispatcher)
     waits_seen = []
 
     for failures in range(1, 12):
         (result,) = executed(dispatcher, chain)
-        row = row_of(dispatcher, chain.id)
+        row = shop.row_of(dispatcher, chain.id)
         assert (result.outcome, row.failures, row.state) == ("guard_failed", failures, NEW)
         waits_seen.append(row.due_at - clock.now)
         clock.now = row.due_at
@@ -544,68 +527,68 @@ def test_a_guard_that_raises_backs_off_further_each_time_and_is_one_event(make_d
     assert waits_seen == sorted(waits_seen) and waits_seen[0] > timedelta(0)
     assert len(set(waits_seen[:4])) == 4
     assert waits_seen[-1] == timedelta(hours=1)
-    assert actions(chain) == ["created", "guard_failed"]
+    assert shop.actions(chain) == ["created", "guard_failed"]
     assert "no such booking" in (chain.events[-1].detail or "")
 
 
-def test_a_guard_that_recovers_ends_the_back_off(make_dispatcher: Make) -> None:
-    flaky = transition("Flaky", "there", Raises(RuntimeError("once"), times=2, value=False))
-    dispatcher = make_dispatcher(cart({NEW: [flaky]}), clock=Clock())
-    chain = new_chain(dispatcher)
+def test_a_guard_that_recovers_ends_the_back_off(make_dispatcher: shop.Make) -> None:
+    flaky = shop.transition("Flaky", "there", shop.Raises(RuntimeError("once"), times=2, value=False))
+    dispatcher = make_dispatcher(shop.cart({NEW: [flaky]}), clock=shop.Clock())
+    chain = shop.new_chain(dispatcher)
     executed(dispatcher, chain)
     executed(dispatcher, chain)
 
     (result,) = executed(dispatcher, chain)
 
-    row = row_of(dispatcher, chain.id)
-    assert (result.outcome, row.failures, row.due_at) == ("none", 0, START)
+    row = shop.row_of(dispatcher, chain.id)
+    assert (result.outcome, row.failures, row.due_at) == ("none", 0, shop.START)
 
 
-def test_a_guard_that_raises_again_later_is_a_new_series(make_dispatcher: Make) -> None:
-    guard = Raises(RuntimeError("one"), times=1, value=False)
-    dispatcher = make_dispatcher(cart({NEW: [transition("Flaky", "there", guard)]}))
-    chain = new_chain(dispatcher)
+def test_a_guard_that_raises_again_later_is_a_new_series(make_dispatcher: shop.Make) -> None:
+    guard = shop.Raises(RuntimeError("one"), times=1, value=False)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Flaky", "there", guard)]}))
+    chain = shop.new_chain(dispatcher)
     executed(dispatcher, chain)
     executed(dispatcher, chain)
     guard.left = 1
 
     executed(dispatcher, chain)
 
-    assert actions(chain) == ["created", "guard_failed", "guard_failed"]
+    assert shop.actions(chain) == ["created", "guard_failed", "guard_failed"]
 
 
-def test_a_guard_that_raises_fails_its_own_chain_alone(make_dispatcher: Make) -> None:
+def test_a_guard_that_raises_fails_its_own_chain_alone(make_dispatcher: shop.Make) -> None:
     def guard(self: Transition) -> bool:
         if ("online_booking", "b1") in self.chain.resources:
             raise SystemExit("in user code")
         return True
 
-    dispatcher = make_dispatcher(cart({NEW: [transition("Some", "some", guard)]}, callback=None))
-    chains = [new_chain(dispatcher, number) for number in range(3)]
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Some", "some", guard)]}, callback=None))
+    chains = [shop.new_chain(dispatcher, number) for number in range(3)]
 
     results = executed(dispatcher, *chains)
 
     assert [str(result.outcome) for result in results] == ["moved", "guard_failed", "moved"]
 
 
-def test_a_winner_after_a_failed_guard_is_not_asked(make_dispatcher: Make) -> None:
-    candidates = [transition("Bad", "bad", Raises(RuntimeError("no"))), Remind]
-    dispatcher = make_dispatcher(cart({NEW: candidates}, callback=None))
-    chain = new_chain(dispatcher)
+def test_a_winner_after_a_failed_guard_is_not_asked(make_dispatcher: shop.Make) -> None:
+    candidates = [shop.transition("Bad", "bad", shop.Raises(RuntimeError("no"))), shop.Remind]
+    dispatcher = make_dispatcher(shop.cart({NEW: candidates}, callback=None))
+    chain = shop.new_chain(dispatcher)
 
     assert executed(dispatcher, chain)[0].outcome == "guard_failed"
     assert chain.refresh().state == NEW
 
 
 @pytest.mark.parametrize("what", ["state", "chain type"])
-def test_a_name_that_this_worker_does_not_know_is_left_to_another(make_dispatcher: Make, what: str) -> None:
-    clock = Clock()
-    old = cart({NEW: [Remind]}, callback=None)
-    new = cart({NEW: [Remind], "reminded": [transition("Next", "next")]}, callback=None)
+def test_a_name_that_this_worker_does_not_know_is_left_to_another(make_dispatcher: shop.Make, what: str) -> None:
+    clock = shop.Clock()
+    old = shop.cart({NEW: [shop.Remind]}, callback=None)
+    new = shop.cart({NEW: [shop.Remind], "reminded": [shop.transition("Next", "next")]}, callback=None)
     if what == "chain type":
-        new["chains"].append({"chain_type": "basket", "transitions": {NEW: [Remind]}, "callback": None})
+        new["chains"].append({"chain_type": "basket", "transitions": {NEW: [shop.Remind]}, "callback": None})
     old_worker, new_worker = make_dispatcher(old, clock=clock), make_dispatcher(new, clock=clock)
-    chain = new_chain(new_worker, chain_type=CHAIN_TYPE if what == "state" else "basket")
+    chain = shop.new_chain(new_worker, chain_type=shop.CHAIN_TYPE if what == "state" else "basket")
     if what == "state":
         chain.move_to("reminded", "set up")
         chain.move_to("next", "set up")
@@ -614,44 +597,44 @@ def test_a_name_that_this_worker_does_not_know_is_left_to_another(make_dispatche
 
     for failures in range(1, 10):
         (result,) = executed(old_worker, chain)
-        row = row_of(old_worker, chain.id)
+        row = shop.row_of(old_worker, chain.id)
         assert (result.outcome, row.failures, row.state) == ("unknown_definition", failures, before)
         series.append(row.due_at - clock.now)
         clock.now = row.due_at
 
     assert series == sorted(series) and timedelta(0) < series[0] < series[-1] == timedelta(hours=1)
-    assert actions(chain).count("unknown_definition") == 1
+    assert shop.actions(chain).count("unknown_definition") == 1
     assert executed(new_worker, chain)[0].outcome in ("moved", "terminal")
-    assert row_of(new_worker, chain.id).failures == 0
+    assert shop.row_of(new_worker, chain.id).failures == 0
 
 
-def test_a_callback_name_that_this_worker_does_not_know_is_left_to_another(make_dispatcher: Make) -> None:
-    sink = Sink()
-    old_worker = make_dispatcher(cart({NEW: [Remind]}))
-    new_worker = make_dispatcher(cart({NEW: [Remind]}, callbacks={"send": sink}))
-    chain = new_chain(new_worker)
+def test_a_callback_name_that_this_worker_does_not_know_is_left_to_another(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink()
+    old_worker = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+    new_worker = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callbacks={"send": sink}))
+    chain = shop.new_chain(new_worker)
     chain.enqueue(callback="send")
 
     (result,) = executed(old_worker, chain)
 
     assert result.outcome == "unknown_definition" and "send" in result.detail
-    assert row_of(old_worker, chain.id).request is not None
-    assert attempt(new_worker, planned(new_worker, chain)).outcome == "delivered"
+    assert shop.row_of(old_worker, chain.id).request is not None
+    assert shop.attempt(new_worker, shop.planned(new_worker, chain)).outcome == "delivered"
     assert len(sink) == 1
 
 
 # --- context ---------------------------------------------------------------------------------------------------------
 
 
-def test_later_sources_of_context_win(make_dispatcher: Make) -> None:
+def test_later_sources_of_context_win(make_dispatcher: shop.Make) -> None:
     seen: list[dict[str, Any]] = []
-    sees = transition(
+    sees = shop.transition(
         "Sees", "seen", lambda self: bool(seen.append(dict(self.context))), initial_context={"d": "class"}
     )
     layers = {"a": "load", "b": "load", "c": "load", "d": "load"}
-    config = cart({NEW: [sees]}, load_context=lambda snapshots: {one.id: layers for one in snapshots})
+    config = shop.cart({NEW: [sees]}, load_context=lambda snapshots: {one.id: layers for one in snapshots})
     dispatcher = make_dispatcher(config)
-    chain = new_chain(dispatcher, initial_context={"b": "stored", "c": "stored", "d": "stored"})
+    chain = shop.new_chain(dispatcher, initial_context={"b": "stored", "c": "stored", "d": "stored"})
     chain.enqueue(initial_context={"c": "request", "d": "request"})
 
     executed(dispatcher, chain)
@@ -666,16 +649,16 @@ def test_later_sources_of_context_win(make_dispatcher: Make) -> None:
     assert {tuple(map(tuple, one["resources"])) for one in seen} == {(("online_booking", "b0"),)}
 
 
-def test_contexts_are_loaded_once_for_a_batch_of_one_type(make_dispatcher: Make) -> None:
+def test_contexts_are_loaded_once_for_a_batch_of_one_type(make_dispatcher: shop.Make) -> None:
     asked: list[list[int]] = []
 
     def load(snapshots: Sequence[Any]) -> dict[int, dict[str, Any]]:
         asked.append([one.id for one in snapshots])
         return {one.id: {"wanted": one.id % 2 == 0} for one in snapshots}
 
-    by_context = transition("ByContext", "there", lambda self: self.context["wanted"])
-    dispatcher = make_dispatcher(cart({NEW: [by_context]}, callback=None, load_context=load))
-    chains = [new_chain(dispatcher, number) for number in range(4)]
+    by_context = shop.transition("ByContext", "there", lambda self: self.context["wanted"])
+    dispatcher = make_dispatcher(shop.cart({NEW: [by_context]}, callback=None, load_context=load))
+    chains = [shop.new_chain(dispatcher, number) for number in range(4)]
 
     results = executed(dispatcher, *chains)
 
@@ -684,20 +667,20 @@ def test_contexts_are_loaded_once_for_a_batch_of_one_type(make_dispatcher: Make)
     assert [str(result.outcome) for result in results] == expected
 
 
-def test_a_loader_that_fails_for_one_chain_fails_that_chain_alone(make_dispatcher: Make) -> None:
+def test_a_loader_that_fails_for_one_chain_fails_that_chain_alone(make_dispatcher: shop.Make) -> None:
     def load(snapshots: Sequence[Any]) -> dict[int, dict[str, Any]]:
         for one in snapshots:
             if ("online_booking", "b1") in one.resources:
                 raise LookupError("b1 is gone")
         return {}
 
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}, callback=None, load_context=load))
-    chains = [new_chain(dispatcher, number) for number in range(3)]
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=None, load_context=load))
+    chains = [shop.new_chain(dispatcher, number) for number in range(3)]
 
     results = executed(dispatcher, *chains)
 
     assert [str(result.outcome) for result in results] == ["moved", "guard_failed", "moved"]
-    assert actions(chains[1]) == ["created", "guard_failed"]
+    assert shop.actions(chains[1]) == ["created", "guard_failed"]
     with pytest.raises(LookupError, match="b1 is gone"):
         chains[1].execute()
 
@@ -705,82 +688,82 @@ def test_a_loader_that_fails_for_one_chain_fails_that_chain_alone(make_dispatche
 # --- in this process -------------------------------------------------------------------------------------------------
 
 
-def test_context_and_arguments_of_an_in_process_call_are_never_serialised(make_dispatcher: Make) -> None:
-    sink = Sink()
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}))
+def test_context_and_arguments_of_an_in_process_call_are_never_serialised(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
     booking, connection = object(), object()
 
-    result = new_chain(dispatcher).execute(
+    result = shop.new_chain(dispatcher).execute(
         initial_context={"booking": booking}, callback=sink, callback_kwargs={"connection": connection}
     )
 
     assert result["outcome"] == "moved"
     (call,) = sink.calls
     assert call.context["booking"] is booking and call.kwargs == {"connection": connection}
-    assert delivery_of(dispatcher, new_chain(dispatcher)).kwargs is None
+    assert shop.delivery_of(dispatcher, shop.new_chain(dispatcher)).kwargs is None
 
 
-def test_an_in_process_callback_runs_on_the_winner_with_its_key(make_dispatcher: Make) -> None:
+def test_an_in_process_callback_runs_on_the_winner_with_its_key(make_dispatcher: shop.Make) -> None:
     won: list[Transition] = []
-    wins = transition("Wins", "won", lambda self: not won.append(self))
-    dispatcher = make_dispatcher(cart({NEW: [wins]}))
-    sink = Sink()
-    chain = new_chain(dispatcher)
+    wins = shop.transition("Wins", "won", lambda self: not won.append(self))
+    dispatcher = make_dispatcher(shop.cart({NEW: [wins]}))
+    sink = shop.Sink()
+    chain = shop.new_chain(dispatcher)
 
     chain.execute(callback=sink)
 
     (call,) = sink.calls
-    assert call.transition is won[0] and call.key == delivery_of(dispatcher, chain).idempotency_key is not None
+    assert call.transition is won[0] and call.key == shop.delivery_of(dispatcher, chain).idempotency_key is not None
 
 
-def test_what_an_in_process_callback_raises_goes_on_unchanged(make_dispatcher: Make) -> None:
-    clock = Clock()
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}), clock=clock)
-    chain = new_chain(dispatcher)
+def test_what_an_in_process_callback_raises_goes_on_unchanged(make_dispatcher: shop.Make) -> None:
+    clock = shop.Clock()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}), clock=clock)
+    chain = shop.new_chain(dispatcher)
     error = OSError("mail server down")
 
     with pytest.raises(OSError, match="mail server down") as caught:
-        chain.execute(callback=Raises(error))
+        chain.execute(callback=shop.Raises(error))
 
     assert caught.value is error
-    assert chain.refresh().state == NEW and chain.due_at == START
-    delivery = delivery_of(dispatcher, chain)
+    assert chain.refresh().state == NEW and chain.due_at == shop.START
+    delivery = shop.delivery_of(dispatcher, chain)
     assert delivery.status == "cancelled" and "mail server down" in (delivery.last_error or "")
-    assert actions(chain) == ["created", "planned", "cancelled"]
-    assert chain.execute(callback=Sink())["outcome"] == "moved"
-    assert_consistent(dispatcher)
+    assert shop.actions(chain) == ["created", "planned", "cancelled"]
+    assert chain.execute(callback=shop.Sink())["outcome"] == "moved"
+    shop.assert_consistent(dispatcher)
 
 
-def test_an_interrupted_in_process_callback_closes_its_delivery(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}))
-    chain = new_chain(dispatcher)
+def test_an_interrupted_in_process_callback_closes_its_delivery(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+    chain = shop.new_chain(dispatcher)
 
     with pytest.raises(KeyboardInterrupt):
-        chain.execute(callback=Raises(KeyboardInterrupt()))
+        chain.execute(callback=shop.Raises(KeyboardInterrupt()))
 
-    assert delivery_of(dispatcher, chain).status == "cancelled"
+    assert shop.delivery_of(dispatcher, chain).status == "cancelled"
 
 
-def test_what_a_guard_raises_in_process_goes_on_unchanged(make_dispatcher: Make) -> None:
+def test_what_a_guard_raises_in_process_goes_on_unchanged(make_dispatcher: shop.Make) -> None:
     error = LookupError("no such booking")
-    dispatcher = make_dispatcher(cart({NEW: [transition("Bad", "bad", Raises(error))]}))
-    chain = new_chain(dispatcher)
-    before = dump_rows(dispatcher)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Bad", "bad", shop.Raises(error))]}))
+    chain = shop.new_chain(dispatcher)
+    before = shop.dump_rows(dispatcher)
 
     with pytest.raises(LookupError) as caught:
         chain.execute()
 
     assert caught.value is error
-    assert dump_rows(dispatcher) == before
+    assert shop.dump_rows(dispatcher) == before
     with pytest.raises(LookupError):  # and the lock was given back
         chain.execute()
 
 
 def test_without_any_callback_an_in_process_execution_moves_and_warns(
-    make_dispatcher: Make, caplog: pytest.LogCaptureFixture
+    make_dispatcher: shop.Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}))
-    chain = new_chain(dispatcher)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+    chain = shop.new_chain(dispatcher)
 
     result = chain.execute()
 
@@ -790,24 +773,26 @@ def test_without_any_callback_an_in_process_execution_moves_and_warns(
 
 @pytest.mark.parametrize("where", ["transition", "type"])
 def test_a_callback_that_is_none_on_purpose_is_no_warning(
-    make_dispatcher: Make, caplog: pytest.LogCaptureFixture, where: str
+    make_dispatcher: shop.Make, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
-    silent = transition("Silent", "silent", **({"callback": None} if where == "transition" else {}))
-    dispatcher = make_dispatcher(cart({NEW: [silent]}, **({"callback": None} if where == "type" else {})))
+    silent = shop.transition("Silent", "silent", **({"callback": None} if where == "transition" else {}))
+    dispatcher = make_dispatcher(shop.cart({NEW: [silent]}, **({"callback": None} if where == "type" else {})))
 
-    assert new_chain(dispatcher).execute()["outcome"] == "moved"
+    assert shop.new_chain(dispatcher).execute()["outcome"] == "moved"
     assert "moves without one" not in caplog.text
 
 
-def test_the_call_s_callback_goes_before_the_type_s_and_after_the_transition_s_own(make_dispatcher: Make) -> None:
-    own, given, of_type = Sink(), Sink(), Sink()
+def test_the_call_s_callback_goes_before_the_type_s_and_after_the_transition_s_own(make_dispatcher: shop.Make) -> None:
+    own, given, of_type = shop.Sink(), shop.Sink(), shop.Sink()
 
     def by_itself(self: Transition, **kwargs: Any) -> None:
         own(self, **kwargs)
 
-    has_own = transition("HasOwn", "own", callback=by_itself)
-    dispatcher = make_dispatcher(cart({NEW: [Remind], "reminded": [has_own], "own": [Never]}, callback=of_type))
-    first, second = new_chain(dispatcher, 1), new_chain(dispatcher, 2)
+    has_own = shop.transition("HasOwn", "own", callback=by_itself)
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [shop.Remind], "reminded": [has_own], "own": [shop.Never]}, callback=of_type)
+    )
+    first, second = shop.new_chain(dispatcher, 1), shop.new_chain(dispatcher, 2)
 
     first.execute(callback=given)
     first.execute(callback=given, callback_kwargs={"a": 1})
@@ -817,10 +802,10 @@ def test_the_call_s_callback_goes_before_the_type_s_and_after_the_transition_s_o
     assert own.calls[0].kwargs == {"a": 1}
 
 
-def test_a_registered_name_may_be_given_in_process_too(make_dispatcher: Make) -> None:
-    sink = Sink()
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}, callbacks={"send": sink}))
-    chain = new_chain(dispatcher)
+def test_a_registered_name_may_be_given_in_process_too(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callbacks={"send": sink}))
+    chain = shop.new_chain(dispatcher)
 
     with pytest.raises(ConfigurationError, match="sent"):
         chain.execute(callback="sent")
@@ -828,21 +813,21 @@ def test_a_registered_name_may_be_given_in_process_too(make_dispatcher: Make) ->
     assert len(sink) == 1
 
 
-def test_an_in_process_execution_needs_a_database_only(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}), redis_url=None, broker_url=None)
-    sink = Sink()
+def test_an_in_process_execution_needs_a_database_only(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}), redis_url=None, broker_url=None)
+    sink = shop.Sink()
 
-    assert new_chain(dispatcher).execute(callback=sink)["outcome"] == "moved"
+    assert shop.new_chain(dispatcher).execute(callback=sink)["outcome"] == "moved"
     assert len(sink) == 1
 
 
-def test_a_chain_disabled_during_an_in_process_evaluation_is_not_moved(make_dispatcher: Make) -> None:
-    gate, sink = Gate(), Sink()
-    dispatcher = make_dispatcher(cart({NEW: [transition("Guarded", "guarded", gate.wait)]}))
-    chain = new_chain(dispatcher)
+def test_a_chain_disabled_during_an_in_process_evaluation_is_not_moved(make_dispatcher: shop.Make) -> None:
+    gate, sink = shop.Gate(), shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Guarded", "guarded", gate.wait)]}))
+    chain = shop.new_chain(dispatcher)
 
     with gate.during(lambda: chain.execute(callback=sink)) as future:
-        new_chain(dispatcher).disable()
+        shop.new_chain(dispatcher).disable()
 
     assert future.result()["outcome"] == "stale"
     assert len(sink) == 0
@@ -851,51 +836,53 @@ def test_a_chain_disabled_during_an_in_process_evaluation_is_not_moved(make_disp
 
 
 def test_the_lease_of_an_in_process_callback_is_renewed_while_it_runs(
-    make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+    make_dispatcher: shop.Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Settings, "lease_seconds", property(lambda _: 1.5))
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}))
-    chain = new_chain(dispatcher)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+    chain = shop.new_chain(dispatcher)
     leases: list[datetime | None] = []
 
     def until_renewed_twice(_: object) -> None:
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + shop.WAIT_SECONDS
         while len(set(leases)) < 3:
             assert time.monotonic() < deadline, "the lease was not renewed"
-            leases.append(delivery_of(dispatcher, chain).lease_until)
+            leases.append(shop.delivery_of(dispatcher, chain).lease_until)
             dispatcher.relay()
             time.sleep(0.02)
 
-    result = chain.execute(callback=Sink(until_renewed_twice))
+    result = chain.execute(callback=shop.Sink(until_renewed_twice))
 
     assert result["outcome"] == "moved"
     assert all(lease is not None for lease in leases)
 
 
 def test_an_in_process_callback_whose_lease_ended_does_not_move_the_chain(
-    make_dispatcher: Make, caplog: pytest.LogCaptureFixture
+    make_dispatcher: shop.Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}))
-    chain = new_chain(dispatcher)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+    chain = shop.new_chain(dispatcher)
 
     def suspended(_: object) -> None:
-        change_delivery(dispatcher, delivery_of(dispatcher, chain).id, lease_until=LONG_AGO, publish_after=LONG_AGO)
+        shop.change_delivery(
+            dispatcher, shop.delivery_of(dispatcher, chain).id, lease_until=shop.LONG_AGO, publish_after=shop.LONG_AGO
+        )
         dispatcher.relay()
 
-    result = chain.execute(callback=Sink(suspended))
+    result = chain.execute(callback=shop.Sink(suspended))
 
     assert (result["outcome"], chain.state) == ("stale", NEW)
-    assert delivery_of(dispatcher, chain).status == "cancelled"
+    assert shop.delivery_of(dispatcher, chain).status == "cancelled"
     assert chain.due_at is not None
     assert "taken over" in caplog.text
-    assert_consistent(dispatcher)
+    shop.assert_consistent(dispatcher)
 
 
-def test_the_requester_of_an_in_process_call_is_in_the_history(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}))
-    chain = new_chain(dispatcher)
+def test_the_requester_of_an_in_process_call_is_in_the_history(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+    chain = shop.new_chain(dispatcher)
 
-    chain.execute(callback=Sink(), requested_by="cart_scripts")
+    chain.execute(callback=shop.Sink(), requested_by="cart_scripts")
 
     said = {event.action: event.requested_by for event in chain.events}
     assert said["planned"] == said["state_transition"] == "cart_scripts"
@@ -908,45 +895,47 @@ def test_the_requester_of_an_in_process_call_is_in_the_history(make_dispatcher: 
 
 
 def test_a_type_that_continues_publishes_the_next_evaluation_after_each_move(
-    make_dispatcher: Make, broker_url: str
+    make_dispatcher: shop.Make, broker_url: str
 ) -> None:
     steps = {
-        NEW: [transition("A", "a", callback=None)],
-        "a": [transition("B", "b")],
-        "b": [transition("C", "c")],
-        "c": [transition("Finish", DONE)],
+        NEW: [shop.transition("A", "a", callback=None)],
+        "a": [shop.transition("B", "b")],
+        "b": [shop.transition("C", "c")],
+        "c": [shop.transition("Finish", DONE)],
     }
-    dispatcher = make_dispatcher(cart(steps, callback=Sink(), queue="carts", **{"continue": True}))
-    chain = new_chain(dispatcher)
+    dispatcher = make_dispatcher(shop.cart(steps, callback=shop.Sink(), queue="carts", **{"continue": True}))
+    chain = shop.new_chain(dispatcher)
 
     executed(dispatcher, chain)
-    (after_move,) = take_messages(broker_url, "carts")
-    attempt(dispatcher, planned(dispatcher, chain))
-    (after_delivery,) = take_messages(broker_url, "carts")
+    (after_move,) = shop.take_messages(broker_url, "carts")
+    shop.attempt(dispatcher, shop.planned(dispatcher, chain))
+    (after_delivery,) = shop.take_messages(broker_url, "carts")
     chain.execute()
-    (after_call,) = take_messages(broker_url, "carts")
+    (after_call,) = shop.take_messages(broker_url, "carts")
     executed(dispatcher, chain)
 
     for message in (after_move, after_delivery, after_call):
         assert (message.task, message.kwargs) == ("dispatcher.execute_chain", {"chain_ids": [chain.id]})
-    assert take_messages(broker_url, "carts") == []
+    assert shop.take_messages(broker_url, "carts") == []
     assert chain.refresh().state == DONE
 
 
-def test_a_type_that_does_not_continue_publishes_nothing_after_a_move(make_dispatcher: Make, broker_url: str) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind], "reminded": [Never]}, callback=None))
+def test_a_type_that_does_not_continue_publishes_nothing_after_a_move(
+    make_dispatcher: shop.Make, broker_url: str
+) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind], "reminded": [shop.Never]}, callback=None))
 
-    executed(dispatcher, new_chain(dispatcher))
+    executed(dispatcher, shop.new_chain(dispatcher))
 
-    assert take_messages(broker_url, "dispatcher.chains") == []
+    assert shop.take_messages(broker_url, shop.CHAINS) == []
 
 
-def test_a_follow_up_that_cannot_be_published_does_not_undo_the_move(make_dispatcher: Make) -> None:
+def test_a_follow_up_that_cannot_be_published_does_not_undo_the_move(make_dispatcher: shop.Make) -> None:
     dispatcher = make_dispatcher(
-        cart({NEW: [Remind], "reminded": [Never]}, callback=None, **{"continue": True}),
-        broker_url="redis://127.0.0.1:1/0",
+        shop.cart({NEW: [shop.Remind], "reminded": [shop.Never]}, callback=None, **{"continue": True}),
+        broker_url=shop.NOBODY,
     )
-    chain = new_chain(dispatcher)
+    chain = shop.new_chain(dispatcher)
 
     assert executed(dispatcher, chain)[0].outcome == "moved"
     assert chain.refresh().due_at is not None
@@ -955,10 +944,12 @@ def test_a_follow_up_that_cannot_be_published_does_not_undo_the_move(make_dispat
 # --- deleted meanwhile -----------------------------------------------------------------------------------------------
 
 
-def test_a_chain_deleted_during_its_evaluation_is_a_named_outcome(make_dispatcher: Make) -> None:
-    gate = Gate()
-    dispatcher = make_dispatcher(cart({NEW: [transition("Guarded", "guarded", gate.wait)]}, callback=Sink()))
-    chain = new_chain(dispatcher)
+def test_a_chain_deleted_during_its_evaluation_is_a_named_outcome(make_dispatcher: shop.Make) -> None:
+    gate = shop.Gate()
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [shop.transition("Guarded", "guarded", gate.wait)]}, callback=shop.Sink())
+    )
+    chain = shop.new_chain(dispatcher)
 
     with gate.during(lambda: executed(dispatcher, chain)) as future:
         dispatcher.database.write(
