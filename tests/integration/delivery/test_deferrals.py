@@ -1,7 +1,7 @@
 """Deferred attempts: delivery hours and rate limits let a delivery wait in its row, without using up an attempt."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,7 +13,6 @@ from dispatcher.domain.hours import DeliveryHours
 from dispatcher.domain.records import DeliveryRecord, Owed
 from dispatcher.storage import database
 from tests.integration import shop
-from tests.integration.conftest import DispatcherFactory
 from tests.servers import RedisServer
 
 pytestmark = pytest.mark.integration
@@ -21,13 +20,6 @@ pytestmark = pytest.mark.integration
 NIGHT = datetime(2026, 7, 1, 3, tzinfo=UTC)
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 DAYTIME = {"delivery_hours": "08:00-20:00"}
-
-
-@pytest.fixture(autouse=True)
-def _history_is_consistent(make_dispatcher: DispatcherFactory) -> Iterator[None]:
-    """Every test here ends with the oracle."""
-    yield
-    shop.assert_consistent(make_dispatcher.made[-1])
 
 
 def is_the_relay_s(delivery: DeliveryRecord) -> bool:

@@ -1,7 +1,7 @@
 """Deliveries: one attempt at a time, the row as the truth, retried, looked at last, settled after a crash."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,19 +15,11 @@ from dispatcher.domain.records import Owed
 from dispatcher.storage import database
 from dispatcher.storage.models import ChainRow
 from tests.integration import shop
-from tests.integration.conftest import DispatcherFactory
 from tests.servers import PostgresServer
 
 pytestmark = pytest.mark.integration
 
 Once = shop.transition("Once", "once", retry=RetryPolicy(max_attempts=1))
-
-
-@pytest.fixture(autouse=True)
-def _history_is_consistent(make_dispatcher: DispatcherFactory) -> Iterator[None]:
-    """Every test here ends with the oracle."""
-    yield
-    shop.assert_consistent(make_dispatcher.made[-1])
 
 
 def verifying(*answers: Any) -> type[Transition]:
