@@ -9,7 +9,7 @@ from kombu import pools
 from dispatcher import Chain, Dispatcher
 from dispatcher.messages.queues import QUEUES
 from tests.acceptance.nodes import Deployment
-from tests.integration.transitions import queue_length
+from tests.integration import shop
 from tests.servers import RabbitMqServer
 
 pytestmark = pytest.mark.acceptance
@@ -63,6 +63,6 @@ def test_a_request_is_evaluated_before_the_backlog_of_a_sweep(
                 )
                 evaluated = [line["chain_id"] for line in deployment.sink.lines("asked")]
                 waited.append(evaluated.index(chain.id) - before)
-            left = queue_length(broker_url or deployment.redis_url, "dispatcher.chains")
+            left = shop.queue_length(broker_url or deployment.redis_url, shop.CHAINS)
         assert max(waited) <= PREFETCHED + PROCESSES + A_FEW, waited
         assert left > 0, "the backlog ended before the requests: nothing was shown"

@@ -8,7 +8,7 @@ import pytest
 
 from dispatcher import DONE, NEW, ChainNotDue, ConfigurationError, Dispatcher, Transition
 from dispatcher.storage.models import ChainRow
-from tests.integration.transitions import count_rows
+from tests.integration import shop
 
 pytestmark = pytest.mark.integration
 
@@ -341,4 +341,4 @@ def test_a_lookup_with_a_type_that_is_not_configured_is_refused(dispatcher: Disp
     with pytest.raises(ConfigurationError, match="'chain_type'"):
         dispatcher.get_or_create_resource_chain(chain_type="chain_type", rsc_mappings=[("online_booking", "123456")])
 
-    assert count_rows(dispatcher, ChainRow) == 0
+    assert shop.count_rows(dispatcher, ChainRow) == 0

@@ -15,49 +15,29 @@ from dispatcher import (
     ChainNotDue,
     ConfigurationError,
     DeliveryPending,
-    Dispatcher,
     DispatcherError,
     InvalidResource,
     Transition,
 )
 from dispatcher.storage.models import ChainRow, ResourceRow
-from tests.integration.transitions import (
-    START,
-    Clock,
-    Gate,
-    Raises,
-    Sink,
-    actions,
-    assert_consistent,
-    at_once,
-    cart,
-    change_chain,
-    count_rows,
-    dump_rows,
-    new_chain,
-    row_of,
-    transition,
-)
+from tests.integration import shop
 
 pytestmark = pytest.mark.integration
 
-Make = Callable[..., Dispatcher]
 
-Remind = transition("Remind", "reminded")
-Never = transition("Never", "never", valid=False)
-
-
-def test_a_lock_is_taken_by_one_of_many_has_an_owner_and_ends_by_itself(make_dispatcher: Make, redis_url: str) -> None:
+def test_a_lock_is_taken_by_one_of_many_has_an_owner_and_ends_by_itself(
+    make_dispatcher: shop.Make, redis_url: str
+) -> None:
     """It was a flag in the row, read and then set: two could take it, and nobody gave back a dead process's."""
-    gate, asked = Gate(), []
-    guarded = transition("Guarded", "guarded", lambda self: not asked.append(self) and gate.wait())
-    config = cart({NEW: [guarded]}, callback=Sink())
+    gate, asked = shop.Gate(), []
+    guarded = shop.transition("Guarded", "guarded", lambda self: not asked.append(self) and gate.wait())
+    config = shop.cart({NEW: [guarded]}, callback=shop.Sink())
     dispatchers = [make_dispatcher(config) for _ in range(5)]
-    chain = new_chain(dispatchers[0])
+    chain = shop.new_chain(dispatchers[0])
 
     with gate.during(lambda: dispatchers[0].execute_chains([chain.id])):
         works = [lambda one=one: one.execute_chains([chain.id]) for one in dispatchers[1:]]  # type: ignore[misc]
-        outcomes = [str(result.outcome) for (result,) in at_once(*works)]
+        outcomes = [str(result.outcome) for (result,) in shop.at_once(*works)]
         with redis.Redis.from_url(redis_url) as client:
             assert client.get(f"dispatcher:lock:{chain.id}")
             assert 0 < client.pttl(f"dispatcher:lock:{chain.id}") <= 30_000
@@ -66,29 +46,32 @@ def test_a_lock_is_taken_by_one_of_many_has_an_owner_and_ends_by_itself(make_dis
     assert len(asked) == 1
 
 
-def test_a_callback_is_never_called_for_a_state_that_is_lost(make_dispatcher: Make) -> None:
+def test_a_callback_is_never_called_for_a_state_that_is_lost(make_dispatcher: shop.Make) -> None:
     """It called back first and saved afterwards: whoever changed the chain meanwhile made a mail without a state."""
-    gate, sink = Gate(), Sink()
-    dispatcher = make_dispatcher(cart({NEW: [transition("Guarded", "guarded", gate.wait)], "parked": []}))
-    chain = new_chain(dispatcher)
+    gate, sink = shop.Gate(), shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Guarded", "guarded", gate.wait)], "parked": []}))
+    chain = shop.new_chain(dispatcher)
 
     with gate.during(lambda: chain.execute(callback=sink)) as future:
-        new_chain(dispatcher).move_to("parked", "the customer called")
+        shop.new_chain(dispatcher).move_to("parked", "the customer called")
 
     assert future.result()["outcome"] == "stale"
     assert (chain.refresh().state, len(sink)) == ("parked", 0)
     # And during the callback nobody can take the state away.
-    other, calling = new_chain(dispatcher, 2), Gate()
-    with calling.during(lambda: other.execute(callback=Sink(calling.wait))) as future, pytest.raises(DeliveryPending):
-        new_chain(dispatcher, 2).move_to("parked", "too late")
+    other, calling = shop.new_chain(dispatcher, 2), shop.Gate()
+    with (
+        calling.during(lambda: other.execute(callback=shop.Sink(calling.wait))) as future,
+        pytest.raises(DeliveryPending),
+    ):
+        shop.new_chain(dispatcher, 2).move_to("parked", "too late")
     assert future.result()["chain"]["state"] == "guarded"
-    assert_consistent(dispatcher)
+    shop.assert_consistent(dispatcher)
 
 
 @pytest.mark.parametrize("can_be_subset", [False, True])
-def test_a_lookup_keeps_chain_types_apart(make_dispatcher: Make, can_be_subset: bool) -> None:
+def test_a_lookup_keeps_chain_types_apart(make_dispatcher: shop.Make, can_be_subset: bool) -> None:
     """It looked for resources only, and gave the chain of any type."""
-    types = [{"chain_type": name, "transitions": {NEW: [Remind]}} for name in ("cart", "trial")]
+    types = [{"chain_type": name, "transitions": {NEW: [shop.Remind]}} for name in ("cart", "trial")]
     dispatcher = make_dispatcher({"chains": types})
     chains = [
         dispatcher.get_or_create_resource_chain(name, [("customer", "1")], can_be_subset=can_be_subset)
@@ -100,10 +83,10 @@ def test_a_lookup_keeps_chain_types_apart(make_dispatcher: Make, can_be_subset: 
 
 
 @pytest.mark.parametrize("can_be_subset", [False, True])
-def test_resources_are_never_part_of_the_sql(make_dispatcher: Make, can_be_subset: bool) -> None:
+def test_resources_are_never_part_of_the_sql(make_dispatcher: shop.Make, can_be_subset: bool) -> None:
     """It wrote them into the text of its query."""
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}))
-    bystander = new_chain(dispatcher)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+    bystander = shop.new_chain(dispatcher)
     nasty = [
         "x' OR '1'='1",
         "x'; DELETE FROM chain_dispatcher_chain; --",
@@ -124,19 +107,19 @@ def test_resources_are_never_part_of_the_sql(make_dispatcher: Make, can_be_subse
         chains.append(made.id)
 
     assert len({bystander.id, *chains}) == len(nasty) + 1
-    assert count_rows(dispatcher, ResourceRow) == len(nasty) + 1
+    assert shop.count_rows(dispatcher, ResourceRow) == len(nasty) + 1
 
 
-def test_a_race_makes_no_duplicate_chains(make_dispatcher: Make) -> None:
+def test_a_race_makes_no_duplicate_chains(make_dispatcher: shop.Make) -> None:
     """It looked, and then inserted, with no constraint to stop the second."""
-    dispatchers = [make_dispatcher(cart({NEW: [Remind]})) for _ in range(8)]
+    dispatchers = [make_dispatcher(shop.cart({NEW: [shop.Remind]})) for _ in range(8)]
 
-    found = at_once(*(lambda one=one: new_chain(one) for one in dispatchers))  # type: ignore[misc]
+    found = shop.at_once(*(lambda one=one: shop.new_chain(one) for one in dispatchers))  # type: ignore[misc]
 
-    assert len({chain.id for chain in found}) == count_rows(dispatchers[0], ChainRow) == 1
+    assert len({chain.id for chain in found}) == shop.count_rows(dispatchers[0], ChainRow) == 1
 
 
-def test_reasons_of_one_chain_do_not_leak_into_another(make_dispatcher: Make) -> None:
+def test_reasons_of_one_chain_do_not_leak_into_another(make_dispatcher: shop.Make) -> None:
     """Its `errors` were a dict and a list on the classes, shared by every chain of the process."""
 
     class Picky(Transition):
@@ -146,8 +129,8 @@ def test_reasons_of_one_chain_do_not_leak_into_another(make_dispatcher: Make) ->
             self.errors.append(f"not {self.context['resources'][0][1]}")
             return False
 
-    dispatcher = make_dispatcher(cart({NEW: [Picky]}))
-    first, second = new_chain(dispatcher, 1), new_chain(dispatcher, 2)
+    dispatcher = make_dispatcher(shop.cart({NEW: [Picky]}))
+    first, second = shop.new_chain(dispatcher, 1), shop.new_chain(dispatcher, 2)
 
     results = [chain.execute() for chain in (first, second, first)]
     by_workers = dispatcher.execute_chains([first.id, second.id])
@@ -158,29 +141,29 @@ def test_reasons_of_one_chain_do_not_leak_into_another(make_dispatcher: Make) ->
     assert (first.errors, second.errors) == (reasons[0], reasons[1])
 
 
-def test_a_disabled_chain_begins_nothing(make_dispatcher: Make) -> None:
+def test_a_disabled_chain_begins_nothing(make_dispatcher: shop.Make) -> None:
     """Its `disabled` was a column that no line of code read."""
-    sink = Sink()
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}, callback=sink))
-    chain = new_chain(dispatcher).disable()
-    change_chain(dispatcher, chain.id, due_at=row_of(dispatcher, chain.id).created_at)
-    before = dump_rows(dispatcher)["chain_dispatcher_chain"]
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=sink))
+    chain = shop.new_chain(dispatcher).disable()
+    shop.change_chain(dispatcher, chain.id, due_at=shop.row_of(dispatcher, chain.id).created_at)
+    before = shop.dump_rows(dispatcher)["chain_dispatcher_chain"]
 
     with pytest.raises(ChainDisabled):
         chain.execute(callback=sink)
     assert [str(one.outcome) for one in dispatcher.execute_chains([chain.id])] == ["disabled"]
     assert dispatcher.sweep()["due"] == 0
 
-    assert len(sink) == 0 and dump_rows(dispatcher)["chain_dispatcher_chain"] == before
+    assert len(sink) == 0 and shop.dump_rows(dispatcher)["chain_dispatcher_chain"] == before
 
 
-def test_times_are_kept_to_the_microsecond(make_dispatcher: Make) -> None:
+def test_times_are_kept_to_the_microsecond(make_dispatcher: shop.Make) -> None:
     """Its dates knew days only: a chain rested until midnight, and a history had no order."""
-    clock = Clock(datetime(2024, 3, 1, 23, 59, 59, 999_998, tzinfo=UTC))
+    clock = shop.Clock(datetime(2024, 3, 1, 23, 59, 59, 999_998, tzinfo=UTC))
     until = datetime(2024, 3, 2, 0, 0, 0, 1, tzinfo=UTC)
-    rests = transition("Rests", "rested", date_next_update=until)
-    dispatcher = make_dispatcher(cart({NEW: [rests], "rested": [Remind]}, callback=None), clock=clock)
-    chain = new_chain(dispatcher)
+    rests = shop.transition("Rests", "rested", date_next_update=until)
+    dispatcher = make_dispatcher(shop.cart({NEW: [rests], "rested": [shop.Remind]}, callback=None), clock=clock)
+    chain = shop.new_chain(dispatcher)
     chain.execute()
 
     assert chain.created_at == clock.now and chain.next_update_at == until
@@ -194,18 +177,18 @@ def test_times_are_kept_to_the_microsecond(make_dispatcher: Make) -> None:
     assert dispatcher.sweep()["due"] == 1
     assert chain.execute()["outcome"] == "moved"
     assert [event.created_at for event in chain.events] == [
-        START.replace(hour=23, minute=59, second=59, microsecond=999_998)
+        shop.START.replace(hour=23, minute=59, second=59, microsecond=999_998)
     ] * 2 + [until]
 
 
 @pytest.mark.parametrize("by", ["application", "worker"])
-def test_done_is_saved_and_has_its_event(make_dispatcher: Make, by: str) -> None:
+def test_done_is_saved_and_has_its_event(make_dispatcher: shop.Make, by: str) -> None:
     """It set the state of a chain that was done in memory, and neither saved it nor wrote an event."""
-    dispatcher = make_dispatcher(cart({NEW: [transition("Finish", DONE)]}))
-    chain = new_chain(dispatcher)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Finish", DONE)]}))
+    chain = shop.new_chain(dispatcher)
 
     if by == "application":
-        chain.execute(callback=Raises(AssertionError("no callback on the way to DONE")))
+        chain.execute(callback=shop.Raises(AssertionError("no callback on the way to DONE")))
     else:
         dispatcher.execute_chains([chain.id])
 
@@ -213,13 +196,15 @@ def test_done_is_saved_and_has_its_event(make_dispatcher: Make, by: str) -> None
     assert [(event.action, event.value) for event in chain.events][1:] == [("state_transition", DONE)]
 
 
-def test_each_reason_has_an_exception_of_its_own_and_all_have_one_root(make_dispatcher: Make, redis_url: str) -> None:
+def test_each_reason_has_an_exception_of_its_own_and_all_have_one_root(
+    make_dispatcher: shop.Make, redis_url: str
+) -> None:
     """It raised `ValueError` for everything, with only the text to tell one reason from another."""
-    dispatcher = make_dispatcher(cart({NEW: [Never], "sending": [Remind]}, callback=Sink()))
-    locked, resting, disabled, waiting = (new_chain(dispatcher, number) for number in range(4))
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Never], "sending": [shop.Remind]}, callback=shop.Sink()))
+    locked, resting, disabled, waiting = (shop.new_chain(dispatcher, number) for number in range(4))
     with redis.Redis.from_url(redis_url) as client:
         client.set(f"dispatcher:lock:{locked.id}", "another's", px=60_000)
-    change_chain(dispatcher, resting.id, next_update_at=datetime.now(UTC) + timedelta(days=1))
+    shop.change_chain(dispatcher, resting.id, next_update_at=datetime.now(UTC) + timedelta(days=1))
     disabled.disable()
     waiting.move_to("sending", "set up")
     dispatcher.execute_chains([waiting.id])
@@ -243,10 +228,10 @@ def test_each_reason_has_an_exception_of_its_own_and_all_have_one_root(make_disp
         assert type(caught.value) is expected
     # Those that the ancestor's users catch as `ValueError` still are.
     assert issubclass(ChainLocked, ValueError) and issubclass(ChainNotDue, ValueError)
-    assert actions(resting) == ["created"]
+    assert shop.actions(resting) == ["created"]
 
 
-def test_what_the_ancestor_s_readme_gets_wrong_is_refused_at_once(make_dispatcher: Make) -> None:
+def test_what_the_ancestor_s_readme_gets_wrong_is_refused_at_once(make_dispatcher: shop.Make) -> None:
     """Step 1 has a class without a body, step 4 a chain type that the configuration does not know."""
 
     class Cart1WeekReminder(Transition): ...
@@ -254,4 +239,6 @@ def test_what_the_ancestor_s_readme_gets_wrong_is_refused_at_once(make_dispatche
     with pytest.raises(ConfigurationError, match="Cart1WeekReminder"):
         make_dispatcher({"chains": [{"chain_type": "cart", "transitions": {NEW: [Cart1WeekReminder]}}]})
     with pytest.raises(ConfigurationError, match="'chain_type'"):
-        make_dispatcher(cart({NEW: [Remind]})).get_or_create_resource_chain("chain_type", [("online_booking", "1")])
+        make_dispatcher(shop.cart({NEW: [shop.Remind]})).get_or_create_resource_chain(
+            "chain_type", [("online_booking", "1")]
+        )

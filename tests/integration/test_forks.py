@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 
 from dispatcher import NEW, Dispatcher, Settings
 from dispatcher.messages.queues import QUEUES, celery_settings
-from tests.integration.transitions import CHAIN_TYPE, Sink, cart, new_chain, take_messages, transition
+from tests.integration import shop
 from tests.servers import RabbitMqServer
 
 pytestmark = pytest.mark.integration
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.integration
 CHILDREN = 3
 ROUNDS = 30
 WAIT_SECONDS = 60
-CONFIG = cart({NEW: [transition("Remind", "reminded")], "reminded": []}, callback=Sink())
+CONFIG = shop.cart({NEW: [shop.transition("Remind", "reminded")], "reminded": []}, callback=shop.Sink())
 
 
 DEPLOYMENTS = [
@@ -163,13 +163,13 @@ def producer(dispatcher: Dispatcher) -> Iterator[Any]:
 
 def work_of(dispatcher: Dispatcher, number: int) -> dict[str, Any]:
     """Questions whose answers only this process may get; the connections, and the tasks that it sent."""
-    chain = new_chain(dispatcher, number)
+    chain = shop.new_chain(dispatcher, number)
     tasks = []
     for turn in range(ROUNDS):
         assert dispatcher.chain(chain.id or 0).resources == (("online_booking", f"b{number}"),)
         held = dispatcher._services.locks.acquire([number * ROUNDS + turn + 1])
         assert held.token is not None and held.held == (number * ROUNDS + turn + 1,), "no answer, or another's"
-        tasks.append(dispatcher.enqueue(CHAIN_TYPE, chain.resources, initial_context={"turn": turn}))
+        tasks.append(dispatcher.enqueue(shop.CHAIN_TYPE, chain.resources, initial_context={"turn": turn}))
     return {"ids": ids_of(dispatcher), "tasks": tasks, "chain": chain.id}
 
 
@@ -178,7 +178,7 @@ def test_each_process_has_connections_and_answers_of_its_own(
     dispatcher: Dispatcher, children: Children, by: Callable[[Callable[[], Any]], int]
 ) -> None:
     work_of(dispatcher, CHILDREN)
-    take_messages(dispatcher.broker_url or "", QUEUES[0])
+    shop.take_messages(dispatcher.broker_url or "", QUEUES[0])
     before = ids_of(dispatcher)
 
     for _ in range(CHILDREN):
@@ -191,7 +191,7 @@ def test_each_process_has_connections_and_answers_of_its_own(
         ids = [result["ids"][service] for result in results]
         assert len(set(ids)) == CHILDREN + 1, service
     sent = sorted((task, result["chain"]) for result in results for task in result["tasks"])
-    messages = take_messages(dispatcher.broker_url or "", QUEUES[0])
+    messages = shop.take_messages(dispatcher.broker_url or "", QUEUES[0])
     assert sorted((message.id, message.kwargs["chain_ids"][0]) for message in messages) == sent
 
 
@@ -220,7 +220,7 @@ def test_a_child_that_closes_everything_closes_nothing_of_its_parent_s(
 def test_a_child_forked_inside_a_transaction_leaves_it_to_its_parent(
     dispatcher: Dispatcher, children: Children
 ) -> None:
-    chain = new_chain(dispatcher)
+    chain = shop.new_chain(dispatcher)
 
     def write(connection: Any) -> Any:
         first = connection.execute(select(func.now())).scalar_one()

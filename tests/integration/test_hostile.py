@@ -37,28 +37,9 @@ from dispatcher.domain.resources import clean_resources
 from dispatcher.messages.queues import CHAINS_QUEUE, DELIVER, EXECUTE, FAN_OUT, PRUNE, RELAY, SWEEP, celery_settings
 from dispatcher.storage.database import Database
 from dispatcher.storage.models import ChainRow, ResourceRow
-from tests.integration.transitions import (
-    BOOKING,
-    CHAIN_TYPE,
-    LONG_AGO,
-    Clock,
-    Raises,
-    Sink,
-    assert_consistent,
-    attempt,
-    cart,
-    change_chain,
-    change_delivery,
-    count_rows,
-    delivery_of,
-    dump_rows,
-    planned,
-    transition,
-)
+from tests.integration import shop
 
 pytestmark = pytest.mark.integration
-
-Make = Callable[..., Dispatcher]
 
 TASKS = [SWEEP, FAN_OUT, RELAY, PRUNE, EXECUTE, DELIVER]
 quick = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
@@ -105,12 +86,12 @@ def any_database_url(request: pytest.FixtureRequest) -> str:
 class Deployment:
     """Chains in every standing, the worker's app, and what happened to them."""
 
-    def __init__(self, make: Make) -> None:
-        self.sink = Sink()
-        self.clock = Clock()
-        wins = transition("Wins", "won", retry=RetryPolicy(base_seconds=0, jitter=0))
-        config = cart(
-            {NEW: [wins], "won": [transition("Finish", DONE, valid=False)], DONE: []},
+    def __init__(self, make: shop.Make) -> None:
+        self.sink = shop.Sink()
+        self.clock = shop.Clock()
+        wins = shop.transition("Wins", "won", retry=RetryPolicy(base_seconds=0, jitter=0))
+        config = shop.cart(
+            {NEW: [wins], "won": [shop.transition("Finish", DONE, valid=False)], DONE: []},
             callback=self.sink,
             callbacks={"send": self.sink},
         )
@@ -120,13 +101,13 @@ class Deployment:
         self.dispatcher = make(config, clock=self.clock, celery_app=self.app)
         workers.install(self.app, self.dispatcher)
         self.chains = {
-            name: self.dispatcher.get_or_create_resource_chain(CHAIN_TYPE, [("standing", name)])
+            name: self.dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, [("standing", name)])
             for name in ("due", "resting", "disabled", "terminal", "owing", "running")
         }
-        change_chain(self.dispatcher, self.chains["resting"].id, next_update_at=self.clock.now + timedelta(days=9))
-        change_chain(self.dispatcher, self.chains["terminal"].id, due_at=None)
+        shop.change_chain(self.dispatcher, self.chains["resting"].id, next_update_at=self.clock.now + timedelta(days=9))
+        shop.change_chain(self.dispatcher, self.chains["terminal"].id, due_at=None)
         self.chains["disabled"].disable()
-        self.deliveries = {name: planned(self.dispatcher, self.chains[name]) for name in ("owing", "running")}
+        self.deliveries = {name: shop.planned(self.dispatcher, self.chains[name]) for name in ("owing", "running")}
         self.kept = {name: self.row(name) for name in ("resting", "disabled")}
 
     def row(self, name: str) -> tuple[Any, ...]:
@@ -145,8 +126,12 @@ class Deployment:
 
     def assert_untouched(self) -> None:
         """No chain was made, lost, or changed but by an evaluation that was its due."""
-        assert count_rows(self.dispatcher, ChainRow) == len(self.chains) == count_rows(self.dispatcher, ResourceRow)
-        assert_consistent(self.dispatcher)
+        assert (
+            shop.count_rows(self.dispatcher, ChainRow)
+            == len(self.chains)
+            == shop.count_rows(self.dispatcher, ResourceRow)
+        )
+        shop.assert_consistent(self.dispatcher)
         for name, row in self.kept.items():
             assert self.row(name) == row, name
         known = {delivery.idempotency_key for delivery in self.dispatcher.find_deliveries(limit=1000)}
@@ -156,7 +141,7 @@ class Deployment:
 
 
 @pytest.fixture
-def deployment(make_dispatcher: Make) -> Deployment:
+def deployment(make_dispatcher: shop.Make) -> Deployment:
     return Deployment(make_dispatcher)
 
 
@@ -171,7 +156,7 @@ def messages(deployment: Deployment) -> st.SearchStrategy[tuple[str, Any, Any]]:
     plans = st.fixed_dictionaries(
         {},
         optional={
-            "chain_type": st.just(CHAIN_TYPE) | anything,
+            "chain_type": st.just(shop.CHAIN_TYPE) | anything,
             "resources": st.lists(st.lists(texts, min_size=2, max_size=2), max_size=3) | anything,
             "context": anything,
             "callback": texts | anything,
@@ -179,7 +164,7 @@ def messages(deployment: Deployment) -> st.SearchStrategy[tuple[str, Any, Any]]:
     )
     values = {
         "chain_ids": st.lists(ids | anything, max_size=5) | anything,
-        "chain_type": st.just(CHAIN_TYPE) | anything,
+        "chain_type": st.just(shop.CHAIN_TYPE) | anything,
         "deliveries": st.lists(pairs | anything, max_size=5) | anything,
         "dry_run": st.booleans() | anything,
         "plan": plans | anything,
@@ -218,21 +203,23 @@ def test_no_import_path_is_taken_from_a_message_a_call_or_a_row(
     dispatcher, chain = deployment.dispatcher, deployment.chains["due"]
     called = []
     monkeypatch.setattr("os.system", called.append)
-    plan = {"chain_type": CHAIN_TYPE, "resources": [["a", "b"]], "callback": callback, "context": {}}
+    plan = {"chain_type": shop.CHAIN_TYPE, "resources": [["a", "b"]], "callback": callback, "context": {}}
 
     assert deployment.receive(EXECUTE, [], {"dry_run": True, "plan": plan})
     for call in (chain.enqueue, chain.execute):
         with pytest.raises(ConfigurationError, match="registered"):
             call(callback=callback)  # type: ignore[operator]
     request = {"context": None, "callback": callback, "kwargs": {"command": "true"}, "requested_by": None}
-    change_chain(dispatcher, chain.id, request=request, wake=1)
+    shop.change_chain(dispatcher, chain.id, request=request, wake=1)
     (result,) = dispatcher.execute_chains([chain.id])
     assert result.outcome == "unknown_definition"
     delivery = deployment.deliveries["owing"]
     for kind in (callback, f"named:{callback}"):
-        change_delivery(dispatcher, delivery.id, callback=kind, next_attempt_at=LONG_AGO)
-        assert attempt(dispatcher, delivery).outcome == "unknown_definition"
-    assert delivery_of(dispatcher, deployment.chains["owing"]).status == "pending", "left to a worker that knows it"
+        shop.change_delivery(dispatcher, delivery.id, callback=kind, next_attempt_at=shop.LONG_AGO)
+        assert shop.attempt(dispatcher, delivery).outcome == "unknown_definition"
+    assert shop.delivery_of(dispatcher, deployment.chains["owing"]).status == "pending", (
+        "left to a worker that knows it"
+    )
 
     assert called == [] and len(deployment.sink) == 0
 
@@ -285,20 +272,22 @@ def test_the_worker_s_app_accepts_json_alone(deployment: Deployment, capfd: pyte
 def calls(dispatcher: Dispatcher, chain: Chain) -> dict[str, Callable[[str], Any]]:
     """Every public call that takes text, with that text."""
     return {
-        "type": lambda text: dispatcher.get_or_create_resource_chain(text, BOOKING),
-        "resource type": lambda text: dispatcher.get_or_create_resource_chain(CHAIN_TYPE, [(text, "1")]),
-        "resource id": lambda text: dispatcher.get_or_create_resource_chain(CHAIN_TYPE, [("t", text)]),
-        "subset": lambda text: dispatcher.get_or_create_resource_chain(CHAIN_TYPE, [("t", text)], can_be_subset=True),
-        "resources": lambda text: dispatcher.get_or_create_resource_chain(CHAIN_TYPE, text),  # type: ignore[arg-type]
-        "stored context": lambda text: dispatcher.get_or_create_resource_chain(
-            CHAIN_TYPE, [("context", text)], initial_context={text: text}
+        "type": lambda text: dispatcher.get_or_create_resource_chain(text, shop.BOOKING),
+        "resource type": lambda text: dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, [(text, "1")]),
+        "resource id": lambda text: dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, [("t", text)]),
+        "subset": lambda text: dispatcher.get_or_create_resource_chain(
+            shop.CHAIN_TYPE, [("t", text)], can_be_subset=True
         ),
-        "enqueue": lambda text: dispatcher.enqueue(CHAIN_TYPE, [("t", text)]),
-        "enqueue type": lambda text: dispatcher.enqueue(text, BOOKING),
+        "resources": lambda text: dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, text),  # type: ignore[arg-type]
+        "stored context": lambda text: dispatcher.get_or_create_resource_chain(
+            shop.CHAIN_TYPE, [("context", text)], initial_context={text: text}
+        ),
+        "enqueue": lambda text: dispatcher.enqueue(shop.CHAIN_TYPE, [("t", text)]),
+        "enqueue type": lambda text: dispatcher.enqueue(text, shop.BOOKING),
         "request": lambda text: chain.enqueue(initial_context={text: [text]}, callback_kwargs={text: text}),
         "callback": lambda text: chain.enqueue(callback=text),
         "dry run": lambda text: chain.enqueue(initial_context={"a": text}, dry_run=True),
-        "dry run of another": lambda text: dispatcher.enqueue(CHAIN_TYPE, [("t", text)], dry_run=True),
+        "dry run of another": lambda text: dispatcher.enqueue(shop.CHAIN_TYPE, [("t", text)], dry_run=True),
         "requested by": lambda text: chain.enqueue(requested_by=text),
         "disable": chain.disable,
         "enable": chain.enable,
@@ -322,19 +311,19 @@ def calls(dispatcher: Dispatcher, chain: Chain) -> dict[str, Callable[[str], Any
         "enable resource": lambda text: dispatcher.enable_resource((text, "1")),
         "erase resource": lambda text: dispatcher.erase_resource(("nothing has it", text)),
         "pause": lambda text: dispatcher.pause(text, "because"),
-        "pause reason": lambda text: dispatcher.pause(CHAIN_TYPE, text),
+        "pause reason": lambda text: dispatcher.pause(shop.CHAIN_TYPE, text),
         "resume": dispatcher.resume,
-        "map": lambda text: dispatcher.map_states(CHAIN_TYPE, text, "won"),
-        "map to": lambda text: dispatcher.map_states(CHAIN_TYPE, NEW, text),
-        "mapper": lambda text: dispatcher.map_states(CHAIN_TYPE, DONE, "won", requested_by=text),
+        "map": lambda text: dispatcher.map_states(shop.CHAIN_TYPE, text, "won"),
+        "map to": lambda text: dispatcher.map_states(shop.CHAIN_TYPE, NEW, text),
+        "mapper": lambda text: dispatcher.map_states(shop.CHAIN_TYPE, DONE, "won", requested_by=text),
     }
 
 
 @pytest.fixture
 def text_dispatcher(any_database_url: str, redis_url: str) -> Iterator[Dispatcher]:
-    config = cart(
-        {NEW: [transition("Wins", "won")], "won": [transition("Finish", DONE, valid=False)], DONE: []},
-        callback=Sink(),
+    config = shop.cart(
+        {NEW: [shop.transition("Wins", "won")], "won": [shop.transition("Finish", DONE, valid=False)], DONE: []},
+        callback=shop.Sink(),
     )
     broker = redis_url.removesuffix("/0") + "/1"
     with Dispatcher(config, database_url=any_database_url, redis_url=redis_url, broker_url=broker) as made:
@@ -354,24 +343,24 @@ def result_or_refusal(call: Callable[[], Any]) -> Any:
 def test_any_text_is_taken_whole_or_refused_by_name(
     text_dispatcher: Dispatcher, data: st.DataObject, text: str
 ) -> None:
-    chain = text_dispatcher.get_or_create_resource_chain(CHAIN_TYPE, BOOKING)
+    chain = text_dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, shop.BOOKING)
     every = calls(text_dispatcher, chain)
     name = data.draw(st.sampled_from(sorted(every)))
-    before = dump_rows(text_dispatcher)
+    before = shop.dump_rows(text_dispatcher)
 
     result = result_or_refusal(lambda: every[name](text))
 
     if isinstance(result, Exception):
         # A plain ValueError: ours, or that of a status that is none. Never a driver's or a codec's.
         assert type(result) is ValueError or isinstance(result, DispatcherError), repr(result)
-        assert dump_rows(text_dispatcher) == before, "refused, and yet written"
+        assert shop.dump_rows(text_dispatcher) == before, "refused, and yet written"
     elif isinstance(result, Chain):
         result.refresh()
         if name in ("resource id", "stored context"):
             assert result.resources[0][1] == text
         if name == "resource type":
             assert result.resources[0][0] == text
-    text_dispatcher.resume(CHAIN_TYPE)
+    text_dispatcher.resume(shop.CHAIN_TYPE)
     assert set(text_dispatcher.find_chains(limit=10_000)) >= {chain}
 
 
@@ -384,7 +373,7 @@ def test_resources_are_the_same_only_if_they_are_the_same_bytes(
 ) -> None:
     """Databases fold case, accents and trailing spaces unless told not to."""
     one, other, both = (
-        text_dispatcher.get_or_create_resource_chain(CHAIN_TYPE, [("t", text) for text in these])
+        text_dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, [("t", text) for text in these])
         for these in ([first], [second], [first, second])
     )
     assert len({one.id, other.id, both.id}) == 3
@@ -411,30 +400,30 @@ def test_any_text_of_an_error_is_kept_and_ends_nothing(any_database_url: str, te
             return False
         return True
 
-    wins = transition("Wins", "won", guard, retry=RetryPolicy(max_attempts=2, base_seconds=0, jitter=0))
-    sink = Sink(Raises(RuntimeError(text)))
-    with Dispatcher(cart({NEW: [wins], "won": []}, callback=sink), database_url=any_database_url) as dispatcher:
-        chain = dispatcher.get_or_create_resource_chain(CHAIN_TYPE, BOOKING)
+    wins = shop.transition("Wins", "won", guard, retry=RetryPolicy(max_attempts=2, base_seconds=0, jitter=0))
+    sink = shop.Sink(shop.Raises(RuntimeError(text)))
+    with Dispatcher(shop.cart({NEW: [wins], "won": []}, callback=sink), database_url=any_database_url) as dispatcher:
+        chain = dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, shop.BOOKING)
         try:
             verdict["guard"] = "raises"
             (result,) = dispatcher.execute_chains([chain.id])
             assert result.outcome == "guard_failed"
             verdict["guard"] = None
-            delivery = planned(dispatcher, chain)
-            assert attempt(dispatcher, delivery).outcome == "retrying"
+            delivery = shop.planned(dispatcher, chain)
+            assert shop.attempt(dispatcher, delivery).outcome == "retrying"
             verdict["guard"] = "rejects"
-            assert attempt(dispatcher, delivery, 2).outcome == "cancelled"
+            assert shop.attempt(dispatcher, delivery, 2).outcome == "cancelled"
             verdict["guard"] = None
-            delivery = planned(dispatcher, chain)
-            sink.effect = Raises(PermanentFailure(text))
-            assert attempt(dispatcher, delivery).outcome == "dead"
+            delivery = shop.planned(dispatcher, chain)
+            sink.effect = shop.Raises(PermanentFailure(text))
+            assert shop.attempt(dispatcher, delivery).outcome == "dead"
             chain.cancel_delivery("me")
-            sink.effect = Raises(RuntimeError(text))
+            sink.effect = shop.Raises(RuntimeError(text))
             with pytest.raises(RuntimeError):
                 chain.execute()
             assert chain.refresh().state == NEW and chain.events[-1].action == "cancelled"
         finally:
-            dispatcher.erase_resource(BOOKING[0])
+            dispatcher.erase_resource(shop.BOOKING[0])
 
 
 # --- statements ------------------------------------------------------------------------------------------------------
@@ -528,7 +517,7 @@ def test_a_broker_s_and_lock_server_s_password_is_shown_nowhere(
     caplog.clear()
     url = _nowhere(scheme, quote(password, safe="") if quoted else password, "0")
     shown = [repr(Settings(redis_url=url, broker_url=url))]
-    config = cart({NEW: [transition("Wins", "won")]}, callback=Sink())
+    config = shop.cart({NEW: [shop.transition("Wins", "won")]}, callback=shop.Sink())
 
     def attempts() -> Iterator[Callable[[], Any]]:
         if scheme != "amqp":
@@ -538,7 +527,7 @@ def test_a_broker_s_and_lock_server_s_password_is_shown_nowhere(
         urls = {"database_url": sqlite_url, "redis_url": None if scheme == "amqp" else url, "broker_url": url}
         with Dispatcher(config, settings=Settings(connect_seconds=1), **urls) as made:
             shown.append(repr(made))
-            chain = made.get_or_create_resource_chain(CHAIN_TYPE, BOOKING)
+            chain = made.get_or_create_resource_chain(shop.CHAIN_TYPE, shop.BOOKING)
             yield from (
                 chain.enqueue,
                 lambda: chain.enqueue(best_effort=True),

@@ -21,7 +21,7 @@ from sqlalchemy import Engine, NullPool, create_engine, event, text
 from dispatcher import DONE, NEW, Dispatcher
 from dispatcher.domain.records import Owed
 from tests.conftest import running
-from tests.integration.transitions import Sink, transition
+from tests.integration import shop
 from tests.servers import MariaDbServer, PostgresServer, RedisServer
 
 pytestmark = pytest.mark.integration
@@ -187,12 +187,12 @@ def commands(server: RedisServer) -> Iterator[list[tuple[int, str]]]:
 later = datetime.now(UTC) + timedelta(days=9)
 CONFIG = {
     "chains": [
-        {"chain_type": name, "callback": Sink(), "transitions": {NEW: [candidate], "sent": [], DONE: []}}
+        {"chain_type": name, "callback": shop.Sink(), "transitions": {NEW: [candidate], "sent": [], DONE: []}}
         for name, candidate in {
-            "waits": transition("Waits", "sent", valid=False),
-            "learns": transition("Learns", "sent", lambda self: self.not_before(later, "early")),
-            "moves": transition("Moves", DONE),
-            "sends": transition("Sends", "sent"),
+            "waits": shop.transition("Waits", "sent", valid=False),
+            "learns": shop.transition("Learns", "sent", lambda self: self.not_before(later, "early")),
+            "moves": shop.transition("Moves", DONE),
+            "sends": shop.transition("Sends", "sent"),
         }.items()
     ]
 }

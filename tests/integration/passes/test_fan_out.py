@@ -13,50 +13,26 @@ from dispatcher.coordination.locks import ChainLocks
 from dispatcher.messages.publisher import Publisher
 from dispatcher.messages.queues import FAN_OUT, celery_settings
 from dispatcher.storage.models import ChainRow
-from tests.integration.transitions import (
-    CHAIN_TYPE,
-    START,
-    Clock,
-    Sink,
-    actions,
-    assert_consistent,
-    at_once,
-    attempt,
-    cart,
-    change_chain,
-    dump_keys,
-    dump_rows,
-    new_chain,
-    planned,
-    queue_length,
-    row_of,
-    take_messages,
-    transition,
-)
+from tests.integration import shop
 from tests.servers import RedisServer
 
 pytestmark = pytest.mark.integration
 
-Make = Callable[..., Dispatcher]
-
-CHAINS, SWEEPS = "dispatcher.chains", "dispatcher.sweeps"
-NOBODY = "redis://127.0.0.1:1/0"
 WAITING_PAGES = 16
-Remind = transition("Remind", "reminded")
-CONFIG = cart({NEW: [Remind], "reminded": []}, callback=Sink())
+CONFIG = shop.cart({NEW: [shop.Remind], "reminded": []}, callback=shop.Sink())
 
 
 def pages(broker_url: str) -> list[tuple[str, list[int]]]:
     """The pages that wait for a worker, type and ids, taken out of the queue."""
-    messages = take_messages(broker_url, SWEEPS)
+    messages = shop.take_messages(broker_url, shop.SWEEPS)
     assert {message.task for message in messages} <= {FAN_OUT}
     assert all(message.kwargs.keys() == {"chain_type", "chain_ids"} for message in messages)
     return [(message.kwargs["chain_type"], message.kwargs["chain_ids"]) for message in messages]
 
 
-def executions(broker_url: str, queue: str = CHAINS) -> list[list[int]]:
+def executions(broker_url: str, queue: str = shop.CHAINS) -> list[list[int]]:
     """The ids in the executions of a queue, taken out of it."""
-    messages = take_messages(broker_url, queue)
+    messages = shop.take_messages(broker_url, queue)
     assert {message.task for message in messages} <= {"dispatcher.execute_chain"}
     return [message.kwargs["chain_ids"] for message in messages]
 
@@ -65,12 +41,12 @@ def many_chains(dispatcher: Dispatcher, count: int) -> None:
     """So many due chains, in one statement."""
     rows = [
         {
-            "chain_type": CHAIN_TYPE,
+            "chain_type": shop.CHAIN_TYPE,
             "resource_key": f"{number:064}",
             "state": NEW,
-            "due_at": START,
-            "created_at": START,
-            "updated_at": START,
+            "due_at": shop.START,
+            "created_at": shop.START,
+            "updated_at": shop.START,
         }
         for number in range(count)
     ]
@@ -87,27 +63,31 @@ def markers_end(redis_url: str) -> None:
 # --- handed over -----------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_hands_over_pages_of_ids_and_publishes_no_execution(make_dispatcher: Make, broker_url: str) -> None:
-    dispatcher = make_dispatcher(CONFIG, clock=Clock(), sweep_fanout=2)
-    ids = [new_chain(dispatcher, number).id for number in range(5)]
+def test_a_sweep_hands_over_pages_of_ids_and_publishes_no_execution(
+    make_dispatcher: shop.Make, broker_url: str
+) -> None:
+    dispatcher = make_dispatcher(CONFIG, clock=shop.Clock(), sweep_fanout=2)
+    ids = [shop.new_chain(dispatcher, number).id for number in range(5)]
 
     counts = dispatcher.sweep()
 
     assert counts == {"due": 5, "enqueued": 0, "handed_over": 5, "already_queued": 0, "oldest_due_seconds": 0.0}
-    assert pages(broker_url) == [(CHAIN_TYPE, ids[:2]), (CHAIN_TYPE, ids[2:4]), (CHAIN_TYPE, ids[4:])]
+    assert pages(broker_url) == [(shop.CHAIN_TYPE, ids[:2]), (shop.CHAIN_TYPE, ids[2:4]), (shop.CHAIN_TYPE, ids[4:])]
     assert executions(broker_url) == []
 
 
-def test_the_worker_that_gets_a_page_publishes_it_as_the_sweep_would(make_dispatcher: Make, broker_url: str) -> None:
+def test_the_worker_that_gets_a_page_publishes_it_as_the_sweep_would(
+    make_dispatcher: shop.Make, broker_url: str
+) -> None:
     config = {
         "chains": [
-            {"chain_type": "cart", "transitions": {NEW: [Remind]}, "queue": "carts"},
-            {"chain_type": "trial", "transitions": {NEW: [Remind]}},
+            {"chain_type": "cart", "transitions": {NEW: [shop.Remind]}, "queue": "carts"},
+            {"chain_type": "trial", "transitions": {NEW: [shop.Remind]}},
         ]
     }
     dispatcher = make_dispatcher(config, sweep_fanout=3, chains_per_task=2)
-    carts = [new_chain(dispatcher, number, chain_type="cart").id for number in range(3)]
-    trial = new_chain(dispatcher, chain_type="trial").id
+    carts = [shop.new_chain(dispatcher, number, chain_type="cart").id for number in range(3)]
+    trial = shop.new_chain(dispatcher, chain_type="trial").id
     dispatcher.sweep()
 
     results = [dispatcher.fan_out(*page) for page in pages(broker_url)]
@@ -117,9 +97,9 @@ def test_the_worker_that_gets_a_page_publishes_it_as_the_sweep_would(make_dispat
     assert executions(broker_url) == [[trial]]
 
 
-def test_handed_over_chains_go_on_once(make_dispatcher: Make, broker_url: str) -> None:
+def test_handed_over_chains_go_on_once(make_dispatcher: shop.Make, broker_url: str) -> None:
     dispatcher = make_dispatcher(CONFIG, sweep_fanout=2)
-    chains = [new_chain(dispatcher, number) for number in range(5)]
+    chains = [shop.new_chain(dispatcher, number) for number in range(5)]
     dispatcher.sweep()
     for page in pages(broker_url):
         dispatcher.fan_out(*page)
@@ -128,14 +108,14 @@ def test_handed_over_chains_go_on_once(make_dispatcher: Make, broker_url: str) -
     for ids in executions(broker_url):
         dispatcher.execute_chains(ids)
 
-    assert [actions(chain) for chain in chains] == [["created", "planned"]] * 5
+    assert [shop.actions(chain) for chain in chains] == [["created", "planned"]] * 5
     for chain in chains:
-        assert attempt(dispatcher, chain.deliveries[0]).outcome == "delivered"
-    assert_consistent(dispatcher)
+        assert shop.attempt(dispatcher, chain.deliveries[0]).outcome == "delivered"
+    shop.assert_consistent(dispatcher)
 
 
-def test_many_pages_are_handed_over_and_published_whole(make_dispatcher: Make, broker_url: str) -> None:
-    dispatcher = make_dispatcher(CONFIG, clock=Clock(), sweep_fanout=200, chains_per_task=50)
+def test_many_pages_are_handed_over_and_published_whole(make_dispatcher: shop.Make, broker_url: str) -> None:
+    dispatcher = make_dispatcher(CONFIG, clock=shop.Clock(), sweep_fanout=200, chains_per_task=50)
     many_chains(dispatcher, 2500)
 
     counts = dispatcher.sweep()
@@ -149,63 +129,63 @@ def test_many_pages_are_handed_over_and_published_whole(make_dispatcher: Make, b
     assert len(ids) == len(set(ids)) == 2500
 
 
-def test_sweeps_at_the_same_time_hand_over_a_chain_once(make_dispatcher: Make, broker_url: str) -> None:
+def test_sweeps_at_the_same_time_hand_over_a_chain_once(make_dispatcher: shop.Make, broker_url: str) -> None:
     dispatchers = [make_dispatcher(CONFIG, sweep_fanout=2) for _ in range(4)]
-    ids = {new_chain(dispatchers[0], number).id for number in range(10)}
+    ids = {shop.new_chain(dispatchers[0], number).id for number in range(10)}
 
-    results = at_once(*(one.sweep for one in dispatchers))
+    results = shop.at_once(*(one.sweep for one in dispatchers))
 
     assert sum(result["handed_over"] + result["enqueued"] for result in results) == 10, results
     found = [one for _, page in pages(broker_url) for one in page] + [one for (one,) in executions(broker_url)]
     assert sorted(found) == sorted(ids)
 
 
-def test_a_page_of_chains_that_are_not_due_changes_nothing(make_dispatcher: Make, broker_url: str) -> None:
-    clock = Clock()
-    config = cart({NEW: [Remind], "reminded": [], DONE: []}, callback=Sink())
+def test_a_page_of_chains_that_are_not_due_changes_nothing(make_dispatcher: shop.Make, broker_url: str) -> None:
+    clock = shop.Clock()
+    config = shop.cart({NEW: [shop.Remind], "reminded": [], DONE: []}, callback=shop.Sink())
     dispatcher = make_dispatcher(config, clock=clock, sweep_fanout=10)
-    waiting, resting, disabled, terminal = (new_chain(dispatcher, number) for number in range(4))
-    planned(dispatcher, waiting)
-    change_chain(dispatcher, resting.id, next_update_at=clock.now.replace(year=2100), due_at=None)
+    waiting, resting, disabled, terminal = (shop.new_chain(dispatcher, number) for number in range(4))
+    shop.planned(dispatcher, waiting)
+    shop.change_chain(dispatcher, resting.id, next_update_at=clock.now.replace(year=2100), due_at=None)
     disabled.disable()
     terminal.move_to(DONE, "set up")
-    before = dump_rows(dispatcher)
+    before = shop.dump_rows(dispatcher)
 
     page = [waiting.id, resting.id, disabled.id, terminal.id, 2**40]
-    assert dispatcher.fan_out(CHAIN_TYPE, page)["enqueued"] == 5
+    assert dispatcher.fan_out(shop.CHAIN_TYPE, page)["enqueued"] == 5
     outcomes = [dispatcher.execute_chains(ids)[0].outcome for ids in executions(broker_url)]
 
     assert outcomes == ["pending", "resting", "disabled", "terminal", "missing"]
-    assert dump_rows(dispatcher) == before
+    assert shop.dump_rows(dispatcher) == before
 
 
 # --- under way -------------------------------------------------------------------------------------------------------
 
 
 def test_a_page_that_waits_for_a_worker_is_not_handed_over_again(
-    make_dispatcher: Make, broker_url: str, redis_url: str
+    make_dispatcher: shop.Make, broker_url: str, redis_url: str
 ) -> None:
     dispatcher = make_dispatcher(CONFIG, sweep_fanout=2, queued_seconds=60)
-    first = new_chain(dispatcher, 1).id
+    first = shop.new_chain(dispatcher, 1).id
     dispatcher.sweep()
-    second = new_chain(dispatcher, 2).id
+    second = shop.new_chain(dispatcher, 2).id
 
     again = dispatcher.sweep()
 
     assert (again["due"], again["handed_over"], again["already_queued"]) == (2, 1, 1)
     assert dispatcher.sweep()["already_queued"] == 2, "and no page without chains"
-    assert pages(broker_url) == [(CHAIN_TYPE, [first]), (CHAIN_TYPE, [second])]
+    assert pages(broker_url) == [(shop.CHAIN_TYPE, [first]), (shop.CHAIN_TYPE, [second])]
     with redis.Redis.from_url(redis_url) as client:
         assert 0 < client.pttl(f"dispatcher:queued:{first}") <= 60_000
 
 
 def test_a_page_whose_message_is_lost_is_found_again_when_its_markers_end(
-    make_dispatcher: Make, broker_url: str, redis_url: str
+    make_dispatcher: shop.Make, broker_url: str, redis_url: str
 ) -> None:
     dispatcher = make_dispatcher(CONFIG, sweep_fanout=2)
-    ids = [new_chain(dispatcher, number).id for number in range(3)]
+    ids = [shop.new_chain(dispatcher, number).id for number in range(3)]
     dispatcher.sweep()
-    take_messages(broker_url, SWEEPS)
+    shop.take_messages(broker_url, shop.SWEEPS)
 
     markers_end(redis_url)
 
@@ -213,9 +193,9 @@ def test_a_page_whose_message_is_lost_is_found_again_when_its_markers_end(
     assert [page for _, page in pages(broker_url)] == [ids[:2], ids[2:]]
 
 
-def test_a_sweep_publishes_itself_while_many_pages_wait(make_dispatcher: Make, broker_url: str) -> None:
+def test_a_sweep_publishes_itself_while_many_pages_wait(make_dispatcher: shop.Make, broker_url: str) -> None:
     """Else a relay's tick would wait behind a million chains."""
-    dispatcher = make_dispatcher(CONFIG, clock=Clock(), sweep_fanout=1)
+    dispatcher = make_dispatcher(CONFIG, clock=shop.Clock(), sweep_fanout=1)
     many_chains(dispatcher, WAITING_PAGES + 4)
 
     counts = dispatcher.sweep()
@@ -226,54 +206,60 @@ def test_a_sweep_publishes_itself_while_many_pages_wait(make_dispatcher: Make, b
     assert len({one for (one,) in handed_over + published}) == WAITING_PAGES + 4
 
 
-def test_without_a_lock_server_a_sweep_hands_over_all_that_is_due(make_dispatcher: Make, broker_url: str) -> None:
-    dispatcher = make_dispatcher(CONFIG, redis_url=NOBODY, sweep_fanout=10)
-    chain = new_chain(dispatcher)
+def test_without_a_lock_server_a_sweep_hands_over_all_that_is_due(make_dispatcher: shop.Make, broker_url: str) -> None:
+    dispatcher = make_dispatcher(CONFIG, redis_url=shop.NOBODY, sweep_fanout=10)
+    chain = shop.new_chain(dispatcher)
 
     assert dispatcher.sweep()["handed_over"] == dispatcher.sweep()["handed_over"] == 1
     found = pages(broker_url)
-    assert found == [(CHAIN_TYPE, [chain.id])] * 2
+    assert found == [(shop.CHAIN_TYPE, [chain.id])] * 2
     assert dispatcher.fan_out(*found[0])["enqueued"] == 1
 
 
 # --- as much as the queue takes --------------------------------------------------------------------------------------
 
 
-def test_handed_over_chains_count_as_messages_of_their_queue(make_dispatcher: Make, broker_url: str) -> None:
-    dispatcher = make_dispatcher(CONFIG, clock=Clock(), max_backlog=3, chains_per_task=2, sweep_fanout=4)
-    ids = [new_chain(dispatcher, number).id for number in range(9)]
+def test_handed_over_chains_count_as_messages_of_their_queue(make_dispatcher: shop.Make, broker_url: str) -> None:
+    dispatcher = make_dispatcher(CONFIG, clock=shop.Clock(), max_backlog=3, chains_per_task=2, sweep_fanout=4)
+    ids = [shop.new_chain(dispatcher, number).id for number in range(9)]
 
     counts = dispatcher.sweep()
 
-    assert (counts["handed_over"], counts["held_back"]) == (6, [CHAIN_TYPE])
+    assert (counts["handed_over"], counts["held_back"]) == (6, [shop.CHAIN_TYPE])
     assert [page for _, page in pages(broker_url)] == [ids[:4], ids[4:6]]
 
 
 def test_a_page_for_a_queue_that_has_become_full_is_left_to_a_later_sweep(
-    make_dispatcher: Make, broker_url: str, redis_url: str
+    make_dispatcher: shop.Make, broker_url: str, redis_url: str
 ) -> None:
     dispatcher = make_dispatcher(CONFIG, max_backlog=3, sweep_fanout=3)
-    ids = [new_chain(dispatcher, number).id for number in range(3)]
+    ids = [shop.new_chain(dispatcher, number).id for number in range(3)]
     dispatcher.sweep()
     ((_, page),) = pages(broker_url)
     for _ in range(2):  # another's messages
-        new_chain(dispatcher, 9).enqueue()
-    for message in take_messages(broker_url, "dispatcher.requests"):
-        dispatcher._services.publisher.execute(message.kwargs["chain_ids"], queue=CHAINS)
+        shop.new_chain(dispatcher, 9).enqueue()
+    for message in shop.take_messages(broker_url, shop.REQUESTS):
+        dispatcher._services.publisher.execute(message.kwargs["chain_ids"], queue=shop.CHAINS)
 
-    assert dispatcher.fan_out(CHAIN_TYPE, page) == {"chain_type": CHAIN_TYPE, "enqueued": 1, "held_back": 2}
+    assert dispatcher.fan_out(shop.CHAIN_TYPE, page) == {"chain_type": shop.CHAIN_TYPE, "enqueued": 1, "held_back": 2}
 
-    assert queue_length(broker_url, CHAINS) == 3
-    assert set(dump_keys(redis_url)) == {f"dispatcher:queued:{ids[0]}".encode()}, "the others may be taken again"
-    assert dispatcher.fan_out(CHAIN_TYPE, ids[1:]) == {"chain_type": CHAIN_TYPE, "enqueued": 0, "held_back": 2}
+    assert shop.queue_length(broker_url, shop.CHAINS) == 3
+    assert set(shop.dump_keys(redis_url)) == {f"dispatcher:queued:{ids[0]}".encode()}, "the others may be taken again"
+    assert dispatcher.fan_out(shop.CHAIN_TYPE, ids[1:]) == {
+        "chain_type": shop.CHAIN_TYPE,
+        "enqueued": 0,
+        "held_back": 2,
+    }
     executions(broker_url)
     assert dispatcher.sweep()["handed_over"] == 3, "these two and the one that was enqueued"
 
 
-def test_a_sweep_that_hands_over_goes_on_where_the_last_one_stopped(make_dispatcher: Make, broker_url: str) -> None:
+def test_a_sweep_that_hands_over_goes_on_where_the_last_one_stopped(
+    make_dispatcher: shop.Make, broker_url: str
+) -> None:
     # No lock server, so no markers: only the position keeps the first ones from being handed over again.
-    dispatcher = make_dispatcher(CONFIG, max_backlog=2, redis_url=NOBODY, sweep_fanout=2)
-    ids = [new_chain(dispatcher, number).id for number in range(5)]
+    dispatcher = make_dispatcher(CONFIG, max_backlog=2, redis_url=shop.NOBODY, sweep_fanout=2)
+    ids = [shop.new_chain(dispatcher, number).id for number in range(5)]
 
     seen = []
     for _ in range(3):
@@ -286,16 +272,16 @@ def test_a_sweep_that_hands_over_goes_on_where_the_last_one_stopped(make_dispatc
 
 
 def test_a_page_that_cannot_be_handed_over_leaves_no_markers(
-    make_dispatcher: Make, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    make_dispatcher: shop.Make, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with RedisServer() as broker:
         cut_off = make_dispatcher(CONFIG, broker_url=broker.url, sweep_fanout=10)
-        chain = new_chain(cut_off)
+        chain = shop.new_chain(cut_off)
         mark_queued = ChainLocks.mark_queued
 
         def mark_and_kill(self: ChainLocks, *arguments: Any, **options: Any) -> list[int]:
             marked = mark_queued(self, *arguments, **options)
-            assert list(dump_keys(redis_url)) == [f"dispatcher:queued:{chain.id}".encode()]
+            assert list(shop.dump_keys(redis_url)) == [f"dispatcher:queued:{chain.id}".encode()]
             return marked
 
         def kill_and_send(self: Publisher, *arguments: Any) -> None:
@@ -308,18 +294,18 @@ def test_a_page_that_cannot_be_handed_over_leaves_no_markers(
         with pytest.raises(ServiceUnavailable):
             cut_off.sweep()
 
-    assert dump_keys(redis_url) == {}
+    assert shop.dump_keys(redis_url) == {}
 
 
 @pytest.mark.parametrize("dies", ["before it is asked", "while it is written to"])
 def test_a_page_that_cannot_be_published_leaves_no_markers(
-    make_dispatcher: Make, broker_url: str, redis_url: str, dies: str, monkeypatch: pytest.MonkeyPatch
+    make_dispatcher: shop.Make, broker_url: str, redis_url: str, dies: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dispatcher = make_dispatcher(CONFIG, sweep_fanout=10)
-    chain = new_chain(dispatcher)
+    chain = shop.new_chain(dispatcher)
     dispatcher.sweep()
     ((_, page),) = pages(broker_url)
-    assert list(dump_keys(redis_url)) == [f"dispatcher:queued:{chain.id}".encode()]
+    assert list(shop.dump_keys(redis_url)) == [f"dispatcher:queued:{chain.id}".encode()]
     with RedisServer() as broker:
         cut_off = make_dispatcher(CONFIG, broker_url=broker.url, sweep_fanout=10)
         if dies == "before it is asked":
@@ -334,24 +320,24 @@ def test_a_page_that_cannot_be_published_leaves_no_markers(
             monkeypatch.setattr(Publisher, "execute", kill_and_execute)
 
         with pytest.raises(ServiceUnavailable, match="broker"):
-            cut_off.fan_out(CHAIN_TYPE, page)
+            cut_off.fan_out(shop.CHAIN_TYPE, page)
 
-    assert dump_keys(redis_url) == {}
+    assert shop.dump_keys(redis_url) == {}
     assert dispatcher.sweep()["handed_over"] == 1
 
 
 def test_a_page_of_an_unknown_type_is_left_to_a_worker_that_knows_it(
-    make_dispatcher: Make, broker_url: str, redis_url: str
+    make_dispatcher: shop.Make, broker_url: str, redis_url: str
 ) -> None:
-    new = make_dispatcher({"chains": [{"chain_type": "basket", "transitions": {NEW: [Remind]}}]}, sweep_fanout=10)
-    chain = new_chain(new, chain_type="basket")
+    new = make_dispatcher({"chains": [{"chain_type": "basket", "transitions": {NEW: [shop.Remind]}}]}, sweep_fanout=10)
+    chain = shop.new_chain(new, chain_type="basket")
     new.sweep()
     ((name, page),) = pages(broker_url)
-    before = dump_rows(new)
+    before = shop.dump_rows(new)
 
     assert make_dispatcher(CONFIG).fan_out(name, page) == {"outcome": "unknown_definition", "enqueued": 0}
 
-    assert executions(broker_url) == [] and dump_rows(new) == before
+    assert executions(broker_url) == [] and shop.dump_rows(new) == before
     markers_end(redis_url)
     assert new.sweep()["handed_over"] == 1
     assert new.fan_out(*pages(broker_url)[0])["enqueued"] == 1
@@ -361,50 +347,50 @@ def test_a_page_of_an_unknown_type_is_left_to_a_worker_that_knows_it(
 # --- dry run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_sweep_hands_nothing_over(make_dispatcher: Make, broker_url: str, redis_url: str) -> None:
+def test_a_dry_sweep_hands_nothing_over(make_dispatcher: shop.Make, broker_url: str, redis_url: str) -> None:
     """Its executions are dry ones, and it has no markers that would keep them from being published twice."""
     dispatcher = make_dispatcher(CONFIG, sweep_fanout=10)
-    chain = new_chain(dispatcher)
-    before = dump_rows(dispatcher)
+    chain = shop.new_chain(dispatcher)
+    before = shop.dump_rows(dispatcher)
 
     counts = dispatcher.sweep(dry_run=True)
 
     assert (counts["dry_run"], counts["enqueued"], counts["handed_over"]) == (True, 1, 0)
-    (message,) = take_messages(broker_url, CHAINS)
+    (message,) = shop.take_messages(broker_url, shop.CHAINS)
     assert message.kwargs == {"chain_ids": [chain.id], "dry_run": True}
-    assert take_messages(broker_url, SWEEPS) == []
-    assert dump_rows(dispatcher) == before and dump_keys(redis_url) == {}
+    assert shop.take_messages(broker_url, shop.SWEEPS) == []
+    assert shop.dump_rows(dispatcher) == before and shop.dump_keys(redis_url) == {}
 
 
 @pytest.mark.parametrize("room", [1, 9])
 def test_a_deployment_in_dry_run_publishes_a_page_dry_and_leaves_its_markers(
-    make_dispatcher: Make, broker_url: str, redis_url: str, room: int
+    make_dispatcher: shop.Make, broker_url: str, redis_url: str, room: int
 ) -> None:
     dispatcher = make_dispatcher(CONFIG, sweep_fanout=10)
-    chains = [new_chain(dispatcher, number) for number in range(2)]
+    chains = [shop.new_chain(dispatcher, number) for number in range(2)]
     dispatcher.sweep()
     ((name, page),) = pages(broker_url)
-    rows, keys = dump_rows(dispatcher), dump_keys(redis_url)
+    rows, keys = shop.dump_rows(dispatcher), shop.dump_keys(redis_url)
 
     dry = make_dispatcher(CONFIG, dry_run=True, max_backlog=room)
     result = dry.fan_out(name, page)
 
     assert (result["dry_run"], result["enqueued"]) == (True, min(room, 2))
-    messages = take_messages(broker_url, CHAINS)
+    messages = shop.take_messages(broker_url, shop.CHAINS)
     assert [message.kwargs for message in messages] == [
         {"chain_ids": [chain.id], "dry_run": True} for chain in chains[:room]
     ]
-    cut_off = make_dispatcher(CONFIG, dry_run=True, broker_url=NOBODY)
+    cut_off = make_dispatcher(CONFIG, dry_run=True, broker_url=shop.NOBODY)
     with pytest.raises(ServiceUnavailable):
         cut_off.fan_out(name, page)
-    assert (dump_rows(dispatcher), dump_keys(redis_url)) == (rows, keys)
+    assert (shop.dump_rows(dispatcher), shop.dump_keys(redis_url)) == (rows, keys)
 
 
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def task(make_dispatcher: Make) -> Callable[..., Any]:
+def task(make_dispatcher: shop.Make) -> Callable[..., Any]:
     """The task of a worker, with a message's keyword arguments."""
     settings = {"chains_per_task": 1000, "sweep_fanout": 10_000}
     app = Celery("fan-out", set_as_current=False)
@@ -415,9 +401,9 @@ def task(make_dispatcher: Make) -> Callable[..., Any]:
 
 
 def test_the_task_takes_a_whole_page_and_no_more(task: Callable[..., Any], broker_url: str) -> None:
-    result = task(chain_type=CHAIN_TYPE, chain_ids=list(range(1, 10_100)))
+    result = task(chain_type=shop.CHAIN_TYPE, chain_ids=list(range(1, 10_100)))
 
-    assert result == {"chain_type": CHAIN_TYPE, "enqueued": 10_000}
+    assert result == {"chain_type": shop.CHAIN_TYPE, "enqueued": 10_000}
     assert [one for ids in executions(broker_url) for one in ids] == list(range(1, 10_001))
 
 
@@ -427,9 +413,12 @@ def test_the_task_takes_a_whole_page_and_no_more(task: Callable[..., Any], broke
         ({}, {"outcome": "unknown_definition", "enqueued": 0}),
         ({"chain_type": "x\x00"}, {"outcome": "unknown_definition", "enqueued": 0}),
         ({"chain_type": ["cart"], "chain_ids": [1]}, {"outcome": "unknown_definition", "enqueued": 0}),
-        ({"chain_type": CHAIN_TYPE}, {"chain_type": CHAIN_TYPE, "enqueued": 0}),
-        ({"chain_type": CHAIN_TYPE, "chain_ids": "1; DROP"}, {"chain_type": CHAIN_TYPE, "enqueued": 0}),
-        ({"chain_type": CHAIN_TYPE, "chain_ids": [True, -1, None, 5, 5]}, {"chain_type": CHAIN_TYPE, "enqueued": 1}),
+        ({"chain_type": shop.CHAIN_TYPE}, {"chain_type": shop.CHAIN_TYPE, "enqueued": 0}),
+        ({"chain_type": shop.CHAIN_TYPE, "chain_ids": "1; DROP"}, {"chain_type": shop.CHAIN_TYPE, "enqueued": 0}),
+        (
+            {"chain_type": shop.CHAIN_TYPE, "chain_ids": [True, -1, None, 5, 5]},
+            {"chain_type": shop.CHAIN_TYPE, "enqueued": 1},
+        ),
     ],
 )
 def test_what_is_no_page_ends_in_a_named_outcome(
@@ -438,21 +427,21 @@ def test_what_is_no_page_ends_in_a_named_outcome(
     assert task(**message) == result
 
 
-def test_a_worker_without_its_broker_says_so_by_name(make_dispatcher: Make) -> None:
-    app = Celery("fan-out", set_as_current=False, broker=NOBODY)
-    workers.install(app, make_dispatcher(CONFIG, celery_app=app, broker_url=NOBODY))
+def test_a_worker_without_its_broker_says_so_by_name(make_dispatcher: shop.Make) -> None:
+    app = Celery("fan-out", set_as_current=False, broker=shop.NOBODY)
+    workers.install(app, make_dispatcher(CONFIG, celery_app=app, broker_url=shop.NOBODY))
 
-    result = app.tasks[FAN_OUT](chain_type=CHAIN_TYPE, chain_ids=[1])
+    result = app.tasks[FAN_OUT](chain_type=shop.CHAIN_TYPE, chain_ids=[1])
 
     assert result.keys() == {"error"} and "broker" in result["error"]
 
 
-def test_a_chain_stays_due_until_its_execution(make_dispatcher: Make, broker_url: str) -> None:
+def test_a_chain_stays_due_until_its_execution(make_dispatcher: shop.Make, broker_url: str) -> None:
     dispatcher = make_dispatcher(CONFIG, sweep_fanout=1)
-    chain = new_chain(dispatcher)
-    due_at = row_of(dispatcher, chain.id).due_at
+    chain = shop.new_chain(dispatcher)
+    due_at = shop.row_of(dispatcher, chain.id).due_at
 
     dispatcher.sweep()
     dispatcher.fan_out(*pages(broker_url)[0])
 
-    assert row_of(dispatcher, chain.id).due_at == due_at
+    assert shop.row_of(dispatcher, chain.id).due_at == due_at

@@ -20,7 +20,7 @@ from dispatcher.domain.records import DuePosition
 from dispatcher.storage import chains, overdue
 from dispatcher.storage.database import Database
 from dispatcher.storage.models import CHAIN, DELIVERY
-from tests.integration.transitions import CHAIN_TYPE, LONG_AGO, START
+from tests.integration import shop
 
 pytestmark = pytest.mark.integration
 
@@ -66,11 +66,11 @@ def insert(database: Database, table: Any, rows: Sequence[dict[str, Any]]) -> No
 
 def chain_row(number: int, due_at: datetime | None, **values: Any) -> dict[str, Any]:
     return {
-        "chain_type": CHAIN_TYPE,
+        "chain_type": shop.CHAIN_TYPE,
         "resource_key": f"{number:064}",
         "state": NEW,
-        "created_at": LONG_AGO,
-        "updated_at": LONG_AGO,
+        "created_at": shop.LONG_AGO,
+        "updated_at": shop.LONG_AGO,
         "due_at": due_at,
         "disabled": False,
         "pending_delivery_id": None,
@@ -81,8 +81,8 @@ def chain_row(number: int, due_at: datetime | None, **values: Any) -> dict[str, 
 def resting(number: int) -> dict[str, Any]:
     """A chain that no sweep has to look at: its guards said `not_before`, or it waits for somebody or something."""
     return (
-        chain_row(number, START + timedelta(minutes=1 + number)),
-        chain_row(number, START + timedelta(minutes=1 + number), chain_type="trial"),
+        chain_row(number, shop.START + timedelta(minutes=1 + number)),
+        chain_row(number, shop.START + timedelta(minutes=1 + number), chain_type="trial"),
         chain_row(number, None),
         chain_row(number, None, disabled=True),
         chain_row(number, None, pending_delivery_id=str(uuid.uuid4())),
@@ -218,19 +218,19 @@ def assert_range(plan: Plan, index: str, *, most: int, database: Database, condi
 def due_page(database: Database, after: DuePosition | None) -> tuple[list[DuePosition], Plan]:
     """A page as a sweep reads it, and its statement's plan."""
     with sent(database) as statements, database.read() as connection:
-        page = chains.due_page(connection, type_name=CHAIN_TYPE, now=START, after=after, limit=PAGE)
+        page = chains.due_page(connection, type_name=shop.CHAIN_TYPE, now=shop.START, after=after, limit=PAGE)
     (found,) = [one for one in statements if "FROM chain_dispatcher_chain" in one[0]]
     return page, explain(database, *found)
 
 
 def spread(count: int) -> list[datetime]:
     """Due at a moment of its own each."""
-    return [START - timedelta(seconds=number) for number in range(count)]
+    return [shop.START - timedelta(seconds=number) for number in range(count)]
 
 
 def together(count: int) -> list[datetime]:
     """Due at one moment: what rests until a date is due at midnight."""
-    return [START - timedelta(hours=5)] * count
+    return [shop.START - timedelta(hours=5)] * count
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def delivery_row(number: int, ids: Sequence[int], status: str, publish_after: da
         "status": status,
         "attempt": 1,
         "max_attempts": 5,
-        "planned_at": LONG_AGO,
+        "planned_at": shop.LONG_AGO,
         "publish_after": publish_after,
     }
 

@@ -3,7 +3,6 @@
 That a healthy deployment has none is shown with real worker and beat processes, in the acceptance tests.
 """
 
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -14,36 +13,12 @@ from dispatcher import NEW, Chain, Dispatcher
 from dispatcher.coordination.locks import ChainLocks, LockFacts
 from dispatcher.passes.turns import Turns
 from dispatcher.storage.models import ChainRow, EventRow, TickRow
-from tests.integration.transitions import (
-    CHAIN_TYPE,
-    LONG_AGO,
-    Raises,
-    Sink,
-    actions,
-    assert_consistent,
-    attempt,
-    cart,
-    change_chain,
-    change_delivery,
-    crashed,
-    delivery_of,
-    dump_keys,
-    dump_rows,
-    new_chain,
-    planned,
-    row_of,
-    transition,
-    wait_over,
-)
+from tests.integration import shop
 
 pytestmark = pytest.mark.integration
 
-Make = Callable[..., Dispatcher]
-
 NOBODY = "redis://:hunter2@127.0.0.1:1/0"
-Remind = transition("Remind", "reminded")
-Never = transition("Never", "never", valid=False)
-TRANSITIONS = {NEW: [Remind], "reminded": [Never]}
+TRANSITIONS = {NEW: [shop.Remind], "reminded": [shop.Never]}
 HOUR_AGO = timedelta(hours=1)
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -51,9 +26,9 @@ on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
-def dispatcher(make_dispatcher: Make) -> Dispatcher:
+def dispatcher(make_dispatcher: shop.Make) -> Dispatcher:
     """A dispatcher whose passes have just run, with nobody to ask but the database."""
-    made = make_dispatcher(cart(TRANSITIONS, callback=Sink()), redis_url=None, broker_url=None)
+    made = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink()), redis_url=None, broker_url=None)
     touch_ticks(made)
     return made
 
@@ -79,8 +54,8 @@ def found(dispatcher: Dispatcher, *areas: str) -> list[str]:
 
 def overdue(dispatcher: Dispatcher, chain: Chain) -> str:
     """The id of a delivery that the relay should have seen an hour ago."""
-    delivery = planned(dispatcher, chain)
-    change_delivery(dispatcher, delivery.id, publish_after=datetime.now(UTC) - HOUR_AGO)
+    delivery = shop.planned(dispatcher, chain)
+    shop.change_delivery(dispatcher, delivery.id, publish_after=datetime.now(UTC) - HOUR_AGO)
     return delivery.id
 
 
@@ -88,28 +63,28 @@ def overdue(dispatcher: Dispatcher, chain: Chain) -> str:
 
 
 def test_rows_that_agree_are_no_finding(dispatcher: Dispatcher) -> None:
-    planned(dispatcher, new_chain(dispatcher, 1))
-    attempt(dispatcher, planned(dispatcher, new_chain(dispatcher, 2)))
-    new_chain(dispatcher, 3)
-    before = dump_rows(dispatcher)
+    shop.planned(dispatcher, shop.new_chain(dispatcher, 1))
+    shop.attempt(dispatcher, shop.planned(dispatcher, shop.new_chain(dispatcher, 2)))
+    shop.new_chain(dispatcher, 3)
+    before = shop.dump_rows(dispatcher)
 
     assert found(dispatcher, "database", "chain", "delivery", "chain type", "beat", "sweep") == []
 
-    assert dump_rows(dispatcher) == before, "it only reads"
+    assert shop.dump_rows(dispatcher) == before, "it only reads"
 
 
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_chain_whose_delivery_is_missing_or_closed_is_named_and_made_due(
     dispatcher: Dispatcher, closed: bool
 ) -> None:
-    chain = new_chain(dispatcher)
-    delivery = planned(dispatcher, chain)
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
     if closed:
-        attempt(dispatcher, delivery)
+        shop.attempt(dispatcher, delivery)
     pending = delivery.id if closed else "0" * 32
-    change_chain(dispatcher, chain.id, pending_delivery_id=pending, due_at=None)
+    shop.change_chain(dispatcher, chain.id, pending_delivery_id=pending, due_at=None)
     if not closed:
-        change_delivery(dispatcher, delivery.id, status="cancelled")
+        shop.change_delivery(dispatcher, delivery.id, status="cancelled")
 
     expected = f"chain: {chain.id} waits for a delivery that is closed or missing; --repair makes it due"
     assert found(dispatcher, "chain", "delivery") == [expected]
@@ -117,62 +92,62 @@ def test_a_chain_whose_delivery_is_missing_or_closed_is_named_and_made_due(
     gone, left = dispatcher.repair()
     assert [str(one) for one in gone] == [expected]
     assert found(dispatcher, "chain", "delivery") == [] and gone[0] not in left
-    row = row_of(dispatcher, chain.id)
+    row = shop.row_of(dispatcher, chain.id)
     assert row.pending_delivery_id is None and row.due_at is not None
 
 
 def test_an_open_delivery_that_no_chain_waits_for_is_named_and_closed(dispatcher: Dispatcher) -> None:
-    chain = new_chain(dispatcher)
-    delivery = planned(dispatcher, chain)
-    change_chain(dispatcher, chain.id, pending_delivery_id=None, due_at=LONG_AGO)
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    shop.change_chain(dispatcher, chain.id, pending_delivery_id=None, due_at=shop.LONG_AGO)
 
     expected = f"delivery: {delivery.id} is open, but its chain does not wait for it; --repair closes it as cancelled"
     assert found(dispatcher, "chain", "delivery") == [expected]
 
     gone, _ = dispatcher.repair()
     assert [str(one) for one in gone] == [expected]
-    assert delivery_of(dispatcher, chain).status == "cancelled"
-    assert actions(chain)[-1] == "cancelled"
-    assert_consistent(dispatcher)
+    assert shop.delivery_of(dispatcher, chain).status == "cancelled"
+    assert shop.actions(chain)[-1] == "cancelled"
+    shop.assert_consistent(dispatcher)
 
 
 def test_an_orphan_that_runs_is_closed_only_once_its_attempt_is_over(
-    dispatcher: Dispatcher, make_dispatcher: Make
+    dispatcher: Dispatcher, make_dispatcher: shop.Make
 ) -> None:
-    chain = new_chain(dispatcher)
-    delivery = planned(dispatcher, chain)
-    crashed(dispatcher, delivery)
-    change_chain(dispatcher, chain.id, pending_delivery_id=None)
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    shop.crashed(dispatcher, delivery)
+    shop.change_chain(dispatcher, chain.id, pending_delivery_id=None)
 
     gone, left = dispatcher.repair()
-    assert gone == [] and delivery_of(dispatcher, chain).status == "running"
+    assert gone == [] and shop.delivery_of(dispatcher, chain).status == "running"
     assert f"delivery: {delivery.id} is open" in "\n".join(map(str, left))
 
-    make_dispatcher(cart(TRANSITIONS)).relay()
+    make_dispatcher(shop.cart(TRANSITIONS)).relay()
     gone, _ = dispatcher.repair()
-    assert len(gone) == 1 and delivery_of(dispatcher, chain).status == "cancelled"
+    assert len(gone) == 1 and shop.delivery_of(dispatcher, chain).status == "cancelled"
 
 
 def test_what_a_deletion_by_hand_leaves_behind_stops_no_relay_and_is_closed(
-    dispatcher: Dispatcher, make_dispatcher: Make
+    dispatcher: Dispatcher, make_dispatcher: shop.Make
 ) -> None:
     """No foreign key keeps a delivery's chain."""
-    others = [new_chain(dispatcher, number) for number in range(2)]
+    others = [shop.new_chain(dispatcher, number) for number in range(2)]
     for chain in others:
-        crashed(dispatcher, planned(dispatcher, chain))
-    gone, owed = (new_chain(dispatcher, number) for number in (2, 3))
-    crashed(dispatcher, planned(dispatcher, gone))
-    change_delivery(dispatcher, planned(dispatcher, owed).id, publish_after=LONG_AGO)
+        shop.crashed(dispatcher, shop.planned(dispatcher, chain))
+    gone, owed = (shop.new_chain(dispatcher, number) for number in (2, 3))
+    shop.crashed(dispatcher, shop.planned(dispatcher, gone))
+    shop.change_delivery(dispatcher, shop.planned(dispatcher, owed).id, publish_after=shop.LONG_AGO)
     erased = [gone.id, owed.id]
     dispatcher.database.write(lambda connection: connection.execute(delete(ChainRow).where(ChainRow.id.in_(erased))))
 
-    worker = make_dispatcher(cart(TRANSITIONS))
+    worker = make_dispatcher(shop.cart(TRANSITIONS))
     assert worker.relay() == {"relayed": 1, "settled": 3}
 
     mended, _ = dispatcher.repair()
-    assert len(mended) == 2 and {delivery_of(dispatcher, chain).status for chain in (gone, owed)} == {"cancelled"}
-    assert {delivery_of(dispatcher, chain).status for chain in others} == {"pending"}
-    dispatcher.database.write(lambda connection: connection.execute(update(EventRow).values(created_at=LONG_AGO)))
+    assert len(mended) == 2 and {shop.delivery_of(dispatcher, chain).status for chain in (gone, owed)} == {"cancelled"}
+    assert {shop.delivery_of(dispatcher, chain).status for chain in others} == {"pending"}
+    dispatcher.database.write(lambda connection: connection.execute(update(EventRow).values(created_at=shop.LONG_AGO)))
     dispatcher.prune(days=1)
     with dispatcher.database.read() as connection:
         kept = connection.execute(select(EventRow.chain_id).order_by(EventRow.id)).scalars().all()
@@ -180,9 +155,9 @@ def test_what_a_deletion_by_hand_leaves_behind_stops_no_relay_and_is_closed(
 
 
 def test_repairing_does_not_end_with_the_first_page(dispatcher: Dispatcher) -> None:
-    chains = [new_chain(dispatcher, number) for number in range(45)]
+    chains = [shop.new_chain(dispatcher, number) for number in range(45)]
     for chain in chains:
-        change_chain(dispatcher, chain.id, pending_delivery_id="0" * 32)
+        shop.change_chain(dispatcher, chain.id, pending_delivery_id="0" * 32)
 
     gone, left = dispatcher.repair()
 
@@ -193,31 +168,31 @@ def test_repairing_does_not_end_with_the_first_page(dispatcher: Dispatcher) -> N
 @pytest.mark.parametrize("status", ["dead", "held"])
 def test_deliveries_that_wait_for_a_person_are_counted_and_left_alone(dispatcher: Dispatcher, status: str) -> None:
     for number in range(3):
-        change_delivery(dispatcher, planned(dispatcher, new_chain(dispatcher, number)).id, status=status)
-    before = dump_rows(dispatcher)
+        shop.change_delivery(dispatcher, shop.planned(dispatcher, shop.new_chain(dispatcher, number)).id, status=status)
+    before = shop.dump_rows(dispatcher)
 
     (line,) = found(dispatcher, "delivery")
     assert line.startswith(f"delivery: 3 {status}: a person must decide; ")
     assert f"dispatcher deliveries list --status {status}" in line
 
     gone, _ = dispatcher.repair()
-    assert gone == [] and dump_rows(dispatcher) == before
+    assert gone == [] and shop.dump_rows(dispatcher) == before
 
 
 def test_a_delivery_that_the_relay_has_not_looked_at_is_named(dispatcher: Dispatcher) -> None:
-    late = overdue(dispatcher, new_chain(dispatcher, 1))
-    ended = new_chain(dispatcher, 2)
-    crashed(dispatcher, planned(dispatcher, ended))
+    late = overdue(dispatcher, shop.new_chain(dispatcher, 1))
+    ended = shop.new_chain(dispatcher, 2)
+    shop.crashed(dispatcher, shop.planned(dispatcher, ended))
 
     assert sorted(found(dispatcher, "delivery")) == sorted(
         f"delivery: {delivery_id} is overdue for the relay; "
         "start beat and a worker on dispatcher.sweeps, or run `dispatcher relay`"
-        for delivery_id in (late, delivery_of(dispatcher, ended).id)
+        for delivery_id in (late, shop.delivery_of(dispatcher, ended).id)
     )
 
 
 def test_the_delivery_of_a_disabled_chain_is_not_overdue(dispatcher: Dispatcher) -> None:
-    chain = new_chain(dispatcher)
+    chain = shop.new_chain(dispatcher)
     overdue(dispatcher, chain)
     chain.disable()
 
@@ -225,30 +200,33 @@ def test_the_delivery_of_a_disabled_chain_is_not_overdue(dispatcher: Dispatcher)
 
 
 def test_a_paused_type_is_named_with_its_reason_in_one_line(dispatcher: Dispatcher) -> None:
-    dispatcher.pause(CHAIN_TYPE, "mail provider\nis down")
-    change_chain(dispatcher, new_chain(dispatcher).id, due_at=LONG_AGO)
+    dispatcher.pause(shop.CHAIN_TYPE, "mail provider\nis down")
+    shop.change_chain(dispatcher, shop.new_chain(dispatcher).id, due_at=shop.LONG_AGO)
 
     assert found(dispatcher, "chain type", "sweep") == [
-        f"chain type: {CHAIN_TYPE} is paused: mail provider is down; `dispatcher chain-types resume {CHAIN_TYPE}`"
+        (
+            f"chain type: {shop.CHAIN_TYPE} is paused: mail provider is down; "
+            f"`dispatcher chain-types resume {shop.CHAIN_TYPE}`"
+        )
     ]
 
 
 def test_states_and_types_that_no_configuration_has_any_more_are_named_with_their_chains(
-    dispatcher: Dispatcher, make_dispatcher: Make
+    dispatcher: Dispatcher, make_dispatcher: shop.Make
 ) -> None:
     for number in range(2):
-        change_chain(dispatcher, new_chain(dispatcher, number).id, state="half way")
-    other = {"chains": [{"chain_type": "old", "transitions": {NEW: [Remind]}}]}
-    new_chain(make_dispatcher(other), 3, "old")
+        shop.change_chain(dispatcher, shop.new_chain(dispatcher, number).id, state="half way")
+    other = {"chains": [{"chain_type": "old", "transitions": {NEW: [shop.Remind]}}]}
+    shop.new_chain(make_dispatcher(other), 3, "old")
 
     unknown = "which this configuration does not know"
-    mapped = f"`dispatcher chains map --type {CHAIN_TYPE} --from 'half way' --to STATE`"
+    mapped = f"`dispatcher chains map --type {shop.CHAIN_TYPE} --from 'half way' --to STATE`"
     assert found(dispatcher, "chain type") == [
-        f"chain type: 2 chains of {CHAIN_TYPE} are in state 'half way', {unknown}; {mapped}",
+        f"chain type: 2 chains of {shop.CHAIN_TYPE} are in state 'half way', {unknown}; {mapped}",
         f"chain type: 1 chains of old are in state 'new', {unknown}; put the chain type back into the configuration",
     ]
 
-    dispatcher.map_states(CHAIN_TYPE, "half way", "reminded")
+    dispatcher.map_states(shop.CHAIN_TYPE, "half way", "reminded")
     assert len(found(dispatcher, "chain type")) == 1
 
 
@@ -256,8 +234,8 @@ def test_states_and_types_that_no_configuration_has_any_more_are_named_with_thei
 
 
 @on_sqlite
-def test_passes_that_never_ran_are_named(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS), redis_url=None, broker_url=None)
+def test_passes_that_never_ran_are_named(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS), redis_url=None, broker_url=None)
 
     assert found(dispatcher, "beat") == [
         "beat: dispatcher.sweep has never run; start `celery -A workers beat`",
@@ -278,16 +256,16 @@ def test_missed_ticks_are_named(dispatcher: Dispatcher) -> None:
 
 def test_chains_that_every_sweep_asks_again_are_not_late(dispatcher: Dispatcher) -> None:
     """A guard that says no again writes nothing: such a chain's `due_at` says nothing about the workers."""
-    change_chain(dispatcher, new_chain(dispatcher).id, due_at=datetime.now(UTC) - timedelta(hours=1))
+    shop.change_chain(dispatcher, shop.new_chain(dispatcher).id, due_at=datetime.now(UTC) - timedelta(hours=1))
 
     assert found(dispatcher, "sweep") == []
 
 
-def test_a_chain_that_has_been_due_for_long_is_told(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(), recheck_seconds=60))
+def test_a_chain_that_has_been_due_for_long_is_told(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(), recheck_seconds=60))
     ages = [timedelta(hours=1), timedelta(hours=2), timedelta(0)]
     for number, age in enumerate(ages):
-        change_chain(dispatcher, new_chain(dispatcher, number).id, due_at=datetime.now(UTC) - age)
+        shop.change_chain(dispatcher, shop.new_chain(dispatcher, number).id, due_at=datetime.now(UTC) - age)
 
     (line,) = found(dispatcher, "sweep")
     assert line.startswith("sweep: the oldest due chain has waited 720")
@@ -299,8 +277,8 @@ def test_a_chain_that_has_been_due_for_long_is_told(make_dispatcher: Make) -> No
 
 @pytest.mark.parametrize("service", ["redis", "broker"])
 @on_sqlite
-def test_a_service_that_is_away_is_named_without_its_password(make_dispatcher: Make, service: str) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()), **{f"{service}_url": NOBODY})
+def test_a_service_that_is_away_is_named_without_its_password(make_dispatcher: shop.Make, service: str) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink()), **{f"{service}_url": NOBODY})
 
     (line,) = found(dispatcher, service)
 
@@ -310,9 +288,9 @@ def test_a_service_that_is_away_is_named_without_its_password(make_dispatcher: M
 
 
 @on_sqlite
-def test_a_database_that_is_away_is_named_and_the_rest_is_examined(make_dispatcher: Make) -> None:
+def test_a_database_that_is_away_is_named_and_the_rest_is_examined(make_dispatcher: shop.Make) -> None:
     url = "postgresql://shop:hunter2@127.0.0.1:1/shop"
-    dispatcher = make_dispatcher(cart(TRANSITIONS), database_url=url, redis_url=None, broker_url=None)
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS), database_url=url, redis_url=None, broker_url=None)
 
     lines = found(dispatcher, "database", "redis", "broker", "chain", "beat")
 
@@ -321,8 +299,8 @@ def test_a_database_that_is_away_is_named_and_the_rest_is_examined(make_dispatch
     assert lines[0].endswith("start the database, or correct DISPATCHER_DATABASE_URL")
 
 
-def test_a_database_that_is_not_migrated_is_named(make_dispatcher: Make, empty_url: str) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS), database_url=empty_url, redis_url=None, broker_url=None)
+def test_a_database_that_is_not_migrated_is_named(make_dispatcher: shop.Make, empty_url: str) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS), database_url=empty_url, redis_url=None, broker_url=None)
 
     (line,) = found(dispatcher, "database", "chain", "beat")
 
@@ -347,7 +325,7 @@ def test_clocks_that_differ_are_named(
 
     monkeypatch.setattr(dispatcher.database, "machine_now", lambda _: there())
     monkeypatch.setattr(ChainLocks, "examine", lambda _: LockFacts(there(), "noeviction", ()))
-    change_delivery(dispatcher, planned(dispatcher, new_chain(dispatcher)).id, status="dead")
+    shop.change_delivery(dispatcher, shop.planned(dispatcher, shop.new_chain(dispatcher)).id, status="dead")
 
     lines = found(dispatcher, "database", "redis")
 
@@ -357,8 +335,8 @@ def test_clocks_that_differ_are_named(
 
 
 @on_sqlite
-def test_a_redis_that_may_evict_is_named(make_dispatcher: Make, redis_url: str) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS))
+def test_a_redis_that_may_evict_is_named(make_dispatcher: shop.Make, redis_url: str) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS))
     assert found(dispatcher, "redis") == []
     with redis.Redis.from_url(redis_url) as client:
         before = client.config_get("maxmemory-policy")["maxmemory-policy"]
@@ -372,8 +350,8 @@ def test_a_redis_that_may_evict_is_named(make_dispatcher: Make, redis_url: str) 
 
 
 @on_sqlite
-def test_keys_that_never_expire_are_named_and_deleted(make_dispatcher: Make, redis_url: str) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS))
+def test_keys_that_never_expire_are_named_and_deleted(make_dispatcher: shop.Make, redis_url: str) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS))
     with redis.Redis.from_url(redis_url) as client:
         client.set("dispatcher:lock:1", "token")
         client.set("dispatcher:lock:2", "token", ex=100)
@@ -385,7 +363,7 @@ def test_keys_that_never_expire_are_named_and_deleted(make_dispatcher: Make, red
 
     gone, _ = dispatcher.repair()
     assert [str(one) for one in gone] == expected
-    left = {key for key in dump_keys(redis_url) if b":" in key}
+    left = {key for key in shop.dump_keys(redis_url) if b":" in key}
     assert left == {b"dispatcher:lock:2", b"shop:lock:1"}
 
 
@@ -393,11 +371,11 @@ def test_keys_that_never_expire_are_named_and_deleted(make_dispatcher: Make, red
 
 
 @on_sqlite
-def test_queues_that_nobody_consumes_and_those_that_are_too_long_are_named(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(), queue="carts"), max_backlog=2)
+def test_queues_that_nobody_consumes_and_those_that_are_too_long_are_named(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(), queue="carts"), max_backlog=2)
     for number in range(3):
-        new_chain(dispatcher, number).enqueue()
-    planned(dispatcher, new_chain(dispatcher, 4))
+        shop.new_chain(dispatcher, number).enqueue()
+    shop.planned(dispatcher, shop.new_chain(dispatcher, 4))
 
     queues = ["dispatcher.requests", "dispatcher.chains", "dispatcher.callbacks", "dispatcher.sweeps", "carts"]
     assert found(dispatcher, "worker", "broker") == [
@@ -409,22 +387,22 @@ def test_queues_that_nobody_consumes_and_those_that_are_too_long_are_named(make_
 # --- what mends it ---------------------------------------------------------------------------------------------------
 
 
-def test_what_a_person_decided_is_no_finding_any_more(make_dispatcher: Make) -> None:
-    sink = Sink(Raises(OSError()))
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink), redis_url=None, broker_url=None)
-    chains = [new_chain(dispatcher, number) for number in range(3)]
+def test_what_a_person_decided_is_no_finding_any_more(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink(shop.Raises(OSError()))
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=sink), redis_url=None, broker_url=None)
+    chains = [shop.new_chain(dispatcher, number) for number in range(3)]
     for chain in chains:
-        delivery = planned(dispatcher, chain)
-        change_delivery(dispatcher, delivery.id, max_attempts=1)
-        assert attempt(dispatcher, delivery).outcome == "dead"
+        delivery = shop.planned(dispatcher, chain)
+        shop.change_delivery(dispatcher, delivery.id, max_attempts=1)
+        assert shop.attempt(dispatcher, delivery).outcome == "dead"
     assert len(found(dispatcher, "delivery")) == 1
 
     chains[0].retry_delivery()
     chains[1].cancel_delivery()
     chains[2].skip_delivery()
-    wait_over(dispatcher, delivery_of(dispatcher, chains[0]))
+    shop.wait_over(dispatcher, shop.delivery_of(dispatcher, chains[0]))
     sink.effect = None
-    assert attempt(dispatcher, delivery_of(dispatcher, chains[0]), 2).outcome == "delivered"
+    assert shop.attempt(dispatcher, shop.delivery_of(dispatcher, chains[0]), 2).outcome == "delivered"
 
     assert found(dispatcher, "delivery", "chain") == []
-    assert_consistent(dispatcher)
+    shop.assert_consistent(dispatcher)

@@ -14,12 +14,11 @@ import redis
 from dispatcher.coordination.limiter import RateLimiter, Refusal, had_place
 from dispatcher.coordination.locks import ChainLocks
 from dispatcher.rates import RateLimit
-from tests.integration.transitions import at_once, dump_keys
+from tests.integration import shop
 from tests.servers import RedisServer
 
 pytestmark = pytest.mark.integration
 
-NOBODY = "redis://127.0.0.1:1/0"
 PER_HOUR = RateLimit.parse("type/cart", "3/h")
 RELAY_SECONDS = 10.0
 COUNTDOWN = 60.0
@@ -77,7 +76,7 @@ def test_workers_share_a_limit_and_the_rest_is_refused_until_the_window_is_over(
 def test_those_who_ask_at_once_get_no_more_than_the_limit(make_limiter: Make) -> None:
     limiters = [make_limiter() for _ in range(8)]
 
-    answers = at_once(*(lambda one=one: ask(one, PER_HOUR) for one in limiters))  # type: ignore[misc]
+    answers = shop.at_once(*(lambda one=one: ask(one, PER_HOUR) for one in limiters))  # type: ignore[misc]
 
     assert answers.count(None) == 3
     waits = sorted(answer.seconds for answer in answers if answer is not None)
@@ -96,9 +95,9 @@ def test_limits_deployments_and_rates_are_counted_apart(make_limiter: Make) -> N
 
 
 def test_without_limits_nothing_is_asked(make_limiter: Make, redis_url: str) -> None:
-    assert ask(make_limiter(NOBODY)) is None
+    assert ask(make_limiter(shop.NOBODY)) is None
     assert ask(make_limiter()) is None
-    assert dump_keys(redis_url) == {}
+    assert shop.dump_keys(redis_url) == {}
 
 
 def test_a_call_is_counted_for_all_its_limits_or_for_none(make_limiter: Make) -> None:
@@ -118,7 +117,7 @@ def test_every_key_has_the_prefix_and_ends_by_itself(make_limiter: Make, redis_u
     for has_place in (False, False, False, False, True):
         ask(limiter, PER_HOUR, has_place=has_place)
 
-    keys = dump_keys(redis_url)
+    keys = shop.dump_keys(redis_url)
 
     assert sorted(keys) == [
         b"test:rate:LIMITER/type/cart/3/3600/second",
@@ -274,7 +273,7 @@ def test_a_server_that_is_away_is_waited_for_and_not_for_ever(
 ) -> None:
     now = 1000.0
     monkeypatch.setattr("dispatcher.coordination.limiter.time.monotonic", lambda: now)
-    limiter = make_limiter(NOBODY)
+    limiter = make_limiter(shop.NOBODY)
 
     for _ in range(10):
         refusal = ask(limiter, PER_HOUR)

@@ -1,4 +1,7 @@
-"""Small transitions, configurations and observers that the integration tests share."""
+"""The vocabulary of the integration tests: a shop that reminds its customers of their carts, and what watches it.
+
+It is used by its name: `shop.cart(...)`, `shop.new_chain(dispatcher)`, `shop.Sink()`.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +26,16 @@ BOOKING = [("online_booking", "123456")]
 START = datetime(2024, 3, 1, 12, 30, 0, 250, tzinfo=UTC)
 LONG_AGO = datetime(2001, 1, 1, tzinfo=UTC)
 WAIT_SECONDS = 30
+NOBODY = "redis://127.0.0.1:1/0"
+"""The URL of a server that nobody runs."""
+
+REQUESTS = "dispatcher.requests"
+CHAINS = "dispatcher.chains"
+CALLBACKS = "dispatcher.callbacks"
+SWEEPS = "dispatcher.sweeps"
+
+Make = Callable[..., Dispatcher]
+"""What the fixture `make_dispatcher` gives."""
 
 
 # --- configurations --------------------------------------------------------------------------------------------------
@@ -41,6 +54,11 @@ def transition(
         return valid
 
     return type(name, (Transition,), {"final_state": final_state, "is_valid": is_valid, **attributes})
+
+
+Remind = transition("Remind", "reminded")
+Never = transition("Never", "never", valid=False)
+OnRequest = transition("OnRequest", "asked", valid=False, recheck_seconds=None)
 
 
 def cart(transitions: Mapping[str, Sequence[type[Transition]]], **options: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Budgets of chain types: `max_plans_per_hour`, taken in the plan's own transaction."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -11,39 +11,21 @@ from sqlalchemy import event, update
 
 from dispatcher import DONE, NEW, Chain, ChainDisabled, Dispatcher
 from dispatcher.storage.models import TypeRow
-from tests.integration.transitions import (
-    CHAIN_TYPE,
-    Sink,
-    actions,
-    assert_consistent,
-    at_once,
-    attempt,
-    cart,
-    dump_rows,
-    new_chain,
-    planned,
-    row_of,
-    take_messages,
-    transition,
-)
+from tests.integration import shop
 
 pytestmark = pytest.mark.integration
 
-Make = Callable[..., Dispatcher]
-
 EXECUTORS = 8
 CHAINS = 24
-Remind = transition("Remind", "reminded")
-Never = transition("Never", "never", valid=False)
 
 
 def limited(limit: int | str | None, **options: Any) -> dict[str, Any]:
-    transitions = {NEW: [Remind], "reminded": [Never]}
-    return cart(**{"transitions": transitions, "callback": Sink(), "max_plans_per_hour": limit, **options})
+    transitions = {NEW: [shop.Remind], "reminded": [shop.Never]}
+    return shop.cart(**{"transitions": transitions, "callback": shop.Sink(), "max_plans_per_hour": limit, **options})
 
 
 def chains_of(dispatcher: Dispatcher, count: int = CHAINS) -> list[Chain]:
-    return [new_chain(dispatcher, number) for number in range(count)]
+    return [shop.new_chain(dispatcher, number) for number in range(count)]
 
 
 def ids(chains: Sequence[Chain]) -> list[int]:
@@ -60,7 +42,7 @@ def type_row(dispatcher: Dispatcher) -> TypeRow:
 
 
 def change_type(dispatcher: Dispatcher, **values: Any) -> None:
-    statement = update(TypeRow).where(TypeRow.name == CHAIN_TYPE).values(**values)
+    statement = update(TypeRow).where(TypeRow.name == shop.CHAIN_TYPE).values(**values)
     assert dispatcher.database.write(lambda connection: connection.execute(statement).rowcount) == 1
 
 
@@ -70,7 +52,7 @@ def change_type(dispatcher: Dispatcher, **values: Any) -> None:
 @pytest.mark.parametrize("with_redis", [True, False])
 @pytest.mark.parametrize(("limit", "number"), [(7, 7), ("25%", 6)])
 def test_concurrent_executors_plan_exactly_the_limit_and_then_the_type_is_paused(
-    make_dispatcher: Make, broker_url: str, limit: int | str, number: int, with_redis: bool
+    make_dispatcher: shop.Make, broker_url: str, limit: int | str, number: int, with_redis: bool
 ) -> None:
     urls = {} if with_redis else {"redis_url": None, "broker_url": broker_url}
     executors = [make_dispatcher(limited(limit), **urls) for _ in range(EXECUTORS)]
@@ -81,7 +63,9 @@ def test_concurrent_executors_plan_exactly_the_limit_and_then_the_type_is_paused
     def work(executor: Dispatcher, order: Sequence[int]) -> list[str]:
         return [str(result.outcome) for chain_id in order for result in executor.execute_chains([chain_id])]
 
-    made = [outcome for result in at_once(*map(partial, [work] * EXECUTORS, executors, orders)) for outcome in result]
+    made = [
+        outcome for result in shop.at_once(*map(partial, [work] * EXECUTORS, executors, orders)) for outcome in result
+    ]
 
     assert made.count("planned") == number
     assert set(made) <= {"planned", "disabled", "locked", "pending", "stale"}
@@ -92,13 +76,13 @@ def test_concurrent_executors_plan_exactly_the_limit_and_then_the_type_is_paused
     assert f"max_plans_per_hour: {number} used up" in (row.paused_reason or "")
     rest = [chain for chain in chains if chain.refresh().due_at is not None]
     assert len(rest) == CHAINS - number
-    assert all(actions(chain) == ["created"] for chain in rest), "what is not planned is left as it was"
+    assert all(shop.actions(chain) == ["created"] for chain in rest), "what is not planned is left as it was"
     assert make_dispatcher(limited(limit)).sweep()["due"] == 0
-    assert_consistent(first)
+    shop.assert_consistent(first)
 
 
 @pytest.mark.parametrize("size", [1, 5, CHAINS])
-def test_a_batch_is_planned_up_to_the_limit(make_dispatcher: Make, size: int) -> None:
+def test_a_batch_is_planned_up_to_the_limit(make_dispatcher: shop.Make, size: int) -> None:
     dispatcher = make_dispatcher(limited(size), chains_per_task=CHAINS)
     chains = chains_of(dispatcher)
 
@@ -107,13 +91,13 @@ def test_a_batch_is_planned_up_to_the_limit(make_dispatcher: Make, size: int) ->
     assert made.count("planned") == size and made.count("disabled") == CHAINS - size
     assert len(dispatcher.find_deliveries()) == size
     assert type_row(dispatcher).paused == (size < CHAINS)
-    assert_consistent(dispatcher)
+    shop.assert_consistent(dispatcher)
 
 
 def test_moves_without_a_callback_use_the_budget_and_evaluations_that_learn_nothing_do_not(
-    make_dispatcher: Make,
+    make_dispatcher: shop.Make,
 ) -> None:
-    picky = transition("Picky", DONE, lambda self: "x" in self.context)
+    picky = shop.transition("Picky", DONE, lambda self: "x" in self.context)
     dispatcher = make_dispatcher(limited(1, transitions={NEW: [picky]}))
     unmoved, moved, refused = chains_of(dispatcher, 3)
     for chain in (moved, refused):
@@ -130,10 +114,10 @@ def test_moves_without_a_callback_use_the_budget_and_evaluations_that_learn_noth
 # --- what it is taken with -------------------------------------------------------------------------------------------
 
 
-def test_a_plan_that_is_not_committed_takes_nothing_of_the_budget(make_dispatcher: Make) -> None:
+def test_a_plan_that_is_not_committed_takes_nothing_of_the_budget(make_dispatcher: shop.Make) -> None:
     dispatcher = make_dispatcher(limited(1))
     (chain,) = chains_of(dispatcher, 1)
-    before = dump_rows(dispatcher)
+    before = shop.dump_rows(dispatcher)
 
     def fail(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         if statement.startswith("UPDATE chain_dispatcher_type SET window") or "window_plans=" in statement:
@@ -145,13 +129,13 @@ def test_a_plan_that_is_not_committed_takes_nothing_of_the_budget(make_dispatche
         dispatcher.execute_chains([chain.id])
     event.remove(engine, "after_cursor_execute", fail)
 
-    assert dump_rows(dispatcher) == before
+    assert shop.dump_rows(dispatcher) == before
     assert outcomes(dispatcher, [chain]) == ["planned"]
     assert type_row(dispatcher).window_plans == 1
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_type_without_a_limit_never_touches_its_row(make_dispatcher: Make, batched: bool) -> None:
+def test_a_type_without_a_limit_never_touches_its_row(make_dispatcher: shop.Make, batched: bool) -> None:
     dispatcher = make_dispatcher(limited(None), chains_per_task=CHAINS)
     chains = chains_of(dispatcher, 3)
     statements: list[str] = []
@@ -175,7 +159,7 @@ def test_a_type_without_a_limit_never_touches_its_row(make_dispatcher: Make, bat
 
 
 def test_a_type_whose_budget_is_used_up_stands_still_until_a_person_resumes_it(
-    make_dispatcher: Make, broker_url: str, caplog: pytest.LogCaptureFixture
+    make_dispatcher: shop.Make, broker_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = limited(2)
     dispatcher = make_dispatcher(config)
@@ -186,33 +170,33 @@ def test_a_type_whose_budget_is_used_up_stands_still_until_a_person_resumes_it(
 
     assert made == ["planned", "planned", "disabled", "disabled", "disabled"]
     (record,) = [record for record in caplog.records if getattr(record, "action", "") == "type_paused"]
-    assert record.chain_type == CHAIN_TYPE  # type: ignore[attr-defined]
-    take_messages(broker_url, "dispatcher.chains")
+    assert record.chain_type == shop.CHAIN_TYPE  # type: ignore[attr-defined]
+    shop.take_messages(broker_url, shop.CHAINS)
 
     after = make_dispatcher(config)
-    assert after.sweep()["due"] == 0 and take_messages(broker_url, "dispatcher.chains") == []
+    assert after.sweep()["due"] == 0 and shop.take_messages(broker_url, shop.CHAINS) == []
     with pytest.raises(ChainDisabled, match="its chain type is paused"):
         after.chain(chains[2].id or 0).execute()
     chains[3].enqueue(requested_by="shop")
     assert outcomes(after, [chains[3]]) == ["disabled"]
-    assert row_of(after, chains[3].id).request["requested_by"] == "shop"
-    delivered = [attempt(after, one).outcome for one in after.find_deliveries()]
+    assert shop.row_of(after, chains[3].id).request["requested_by"] == "shop"
+    delivered = [shop.attempt(after, one).outcome for one in after.find_deliveries()]
     assert delivered == ["delivered", "delivered"], "what is owed already goes on"
     change_type(after, window_at=datetime.now(UTC) - timedelta(hours=2))
     assert make_dispatcher(config).sweep()["due"] == 0, "time alone does not resume it"
 
-    assert after.resume(CHAIN_TYPE) is True
+    assert after.resume(shop.CHAIN_TYPE) is True
 
     resumed = make_dispatcher(config)
     assert (type_row(resumed).paused, type_row(resumed).paused_reason) == (False, None)
     assert resumed.sweep()["due"] == 5
     again = [outcomes(resumed, [chain])[0] for chain in chains[2:]]
     assert again == ["planned", "planned", "disabled"], "the budget is new"
-    assert_consistent(resumed)
+    shop.assert_consistent(resumed)
 
 
-def test_an_application_s_own_execution_uses_the_budget_too(make_dispatcher: Make) -> None:
-    sink = Sink()
+def test_an_application_s_own_execution_uses_the_budget_too(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink()
     dispatcher = make_dispatcher(limited(1, callback=sink))
     first, second = chains_of(dispatcher, 2)
 
@@ -224,10 +208,10 @@ def test_an_application_s_own_execution_uses_the_budget_too(make_dispatcher: Mak
     assert type_row(dispatcher).paused
 
 
-def test_the_last_plan_of_a_budget_does_not_pause_the_type(make_dispatcher: Make) -> None:
+def test_the_last_plan_of_a_budget_does_not_pause_the_type(make_dispatcher: shop.Make) -> None:
     dispatcher = make_dispatcher(limited(2))
     for chain in chains_of(dispatcher, 2):
-        planned(dispatcher, chain)
+        shop.planned(dispatcher, chain)
 
     assert not type_row(dispatcher).paused
     assert dispatcher.sweep()["due"] == 0
@@ -236,7 +220,7 @@ def test_the_last_plan_of_a_budget_does_not_pause_the_type(make_dispatcher: Make
 # --- windows and estimates -------------------------------------------------------------------------------------------
 
 
-def test_an_hour_later_the_budget_begins_anew(make_dispatcher: Make) -> None:
+def test_an_hour_later_the_budget_begins_anew(make_dispatcher: shop.Make) -> None:
     dispatcher = make_dispatcher(limited(2))
     first, second, third, fourth, fifth = chains_of(dispatcher, 5)
     assert outcomes(dispatcher, [first, second]) == ["planned", "planned"]
@@ -249,13 +233,13 @@ def test_an_hour_later_the_budget_begins_anew(make_dispatcher: Make) -> None:
     assert outcomes(dispatcher, [fifth]) == ["disabled"]
 
 
-def test_a_share_is_of_an_estimate_that_is_refreshed_every_hour(make_dispatcher: Make) -> None:
+def test_a_share_is_of_an_estimate_that_is_refreshed_every_hour(make_dispatcher: shop.Make) -> None:
     dispatcher = make_dispatcher(limited("50%"))
     chains = chains_of(dispatcher, 4)
 
     assert outcomes(dispatcher, chains[:1]) == ["planned"]
     assert type_row(dispatcher).chains_estimate == 4
-    chains += [new_chain(dispatcher, number) for number in range(4, 8)]
+    chains += [shop.new_chain(dispatcher, number) for number in range(4, 8)]
     assert outcomes(dispatcher, chains[1:2]) == ["planned"]
     assert type_row(dispatcher).chains_estimate == 4, "not counted for every plan"
 
@@ -265,7 +249,7 @@ def test_a_share_is_of_an_estimate_that_is_refreshed_every_hour(make_dispatcher:
     assert outcomes(dispatcher, chains[4:5]) == ["disabled"]
 
 
-def test_a_share_of_few_chains_is_at_least_one(make_dispatcher: Make) -> None:
+def test_a_share_of_few_chains_is_at_least_one(make_dispatcher: shop.Make) -> None:
     dispatcher = make_dispatcher(limited("1%"))
 
     assert outcomes(dispatcher, chains_of(dispatcher, 2)) == ["planned", "disabled"]

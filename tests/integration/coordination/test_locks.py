@@ -14,24 +14,10 @@ import redis
 
 from dispatcher import NEW, ChainLocked, ConfigurationError, Dispatcher, ServiceUnavailable
 from dispatcher.coordination.locks import ChainLocks
-from tests.integration.transitions import (
-    WAIT_SECONDS,
-    Gate,
-    Raises,
-    Sink,
-    at_once,
-    cart,
-    dump_keys,
-    new_chain,
-    row_of,
-    transition,
-)
+from tests.integration import shop
 from tests.servers import RedisServer, wait_until
 
 pytestmark = pytest.mark.integration
-
-NOBODY = "redis://127.0.0.1:1/0"
-Remind = transition("Remind", "reminded")
 
 Locks = Callable[..., ChainLocks]
 
@@ -104,13 +90,13 @@ def test_a_lock_is_taken_by_one_and_given_back(make_locks: Locks, redis_url: str
 
     mine.release(held)
     theirs.release(others)
-    assert dump_keys(redis_url) == {}
+    assert shop.dump_keys(redis_url) == {}
 
 
 def test_of_many_at_once_one_takes_the_lock(make_locks: Locks) -> None:
     callers = [make_locks() for _ in range(8)]
 
-    results = at_once(*(lambda one=one: one.acquire([1]) for one in callers))  # type: ignore[misc]
+    results = shop.at_once(*(lambda one=one: one.acquire([1]) for one in callers))  # type: ignore[misc]
 
     assert sorted(len(held.held) for held in results) == [0] * 7 + [1]
 
@@ -130,7 +116,7 @@ def test_the_lock_of_a_holder_that_vanished_ends_by_its_time_to_live(make_locks:
     vanished.acquire([1])
     assert other.acquire([1]).locked == {1}
 
-    wait_until(lambda: not other.locked([1]), seconds=WAIT_SECONDS, what="the lock ends")
+    wait_until(lambda: not other.locked([1]), seconds=shop.WAIT_SECONDS, what="the lock ends")
 
     assert 0.9 < time.monotonic() - begun < 10
     assert other.acquire([1]).held == (1,)
@@ -139,7 +125,7 @@ def test_the_lock_of_a_holder_that_vanished_ends_by_its_time_to_live(make_locks:
 def test_a_release_by_a_foreign_token_does_nothing(make_locks: Locks) -> None:
     slow, other = make_locks(lock_seconds=1), make_locks()
     expired = slow.acquire([1])
-    wait_until(lambda: not other.locked([1]), seconds=WAIT_SECONDS, what="the lock ends")
+    wait_until(lambda: not other.locked([1]), seconds=shop.WAIT_SECONDS, what="the lock ends")
     held = other.acquire([1])
 
     slow.release(expired)
@@ -190,7 +176,7 @@ def test_markers_are_set_once_and_cleared_when_an_execution_starts(make_locks: L
 
 
 def test_without_a_server_every_lock_is_had_and_no_key_is_missed(make_locks: Locks) -> None:
-    for locks in (make_locks(NOBODY), make_locks(None)):
+    for locks in (make_locks(shop.NOBODY), make_locks(None)):
         held = locks.acquire([1, 2])
         assert (held.held, held.locked, held.crashes) == ((1, 2), frozenset(), {})
         locks.release(held)
@@ -203,7 +189,7 @@ def test_a_check_says_whether_the_server_answers(make_locks: Locks) -> None:
     make_locks().check()
     make_locks(None).check()
     with pytest.raises(ServiceUnavailable, match=r"Redis at redis://127\.0\.0\.1:1"):
-        make_locks(NOBODY).check()
+        make_locks(shop.NOBODY).check()
     with pytest.raises(ConfigurationError):
         make_locks("http://127.0.0.1")
 
@@ -234,30 +220,30 @@ def full_server(redis_server: RedisServer) -> Iterator[None]:
 def test_evaluation_goes_on_when_the_lock_server_is_away(
     make_dispatcher: Callable[..., Dispatcher], redis_server: RedisServer, broker_url: str, server: str
 ) -> None:
-    sink = Sink()
-    config = cart({NEW: [Remind]}, callback=sink)
+    sink = shop.Sink()
+    config = shop.cart({NEW: [shop.Remind]}, callback=sink)
     begun = time.monotonic()
     if server == "is not there":
-        dispatcher = make_dispatcher(config, redis_url=NOBODY)
-        results = dispatcher.execute_chains([new_chain(dispatcher).id])
+        dispatcher = make_dispatcher(config, redis_url=shop.NOBODY)
+        results = dispatcher.execute_chains([shop.new_chain(dispatcher).id])
     elif server == "stops":
         with RedisServer() as own:
             dispatcher = make_dispatcher(config, redis_url=own.url)
-            dispatcher.execute_chains([new_chain(dispatcher, 1).id])
+            dispatcher.execute_chains([shop.new_chain(dispatcher, 1).id])
             own.kill()
-            results = dispatcher.execute_chains([new_chain(dispatcher).id])
+            results = dispatcher.execute_chains([shop.new_chain(dispatcher).id])
     elif server == "is silent":
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
             dispatcher = make_dispatcher(config, redis_url=url, connect_seconds=0.5)
-            results = dispatcher.execute_chains([new_chain(dispatcher).id])
+            results = dispatcher.execute_chains([shop.new_chain(dispatcher).id])
     else:
         with full_server(redis_server):
-            dispatcher = make_dispatcher(config, broker_url="redis://127.0.0.1:1/0")
-            results = dispatcher.execute_chains([new_chain(dispatcher).id])
+            dispatcher = make_dispatcher(config, broker_url=shop.NOBODY)
+            results = dispatcher.execute_chains([shop.new_chain(dispatcher).id])
 
     assert [str(result.outcome) for result in results] == ["planned"]
-    assert new_chain(dispatcher, 2).execute()["outcome"] == "moved"
+    assert shop.new_chain(dispatcher, 2).execute()["outcome"] == "moved"
     assert time.monotonic() - begun < 20
 
 
@@ -267,15 +253,15 @@ def test_evaluation_goes_on_when_the_lock_server_is_away(
 def test_a_chain_that_is_locked_is_not_executed_and_stays_due(
     make_dispatcher: Callable[..., Dispatcher], make_locks: Locks, redis_url: str
 ) -> None:
-    dispatcher = make_dispatcher(cart({NEW: [Remind]}, callback=Sink()))
-    chain, other = new_chain(dispatcher, 1), new_chain(dispatcher, 2)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
+    chain, other = shop.new_chain(dispatcher, 1), shop.new_chain(dispatcher, 2)
     with redis.Redis.from_url(redis_url) as client:
         client.set(f"dispatcher:lock:{chain.id}", "another's", px=60_000)
 
     results = dispatcher.execute_chains([chain.id, other.id])
 
     assert [str(result.outcome) for result in results] == ["locked", "planned"]
-    assert row_of(dispatcher, chain.id).due_at is not None
+    assert shop.row_of(dispatcher, chain.id).due_at is not None
     with pytest.raises(ChainLocked) as caught:
         chain.execute()
     assert isinstance(caught.value, ValueError)
@@ -286,29 +272,33 @@ def test_a_chain_that_is_locked_is_not_executed_and_stays_due(
 def test_an_execution_holds_its_lock_while_it_evaluates_and_not_while_it_calls_back(
     make_dispatcher: Callable[..., Dispatcher], redis_url: str
 ) -> None:
-    gate, seen = Gate(), []
-    dispatcher = make_dispatcher(cart({NEW: [transition("Guarded", "guarded", gate.wait)]}))
-    chain = new_chain(dispatcher)
+    gate, seen = shop.Gate(), []
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Guarded", "guarded", gate.wait)]}))
+    chain = shop.new_chain(dispatcher)
     key = f"dispatcher:lock:{chain.id}".encode()
 
-    with gate.during(lambda: chain.execute(callback=lambda _: seen.append(key in dump_keys(redis_url)))):
-        assert key in dump_keys(redis_url)
+    with gate.during(lambda: chain.execute(callback=lambda _: seen.append(key in shop.dump_keys(redis_url)))):
+        assert key in shop.dump_keys(redis_url)
         with pytest.raises(ChainLocked):
-            new_chain(dispatcher).execute()
+            shop.new_chain(dispatcher).execute()
         assert [str(one.outcome) for one in dispatcher.execute_chains([chain.id])] == ["locked"]
 
     assert seen == [False]
-    assert dump_keys(redis_url) == {}
+    assert shop.dump_keys(redis_url) == {}
 
 
 @pytest.mark.parametrize("ends_in", ["a guard's error", "a callback's error", "nothing", "a plan"])
 def test_an_execution_leaves_no_key_behind(
     make_dispatcher: Callable[..., Dispatcher], redis_url: str, ends_in: str
 ) -> None:
-    guard = {"a guard's error": Raises(RuntimeError("no")), "nothing": lambda _: False}.get(ends_in, lambda _: True)
-    config = cart({NEW: [transition("Guarded", "guarded", guard)]}, callback=Sink(Raises(OSError("no"))))
+    guard = {"a guard's error": shop.Raises(RuntimeError("no")), "nothing": lambda _: False}.get(
+        ends_in, lambda _: True
+    )
+    config = shop.cart(
+        {NEW: [shop.transition("Guarded", "guarded", guard)]}, callback=shop.Sink(shop.Raises(OSError("no")))
+    )
     dispatcher = make_dispatcher(config)
-    first, second = new_chain(dispatcher, 1), new_chain(dispatcher, 2)
+    first, second = shop.new_chain(dispatcher, 1), shop.new_chain(dispatcher, 2)
 
     dispatcher.execute_chains([first.id])
     try:
@@ -316,15 +306,17 @@ def test_an_execution_leaves_no_key_behind(
     except (RuntimeError, OSError):
         assert ends_in != "nothing"
 
-    assert dump_keys(redis_url) == {}
+    assert shop.dump_keys(redis_url) == {}
 
 
 def test_a_guard_that_kills_its_process_backs_off(
     make_dispatcher: Callable[..., Dispatcher], redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    dispatcher = make_dispatcher(cart({NEW: [transition("Asked", "asked", Raises(KeyboardInterrupt()))]}))
-    chain, other = new_chain(dispatcher, 1), new_chain(dispatcher, 2)
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [shop.transition("Asked", "asked", shop.Raises(KeyboardInterrupt()))]})
+    )
+    chain, other = shop.new_chain(dispatcher, 1), shop.new_chain(dispatcher, 2)
     with redis.Redis.from_url(redis_url) as client:
         client.set(f"dispatcher:crash:{chain.id}", 3)  # three executions began and never ended
         client.set(f"dispatcher:crash:{other.id}", 1)
@@ -333,12 +325,12 @@ def test_a_guard_that_kills_its_process_backs_off(
     with pytest.raises(KeyboardInterrupt):
         dispatcher.execute_chains([chain.id])
 
-    row = row_of(dispatcher, chain.id)
+    row = shop.row_of(dispatcher, chain.id)
     assert row.failures == 1 and row.due_at > chain.created_at
     assert [event.action for event in chain.events] == ["created", "guard_failed"]
     with pytest.raises(KeyboardInterrupt):
         dispatcher.execute_chains([other.id])
-    assert row_of(dispatcher, other.id).failures == 0
+    assert shop.row_of(dispatcher, other.id).failures == 0
 
 
 def test_setting_aside_what_is_no_longer_held_counts_no_crash_down(make_locks: Locks, redis_url: str) -> None:
@@ -353,5 +345,5 @@ def test_setting_aside_what_is_no_longer_held_counts_no_crash_down(make_locks: L
 
     locks.set_aside(held, [7])
 
-    assert dump_keys(redis_url) == {}
+    assert shop.dump_keys(redis_url) == {}
     assert locks.acquire([7]).held == (7,)

@@ -27,44 +27,17 @@ from dispatcher.operators.operations import MapCounts
 from dispatcher.storage import chains, database, deliveries, portable
 from dispatcher.storage.database import Database
 from dispatcher.storage.models import ChainRow, DeliveryRow, EventRow, ResourceRow
-from tests.integration.transitions import (
-    CHAIN_TYPE,
-    LONG_AGO,
-    WAIT_SECONDS,
-    Gate,
-    Raises,
-    Sink,
-    actions,
-    assert_consistent,
-    at_once,
-    attempt,
-    cart,
-    change_chain,
-    change_delivery,
-    count_rows,
-    crashed,
-    delivery_of,
-    dump_rows,
-    new_chain,
-    planned,
-    row_of,
-    take_messages,
-    transition,
-    wait_over,
-)
+from tests.integration import shop
 from tests.servers import PostgresServer, wait_until
 
 pytestmark = pytest.mark.integration
 
-Make = Callable[..., Dispatcher]
 Blocked = Callable[..., "Future[Any]"]
 
-CALLBACKS = "dispatcher.callbacks"
 CUSTOMER = ("customer", "57844")
 ROUNDS = 4
-Remind = transition("Remind", "reminded", retry=RetryPolicy(max_attempts=2))
-Never = transition("Never", "never", valid=False)
-TRANSITIONS = {NEW: [Remind], "reminded": [Never]}
+Remind = shop.transition("Remind", "reminded", retry=RetryPolicy(max_attempts=2))
+TRANSITIONS = {NEW: [Remind], "reminded": [shop.Never]}
 
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 """Where another connection can be seen to wait for a row."""
@@ -81,17 +54,17 @@ ENDING = [name for name in OPERATIONS if name != "retry"]
 
 def customer_chain(dispatcher: Dispatcher, number: int) -> Chain:
     """The customer's chain for booking `number`."""
-    return dispatcher.get_or_create_resource_chain(CHAIN_TYPE, [CUSTOMER, ("online_booking", f"b{number}")])
+    return dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, [CUSTOMER, ("online_booking", f"b{number}")])
 
 
 def dead(dispatcher: Dispatcher, chain: Chain) -> Any:
     """The chain's delivery, out of attempts."""
-    delivery = planned(dispatcher, chain)
+    delivery = shop.planned(dispatcher, chain)
     for number in (1, 2):
-        attempt(dispatcher, delivery, number)
+        shop.attempt(dispatcher, delivery, number)
         if number == 1:
-            wait_over(dispatcher, delivery)
-    delivery = delivery_of(dispatcher, chain)
+            shop.wait_over(dispatcher, delivery)
+    delivery = shop.delivery_of(dispatcher, chain)
     assert delivery.status == "dead"
     return delivery
 
@@ -99,7 +72,7 @@ def dead(dispatcher: Dispatcher, chain: Chain) -> Any:
 @contextmanager
 def uncommitted(work: Callable[[], Any]) -> Iterator["Future[Any]"]:
     """`work` in a thread, its transaction written and not committed while the block runs."""
-    gate, owner, commit = Gate(), [], database.commit
+    gate, owner, commit = shop.Gate(), [], database.commit
 
     def halted(step: Callable[[], Any]) -> Any:
         if threading.get_ident() in owner:
@@ -121,7 +94,7 @@ def uncommitted(work: Callable[[], Any]) -> Iterator["Future[Any]"]:
             yield future
 
 
-def then_open(gate: Gate, work: Callable[[], Any]) -> Any:
+def then_open(gate: shop.Gate, work: Callable[[], Any]) -> Any:
     """What `work` gives; whoever waits at the gate goes on after it, however it ended."""
     try:
         return work()
@@ -142,7 +115,7 @@ def blocked(
         with postgres_server.connect() as connection:
             wait_until(
                 lambda: future.done() or connection.execute(query, [name]).fetchone() != (others,),
-                seconds=WAIT_SECONDS,
+                seconds=shop.WAIT_SECONDS,
                 what="it waits for a row",
             )
         assert not future.done(), f"did not wait: {future.exception() or future.result()!r}"
@@ -156,249 +129,254 @@ def blocked(
 
 
 def test_retrying_a_dead_delivery_adds_attempts_and_never_takes_one_back(
-    make_dispatcher: Make, broker_url: str
+    make_dispatcher: shop.Make, broker_url: str
 ) -> None:
-    sink = Sink(Raises(OSError("mail server is down"), times=3))
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
-    chain = new_chain(dispatcher)
+    sink = shop.Sink(shop.Raises(OSError("mail server is down"), times=3))
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=sink))
+    chain = shop.new_chain(dispatcher)
     delivery = dead(dispatcher, chain)
-    version = row_of(dispatcher, chain.id).version
-    take_messages(broker_url, CALLBACKS)
+    version = shop.row_of(dispatcher, chain.id).version
+    shop.take_messages(broker_url, shop.CALLBACKS)
 
     assert chain.retry_delivery("ada") is chain
 
-    again = delivery_of(dispatcher, chain)
+    again = shop.delivery_of(dispatcher, chain)
     assert (again.status, again.attempt, again.max_attempts) == ("pending", 2, 4)
-    assert row_of(dispatcher, chain.id).version == version + 1
+    assert shop.row_of(dispatcher, chain.id).version == version + 1
     last = chain.events[-1]
     assert (last.action, last.requested_by, last.value) == ("retried", "ada", "Remind")
     assert "mail server is down" in last.detail
     assert dispatcher.relay()["relayed"] == 1
-    (message,) = take_messages(broker_url, CALLBACKS)
+    (message,) = shop.take_messages(broker_url, shop.CALLBACKS)
     assert message.kwargs["deliveries"] == [[delivery.id, 3]]
-    assert attempt(dispatcher, delivery, 3).outcome == "retrying"
-    wait_over(dispatcher, delivery)
-    assert attempt(dispatcher, delivery, 4).outcome == "delivered"
+    assert shop.attempt(dispatcher, delivery, 3).outcome == "retrying"
+    shop.wait_over(dispatcher, delivery)
+    assert shop.attempt(dispatcher, delivery, 4).outcome == "delivered"
     assert {call.key for call in sink.calls} == {delivery.idempotency_key}
-    assert_consistent(dispatcher)
+    shop.assert_consistent(dispatcher)
 
 
-def test_retrying_one_that_waits_ends_the_wait_and_leaves_its_attempts(make_dispatcher: Make) -> None:
-    sink = Sink(Raises(OSError(), times=1))
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
-    chain = new_chain(dispatcher)
-    delivery = planned(dispatcher, chain)
-    assert attempt(dispatcher, delivery).outcome == "retrying"
-    assert attempt(dispatcher, delivery, 2).outcome == "stale", "it waits"
+def test_retrying_one_that_waits_ends_the_wait_and_leaves_its_attempts(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink(shop.Raises(OSError(), times=1))
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=sink))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    assert shop.attempt(dispatcher, delivery).outcome == "retrying"
+    assert shop.attempt(dispatcher, delivery, 2).outcome == "stale", "it waits"
 
     chain.retry_delivery()
     chain.retry_delivery()
 
-    again = delivery_of(dispatcher, chain)
+    again = shop.delivery_of(dispatcher, chain)
     assert (again.status, again.attempt, again.max_attempts) == ("pending", 1, 2)
-    assert attempt(dispatcher, delivery, 2).outcome == "delivered"
+    assert shop.attempt(dispatcher, delivery, 2).outcome == "delivered"
 
 
 def test_a_held_delivery_of_a_call_in_process_is_planned_anew_when_retried(
-    make_dispatcher: Make, broker_url: str
+    make_dispatcher: shop.Make, broker_url: str
 ) -> None:
     """No worker has the function that an application called: a message for it would find nothing to call, for ever."""
-    gate, sink = Gate(), Sink()
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callbacks={"send": sink}, on_unknown="hold"))
-    chain = new_chain(dispatcher)
-    with gate.during(lambda: chain.execute(callback=Sink(gate.wait))):
-        local = delivery_of(dispatcher, chain)
-        change_delivery(dispatcher, local.id, lease_until=LONG_AGO, publish_after=LONG_AGO)
+    gate, sink = shop.Gate(), shop.Sink()
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callbacks={"send": sink}, on_unknown="hold"))
+    chain = shop.new_chain(dispatcher)
+    with gate.during(lambda: chain.execute(callback=shop.Sink(gate.wait))):
+        local = shop.delivery_of(dispatcher, chain)
+        shop.change_delivery(dispatcher, local.id, lease_until=shop.LONG_AGO, publish_after=shop.LONG_AGO)
         dispatcher.relay()
-        assert delivery_of(dispatcher, chain).status == "held"
+        assert shop.delivery_of(dispatcher, chain).status == "held"
         dispatcher.chain(local.chain_id).retry_delivery("ada")
 
-    assert delivery_of(dispatcher, chain).status == "cancelled"
-    row = row_of(dispatcher, chain.id)
+    assert shop.delivery_of(dispatcher, chain).status == "cancelled"
+    row = shop.row_of(dispatcher, chain.id)
     assert row.pending_delivery_id is None and row.due_at is not None
-    assert dispatcher.relay()["relayed"] == 0 and take_messages(broker_url, CALLBACKS) == []
+    assert dispatcher.relay()["relayed"] == 0 and shop.take_messages(broker_url, shop.CALLBACKS) == []
     chain.enqueue(callback="send")
-    anew = planned(dispatcher, chain)
+    anew = shop.planned(dispatcher, chain)
     assert anew.idempotency_key == local.idempotency_key
-    assert attempt(dispatcher, anew).outcome == "delivered" and len(sink) == 1
+    assert shop.attempt(dispatcher, anew).outcome == "delivered" and len(sink) == 1
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_refused_and_writes_nothing_while_an_attempt_runs(make_dispatcher: Make, name: str) -> None:
-    gate = Gate()
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(gate.wait)))
-    chain = new_chain(dispatcher)
-    delivery = planned(dispatcher, chain)
+def test_an_operation_is_refused_and_writes_nothing_while_an_attempt_runs(
+    make_dispatcher: shop.Make, name: str
+) -> None:
+    gate = shop.Gate()
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(gate.wait)))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
 
-    with gate.during(lambda: attempt(dispatcher, delivery)) as future:
-        before = dump_rows(dispatcher)
+    with gate.during(lambda: shop.attempt(dispatcher, delivery)) as future:
+        before = shop.dump_rows(dispatcher)
         with pytest.raises(DeliveryPending, match="an attempt is running"):
             OPERATIONS[name](chain)
-        assert dump_rows(dispatcher) == before
+        assert shop.dump_rows(dispatcher) == before
 
     assert future.result().outcome == "delivered"
-    assert_consistent(dispatcher)
+    shop.assert_consistent(dispatcher)
 
 
 @pytest.mark.parametrize("name", ["retry", "cancel", "skip"])
-def test_a_chain_that_owes_nothing_has_nothing_to_decide(make_dispatcher: Make, name: str) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
-    chain = new_chain(dispatcher)
-    before = dump_rows(dispatcher)
+def test_a_chain_that_owes_nothing_has_nothing_to_decide(make_dispatcher: shop.Make, name: str) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    before = shop.dump_rows(dispatcher)
 
     with pytest.raises(NoOpenDelivery):
         OPERATIONS[name](chain)
 
-    assert dump_rows(dispatcher) == before
+    assert shop.dump_rows(dispatcher) == before
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_closed_delivery_is_never_opened_again(make_dispatcher: Make, name: str) -> None:
+def test_a_closed_delivery_is_never_opened_again(make_dispatcher: shop.Make, name: str) -> None:
     """A chain that waits for a delivered one is a case for the doctor, not a second effect."""
-    sink = Sink()
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
-    chain = new_chain(dispatcher)
-    delivery = planned(dispatcher, chain)
-    attempt(dispatcher, delivery)
-    change_chain(dispatcher, chain.id, pending_delivery_id=delivery.id)
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=sink))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    shop.attempt(dispatcher, delivery)
+    shop.change_chain(dispatcher, chain.id, pending_delivery_id=delivery.id)
 
     with pytest.raises(DeliveryPending, match="doctor"):
         OPERATIONS[name](chain)
 
-    assert delivery_of(dispatcher, chain).status == "delivered"
+    assert shop.delivery_of(dispatcher, chain).status == "delivered"
 
 
 # --- cancel, skip, reset, move ---------------------------------------------------------------------------------------
 
 
-def test_a_cancelled_delivery_leaves_the_chain_due_where_it_is(make_dispatcher: Make) -> None:
-    sink = Sink(Raises(OSError(), times=2))
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
-    chain = new_chain(dispatcher)
+def test_a_cancelled_delivery_leaves_the_chain_due_where_it_is(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink(shop.Raises(OSError(), times=2))
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=sink))
+    chain = shop.new_chain(dispatcher)
     delivery = dead(dispatcher, chain)
 
     chain.cancel_delivery("ada", "the address is wrong")
 
     assert chain.state == NEW and chain.due_at is not None
-    closed = delivery_of(dispatcher, chain)
+    closed = shop.delivery_of(dispatcher, chain)
     assert (closed.status, closed.kwargs, closed.context) == ("cancelled", None, None)
     last = chain.events[-1]
     assert (last.action, last.requested_by, last.detail) == ("cancelled", "ada", "the address is wrong")
-    assert planned(dispatcher, chain).idempotency_key == delivery.idempotency_key
-    assert_consistent(dispatcher)
+    assert shop.planned(dispatcher, chain).idempotency_key == delivery.idempotency_key
+    shop.assert_consistent(dispatcher)
 
 
-def test_a_skipped_delivery_moves_the_chain_as_if_it_had_been_delivered(make_dispatcher: Make) -> None:
-    sink = Sink(Raises(OSError()))
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
-    chain = new_chain(dispatcher)
+def test_a_skipped_delivery_moves_the_chain_as_if_it_had_been_delivered(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink(shop.Raises(OSError()))
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=sink))
+    chain = shop.new_chain(dispatcher)
     dead(dispatcher, chain)
     called = len(sink)
 
     chain.skip_delivery("ada", "sent by letter")
 
     assert chain.state == "reminded" and chain.due_at is not None
-    assert delivery_of(dispatcher, chain).status == "skipped"
+    assert shop.delivery_of(dispatcher, chain).status == "skipped"
     skipped, moved = chain.events[-2:]
     assert (skipped.action, skipped.requested_by, skipped.detail) == ("skipped", "ada", "sent by letter")
     assert (moved.action, moved.requested_by, moved.to_state) == ("state_transition", "ada", "reminded")
     assert len(sink) == called
-    assert_consistent(dispatcher)
+    shop.assert_consistent(dispatcher)
 
 
 @pytest.mark.parametrize("name", ["reset", "move_to"])
-def test_putting_a_chain_into_a_state_cancels_what_it_owes(make_dispatcher: Make, name: str) -> None:
-    sink = Sink()
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=sink))
-    chain = new_chain(dispatcher)
-    delivery = planned(dispatcher, chain)
+def test_putting_a_chain_into_a_state_cancels_what_it_owes(make_dispatcher: shop.Make, name: str) -> None:
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=sink))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
 
     OPERATIONS[name](chain)
 
-    assert delivery_of(dispatcher, chain).status == "cancelled"
-    assert attempt(dispatcher, delivery).outcome == "stale" and len(sink) == 0
+    assert shop.delivery_of(dispatcher, chain).status == "cancelled"
+    assert shop.attempt(dispatcher, delivery).outcome == "stale" and len(sink) == 0
     assert chain.state == (NEW if name == "reset" else "reminded") and chain.due_at is not None
-    assert actions(chain)[-2:] == ["cancelled", "reset" if name == "reset" else "moved"]
-    assert_consistent(dispatcher)
+    assert shop.actions(chain)[-2:] == ["cancelled", "reset" if name == "reset" else "moved"]
+    shop.assert_consistent(dispatcher)
 
 
 # --- against an attempt that begins at the same time -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ENDING)
-def test_an_operation_and_a_begin_at_once_have_exactly_one_winner(make_dispatcher: Make, name: str) -> None:
+def test_an_operation_and_a_begin_at_once_have_exactly_one_winner(make_dispatcher: shop.Make, name: str) -> None:
     for number in range(ROUNDS):
-        decided = Gate()
-        sink = Sink(decided.wait)  # a begun attempt does not end before the operation has
-        worker = make_dispatcher(cart(TRANSITIONS, callback=sink))
-        person = make_dispatcher(cart(TRANSITIONS, callback=sink))
-        chain = new_chain(person, number)
-        delivery = planned(worker, chain)
+        decided = shop.Gate()
+        sink = shop.Sink(decided.wait)  # a begun attempt does not end before the operation has
+        worker = make_dispatcher(shop.cart(TRANSITIONS, callback=sink))
+        person = make_dispatcher(shop.cart(TRANSITIONS, callback=sink))
+        chain = shop.new_chain(person, number)
+        delivery = shop.planned(worker, chain)
 
-        made, operated = at_once(
-            partial(attempt, worker, delivery), partial(then_open, decided, partial(OPERATIONS[name], chain))
+        made, operated = shop.at_once(
+            partial(shop.attempt, worker, delivery), partial(then_open, decided, partial(OPERATIONS[name], chain))
         )
 
         if isinstance(operated, DeliveryPending):
             assert made.outcome == "delivered" and len(sink) == 1
         else:
             assert operated == chain and made.outcome == "stale" and len(sink) == 0
-        assert_consistent(person)
+        shop.assert_consistent(person)
 
 
 @on_postgresql
 @pytest.mark.parametrize("name", ENDING)
 def test_an_attempt_that_waited_for_an_operation_does_not_begin(
-    make_dispatcher: Make, blocked: Blocked, name: str
+    make_dispatcher: shop.Make, blocked: Blocked, name: str
 ) -> None:
-    sink = Sink()
-    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=sink)) for _ in range(2))
-    chain = new_chain(person)
-    delivery = planned(worker, chain)
+    sink = shop.Sink()
+    worker, person = (make_dispatcher(shop.cart(TRANSITIONS, callback=sink)) for _ in range(2))
+    chain = shop.new_chain(person)
+    delivery = shop.planned(worker, chain)
 
     with uncommitted(lambda: OPERATIONS[name](chain)) as operated:
-        made = blocked(lambda: attempt(worker, delivery))
+        made = blocked(lambda: shop.attempt(worker, delivery))
 
     operated.result()
     assert made.result().outcome == "stale" and len(sink) == 0
-    assert_consistent(person)
+    shop.assert_consistent(person)
 
 
 @on_postgresql
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_that_waited_for_a_begin_is_refused(make_dispatcher: Make, blocked: Blocked, name: str) -> None:
-    gate = Gate()
-    sink = Sink(gate.wait)
-    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=sink)) for _ in range(2))
-    chain = new_chain(person)
-    delivery = planned(worker, chain)
+def test_an_operation_that_waited_for_a_begin_is_refused(
+    make_dispatcher: shop.Make, blocked: Blocked, name: str
+) -> None:
+    gate = shop.Gate()
+    sink = shop.Sink(gate.wait)
+    worker, person = (make_dispatcher(shop.cart(TRANSITIONS, callback=sink)) for _ in range(2))
+    chain = shop.new_chain(person)
+    delivery = shop.planned(worker, chain)
 
-    with uncommitted(lambda: attempt(worker, delivery)) as made:
+    with uncommitted(lambda: shop.attempt(worker, delivery)) as made:
         operated = blocked(lambda: then_open(gate, lambda: OPERATIONS[name](chain)))
 
     assert isinstance(operated.exception(), DeliveryPending)
     assert made.result().outcome == "delivered"
-    assert_consistent(person)
+    shop.assert_consistent(person)
 
 
 @on_postgresql
 @pytest.mark.parametrize("name", ["cancel", "reset"])
 def test_an_operation_waits_for_an_attempt_that_ends_without_a_deadlock(
-    make_dispatcher: Make, blocked: Blocked, name: str, caplog: pytest.LogCaptureFixture
+    make_dispatcher: shop.Make, blocked: Blocked, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The end of an attempt locks the delivery, then the chain; an operation in another order would meet it halfway."""
     caplog.set_level(logging.DEBUG, "dispatcher.storage.database")
-    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=Sink())) for _ in range(2))
-    chain = new_chain(person)
-    delivery = planned(worker, chain)
+    worker, person = (make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink())) for _ in range(2))
+    chain = shop.new_chain(person)
+    delivery = shop.planned(worker, chain)
 
     engine = worker.database.engine.execution_options(isolation_level="READ COMMITTED")
     with engine.begin() as connection:
         connection.execute(select(ChainRow.id).where(ChainRow.id == chain.id).with_for_update())
-        made = blocked(lambda: attempt(worker, delivery))  # its callback has returned, and it has the delivery's row
+        # Its callback has returned, and it has the delivery's row.
+        made = blocked(lambda: shop.attempt(worker, delivery))
         operated = blocked(lambda: OPERATIONS[name](chain), others=1)
 
     assert made.result().outcome == "delivered"
@@ -407,17 +385,17 @@ def test_an_operation_waits_for_an_attempt_that_ends_without_a_deadlock(
     else:
         assert operated.result().state == NEW
     assert "rerun" not in caplog.text
-    assert_consistent(person)
+    shop.assert_consistent(person)
 
 
 @on_postgresql
 def test_an_end_whose_chain_was_taken_away_while_it_waited_is_not_written(
-    make_dispatcher: Make, blocked: Blocked
+    make_dispatcher: shop.Make, blocked: Blocked
 ) -> None:
     """No writer here does that: a delivery must not be `delivered` without its move all the same."""
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
-    chain, other = (new_chain(dispatcher, number) for number in range(2))
-    owed = [Owed(planned(dispatcher, one).id, 1) for one in (chain, other)]
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink()))
+    chain, other = (shop.new_chain(dispatcher, number) for number in range(2))
+    owed = [Owed(shop.planned(dispatcher, one).id, 1) for one in (chain, other)]
     engine = dispatcher.database.engine.execution_options(isolation_level="READ COMMITTED")
 
     with engine.begin() as connection:
@@ -425,15 +403,17 @@ def test_an_end_whose_chain_was_taken_away_while_it_waited_is_not_written(
         made = blocked(lambda: dispatcher.deliver(owed))
 
     assert sorted(result.outcome for result in made.result()) == ["delivered", "stale"]
-    assert delivery_of(dispatcher, chain).status == "running" and chain.refresh().state == NEW
-    assert delivery_of(dispatcher, other).status == "delivered" and other.refresh().state == "reminded"
+    assert shop.delivery_of(dispatcher, chain).status == "running" and chain.refresh().state == NEW
+    assert shop.delivery_of(dispatcher, other).status == "delivered" and other.refresh().state == "reminded"
 
 
 @on_postgresql
-def test_a_chain_that_got_a_new_delivery_meanwhile_is_not_freed(make_dispatcher: Make, blocked: Blocked) -> None:
-    first, second = (make_dispatcher(cart(TRANSITIONS, callback=Sink())) for _ in range(2))
-    chain = new_chain(first)
-    change_delivery(first, planned(first, chain).id, status="cancelled", finished_at=LONG_AGO, publish_after=None)
+def test_a_chain_that_got_a_new_delivery_meanwhile_is_not_freed(make_dispatcher: shop.Make, blocked: Blocked) -> None:
+    first, second = (make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink())) for _ in range(2))
+    chain = shop.new_chain(first)
+    shop.change_delivery(
+        first, shop.planned(first, chain).id, status="cancelled", finished_at=shop.LONG_AGO, publish_after=None
+    )
     now = datetime.now(UTC)
 
     def mend_and_plan() -> Any:
@@ -456,18 +436,18 @@ def test_a_chain_that_got_a_new_delivery_meanwhile_is_not_freed(make_dispatcher:
 
     mended.result()
     freed.result()
-    row = row_of(first, chain.id)
+    row = shop.row_of(first, chain.id)
     assert row.pending_delivery_id is not None and row.due_at is None
-    assert_consistent(first)
+    shop.assert_consistent(first)
 
 
 # --- a resource: unsubscribe -----------------------------------------------------------------------------------------
 
 
-def test_disabling_a_resource_stops_all_its_chains_in_one_statement(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
+def test_disabling_a_resource_stops_all_its_chains_in_one_statement(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink()))
     theirs = [customer_chain(dispatcher, number) for number in range(3)]
-    others = new_chain(dispatcher, 99)
+    others = shop.new_chain(dispatcher, 99)
     statements: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -484,7 +464,7 @@ def test_disabling_a_resource_stops_all_its_chains_in_one_statement(make_dispatc
         last = chain.events[-1]
         assert (last.action, last.requested_by) == ("disabled", "unsubscribe")
         with pytest.raises(ChainDisabled):
-            chain.execute(callback=Sink())
+            chain.execute(callback=shop.Sink())
     assert {result.outcome for result in dispatcher.execute_chains([chain.id for chain in theirs])} == {"disabled"}
     assert not others.refresh().disabled
     assert dispatcher.sweep()["due"] == 1
@@ -493,140 +473,140 @@ def test_disabling_a_resource_stops_all_its_chains_in_one_statement(make_dispatc
     assert dispatcher.enable_resource(CUSTOMER) == 0
     for chain in theirs:
         assert not chain.refresh().disabled and chain.due_at is not None
-        assert actions(chain)[-2:] == ["disabled", "enabled"]
-    assert_consistent(dispatcher)
+        assert shop.actions(chain)[-2:] == ["disabled", "enabled"]
+    shop.assert_consistent(dispatcher)
 
 
-def test_a_begun_attempt_of_a_disabled_resource_finishes_and_moves(make_dispatcher: Make) -> None:
-    gate = Gate()
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(gate.wait)))
+def test_a_begun_attempt_of_a_disabled_resource_finishes_and_moves(make_dispatcher: shop.Make) -> None:
+    gate = shop.Gate()
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(gate.wait)))
     chain = customer_chain(dispatcher, 1)
-    delivery = planned(dispatcher, chain)
+    delivery = shop.planned(dispatcher, chain)
 
-    with gate.during(lambda: attempt(dispatcher, delivery)) as future:
+    with gate.during(lambda: shop.attempt(dispatcher, delivery)) as future:
         assert dispatcher.disable_resource(CUSTOMER) == 1
 
     assert future.result().outcome == "delivered"
     assert chain.refresh().state == "reminded" and chain.due_at is None
     assert dispatcher.enable_resource(CUSTOMER) == 1
     assert chain.refresh().due_at is not None
-    assert_consistent(dispatcher)
+    shop.assert_consistent(dispatcher)
 
 
 @pytest.mark.parametrize("crash", [False, True])
 def test_an_owed_delivery_of_a_disabled_resource_waits_and_is_given_back(
-    make_dispatcher: Make, broker_url: str, crash: bool
+    make_dispatcher: shop.Make, broker_url: str, crash: bool
 ) -> None:
-    sink = Sink()
-    remind = transition("Remind", "reminded", verify=lambda _: False)
-    dispatcher = make_dispatcher(cart({NEW: [remind], "reminded": [Never]}, callback=sink))
+    sink = shop.Sink()
+    remind = shop.transition("Remind", "reminded", verify=lambda _: False)
+    dispatcher = make_dispatcher(shop.cart({NEW: [remind], "reminded": [shop.Never]}, callback=sink))
     chain = customer_chain(dispatcher, 1)
-    delivery = planned(dispatcher, chain)
+    delivery = shop.planned(dispatcher, chain)
     number = 1
     if crash:  # its worker dies after the unsubscribe
-        crashed(dispatcher, delivery)
+        shop.crashed(dispatcher, delivery)
         number = 2
     dispatcher.disable_resource(CUSTOMER)
-    take_messages(broker_url, CALLBACKS)
+    shop.take_messages(broker_url, shop.CALLBACKS)
 
     assert dispatcher.relay() == {"relayed": 0, "settled": int(crash)}
-    assert delivery_of(dispatcher, chain).publish_after is None
-    assert attempt(dispatcher, delivery, number).outcome == "disabled" and len(sink) == 0
-    assert take_messages(broker_url, CALLBACKS) == []
+    assert shop.delivery_of(dispatcher, chain).publish_after is None
+    assert shop.attempt(dispatcher, delivery, number).outcome == "disabled" and len(sink) == 0
+    assert shop.take_messages(broker_url, shop.CALLBACKS) == []
 
     dispatcher.enable_resource(CUSTOMER)
     assert dispatcher.relay()["relayed"] == 1
-    (message,) = take_messages(broker_url, CALLBACKS)
-    assert attempt(dispatcher, *message.kwargs["deliveries"][0]).outcome == "delivered" and len(sink) == 1
-    assert_consistent(dispatcher)
+    (message,) = shop.take_messages(broker_url, shop.CALLBACKS)
+    assert shop.attempt(dispatcher, *message.kwargs["deliveries"][0]).outcome == "delivered" and len(sink) == 1
+    shop.assert_consistent(dispatcher)
 
 
-def test_a_failed_attempt_of_a_disabled_chain_is_given_back_too(make_dispatcher: Make, broker_url: str) -> None:
-    gate = Gate()
+def test_a_failed_attempt_of_a_disabled_chain_is_given_back_too(make_dispatcher: shop.Make, broker_url: str) -> None:
+    gate = shop.Gate()
 
     def fails(_: object) -> None:
         gate.wait()
         raise OSError("mail server is down")
 
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(fails)))
-    chain = new_chain(dispatcher)
-    delivery = planned(dispatcher, chain)
-    with gate.during(lambda: attempt(dispatcher, delivery)):
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(fails)))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    with gate.during(lambda: shop.attempt(dispatcher, delivery)):
         dispatcher.chain(delivery.chain_id).disable("ada")
 
-    assert delivery_of(dispatcher, chain).publish_after is None
+    assert shop.delivery_of(dispatcher, chain).publish_after is None
     chain.enable("ada")
-    again = delivery_of(dispatcher, chain)
+    again = shop.delivery_of(dispatcher, chain)
     assert again.status == "pending" and again.publish_after is not None
 
 
 # --- a resource: a request to be forgotten ---------------------------------------------------------------------------
 
 
-def test_erasing_a_resource_deletes_all_that_belongs_to_its_chains(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(Raises(OSError()))))
+def test_erasing_a_resource_deletes_all_that_belongs_to_its_chains(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(shop.Raises(OSError()))))
     theirs = [customer_chain(dispatcher, number) for number in range(3)]
-    delivery = planned(dispatcher, theirs[0])
+    delivery = shop.planned(dispatcher, theirs[0])
     dead(dispatcher, theirs[1])
-    other = new_chain(dispatcher, 99)
-    kept = planned(dispatcher, other)
+    other = shop.new_chain(dispatcher, 99)
+    kept = shop.planned(dispatcher, other)
 
     assert dispatcher.erase_resource(CUSTOMER) == 3
 
     assert [chain.id for chain in dispatcher.find_chains()] == [other.id]
     assert [one.id for one in dispatcher.find_deliveries()] == [kept.id]
-    assert count_rows(dispatcher, ResourceRow) == 1
-    assert count_rows(dispatcher, EventRow) == len(other.events)
+    assert shop.count_rows(dispatcher, ResourceRow) == 1
+    assert shop.count_rows(dispatcher, EventRow) == len(other.events)
     assert dispatcher.find_chains(resource=CUSTOMER) == []
     results = dispatcher.execute_chains([chain.id for chain in theirs])
     assert {result.outcome for result in results} == {"missing"}
-    assert attempt(dispatcher, delivery).outcome == "missing"
+    assert shop.attempt(dispatcher, delivery).outcome == "missing"
     assert dispatcher.relay()["settled"] == 0
     assert dispatcher.erase_resource(CUSTOMER) == 0
     assert customer_chain(dispatcher, 1).id not in [chain.id for chain in theirs], "an id is not used twice"
 
 
-def test_erasing_is_refused_and_deletes_nothing_while_an_attempt_runs(make_dispatcher: Make) -> None:
-    gate = Gate()
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(gate.wait)))
+def test_erasing_is_refused_and_deletes_nothing_while_an_attempt_runs(make_dispatcher: shop.Make) -> None:
+    gate = shop.Gate()
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(gate.wait)))
     theirs = [customer_chain(dispatcher, number) for number in range(3)]
-    delivery = planned(dispatcher, theirs[-1])
+    delivery = shop.planned(dispatcher, theirs[-1])
 
-    with gate.during(lambda: attempt(dispatcher, delivery)):
-        before = dump_rows(dispatcher)
+    with gate.during(lambda: shop.attempt(dispatcher, delivery)):
+        before = shop.dump_rows(dispatcher)
         with pytest.raises(DeliveryPending) as refused:
             dispatcher.erase_resource(CUSTOMER)
         assert refused.value.chain_id == theirs[-1].id
-        assert dump_rows(dispatcher) == before
+        assert shop.dump_rows(dispatcher) == before
 
     assert dispatcher.erase_resource(CUSTOMER) == 3
 
 
-def test_a_chain_whose_delivery_is_gone_can_still_be_erased(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
-    change_chain(dispatcher, customer_chain(dispatcher, 1).id, pending_delivery_id="0" * 32)
+def test_a_chain_whose_delivery_is_gone_can_still_be_erased(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink()))
+    shop.change_chain(dispatcher, customer_chain(dispatcher, 1).id, pending_delivery_id="0" * 32)
 
     assert dispatcher.erase_resource(CUSTOMER) == 1
 
 
-def test_a_resource_erased_twice_at_once_is_erased_once(make_dispatcher: Make) -> None:
-    dispatchers = [make_dispatcher(cart(TRANSITIONS, callback=Sink())) for _ in range(4)]
+def test_a_resource_erased_twice_at_once_is_erased_once(make_dispatcher: shop.Make) -> None:
+    dispatchers = [make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink())) for _ in range(4)]
     for number in range(6):
-        planned(dispatchers[0], customer_chain(dispatchers[0], number))
+        shop.planned(dispatchers[0], customer_chain(dispatchers[0], number))
 
-    erased = at_once(*(lambda one=one: one.erase_resource(CUSTOMER) for one in dispatchers))
+    erased = shop.at_once(*(lambda one=one: one.erase_resource(CUSTOMER) for one in dispatchers))
 
     assert sorted(erased) == [0, 0, 0, 6]
 
 
 @on_postgresql
-def test_erasing_waits_for_a_begin_and_is_refused(make_dispatcher: Make, blocked: Blocked) -> None:
-    gate = Gate()
-    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=Sink(gate.wait))) for _ in range(2))
+def test_erasing_waits_for_a_begin_and_is_refused(make_dispatcher: shop.Make, blocked: Blocked) -> None:
+    gate = shop.Gate()
+    worker, person = (make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(gate.wait))) for _ in range(2))
     chain = customer_chain(person, 1)
-    delivery = planned(worker, chain)
+    delivery = shop.planned(worker, chain)
 
-    with uncommitted(lambda: attempt(worker, delivery)) as made:
+    with uncommitted(lambda: shop.attempt(worker, delivery)) as made:
         erased = blocked(lambda: then_open(gate, lambda: person.erase_resource(CUSTOMER)))
 
     assert isinstance(erased.exception(), DeliveryPending)
@@ -634,34 +614,36 @@ def test_erasing_waits_for_a_begin_and_is_refused(make_dispatcher: Make, blocked
 
 
 @on_postgresql
-def test_an_attempt_that_waited_for_the_erasing_is_missing(make_dispatcher: Make, blocked: Blocked) -> None:
-    sink = Sink()
-    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=sink)) for _ in range(2))
-    delivery = planned(worker, customer_chain(person, 1))
+def test_an_attempt_that_waited_for_the_erasing_is_missing(make_dispatcher: shop.Make, blocked: Blocked) -> None:
+    sink = shop.Sink()
+    worker, person = (make_dispatcher(shop.cart(TRANSITIONS, callback=sink)) for _ in range(2))
+    delivery = shop.planned(worker, customer_chain(person, 1))
 
     with uncommitted(lambda: person.erase_resource(CUSTOMER)) as erased:
-        made = blocked(lambda: attempt(worker, delivery))
+        made = blocked(lambda: shop.attempt(worker, delivery))
 
     assert erased.result() == 1
     assert made.result().outcome == "missing" and len(sink) == 0
-    assert count_rows(person, DeliveryRow) == 0
+    assert shop.count_rows(person, DeliveryRow) == 0
 
 
 # --- states that were renamed ----------------------------------------------------------------------------------------
 
 
-def test_mapping_states_counts_first_and_then_puts_chains_into_the_new_one(make_dispatcher: Make) -> None:
-    old = make_dispatcher(cart({NEW: [transition("Old", "nudged")], "nudged": [Remind]}, callback=Sink()))
-    chains = [new_chain(old, number).move_to("nudged", "to begin with") for number in range(3)]
-    owing = planned(old, chains[0])
-    elsewhere = new_chain(old, 99)
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
-    before = dump_rows(dispatcher)
+def test_mapping_states_counts_first_and_then_puts_chains_into_the_new_one(make_dispatcher: shop.Make) -> None:
+    old = make_dispatcher(
+        shop.cart({NEW: [shop.transition("Old", "nudged")], "nudged": [Remind]}, callback=shop.Sink())
+    )
+    chains = [shop.new_chain(old, number).move_to("nudged", "to begin with") for number in range(3)]
+    owing = shop.planned(old, chains[0])
+    elsewhere = shop.new_chain(old, 99)
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink()))
+    before = shop.dump_rows(dispatcher)
 
-    assert dispatcher.map_states(CHAIN_TYPE, "nudged", "reminded", dry_run=True) == MapCounts(3, 0)
-    assert dump_rows(dispatcher) == before
+    assert dispatcher.map_states(shop.CHAIN_TYPE, "nudged", "reminded", dry_run=True) == MapCounts(3, 0)
+    assert shop.dump_rows(dispatcher) == before
 
-    assert dispatcher.map_states(CHAIN_TYPE, "nudged", "reminded", requested_by="ada") == MapCounts(3, 0)
+    assert dispatcher.map_states(shop.CHAIN_TYPE, "nudged", "reminded", requested_by="ada") == MapCounts(3, 0)
 
     for chain in chains:
         assert chain.refresh().state == "reminded" and chain.due_at is not None
@@ -670,47 +652,51 @@ def test_mapping_states_counts_first_and_then_puts_chains_into_the_new_one(make_
         assert (last.requested_by, last.detail) == ("ada", "from nudged")
     assert [one.status for one in dispatcher.find_deliveries() if one.id == owing.id] == ["cancelled"]
     assert elsewhere.refresh().state == NEW
-    assert dispatcher.map_states(CHAIN_TYPE, "nudged", "reminded") == MapCounts(0, 0)
+    assert dispatcher.map_states(shop.CHAIN_TYPE, "nudged", "reminded") == MapCounts(0, 0)
 
 
-def test_mapping_states_leaves_chains_with_a_running_attempt_and_counts_them(make_dispatcher: Make) -> None:
-    gate = Gate()
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink(gate.wait)))
-    busy, idle = new_chain(dispatcher, 1), new_chain(dispatcher, 2)
-    delivery = planned(dispatcher, busy)
+def test_mapping_states_leaves_chains_with_a_running_attempt_and_counts_them(make_dispatcher: shop.Make) -> None:
+    gate = shop.Gate()
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(gate.wait)))
+    busy, idle = shop.new_chain(dispatcher, 1), shop.new_chain(dispatcher, 2)
+    delivery = shop.planned(dispatcher, busy)
 
-    with gate.during(lambda: attempt(dispatcher, delivery)) as future:
-        assert dispatcher.map_states(CHAIN_TYPE, NEW, "never") == MapCounts(1, 1)
+    with gate.during(lambda: shop.attempt(dispatcher, delivery)) as future:
+        assert dispatcher.map_states(shop.CHAIN_TYPE, NEW, "never") == MapCounts(1, 1)
 
     assert future.result().outcome == "delivered"
     assert (busy.refresh().state, idle.refresh().state) == ("reminded", "never")
 
 
 @pytest.mark.parametrize(("to_state", "problem"), [("nowhere", "unknown state"), (NEW, "is the old state")])
-def test_mapping_to_a_state_that_makes_no_sense_is_refused(make_dispatcher: Make, to_state: str, problem: str) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
-    new_chain(dispatcher)
-    before = dump_rows(dispatcher)
+def test_mapping_to_a_state_that_makes_no_sense_is_refused(
+    make_dispatcher: shop.Make, to_state: str, problem: str
+) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink()))
+    shop.new_chain(dispatcher)
+    before = shop.dump_rows(dispatcher)
 
     with pytest.raises(ConfigurationError, match=problem):
-        dispatcher.map_states(CHAIN_TYPE, NEW, to_state)
+        dispatcher.map_states(shop.CHAIN_TYPE, NEW, to_state)
 
-    assert dump_rows(dispatcher) == before
+    assert shop.dump_rows(dispatcher) == before
 
 
 # --- a chain type ----------------------------------------------------------------------------------------------------
 
 
-def test_a_paused_type_is_not_planned_by_anybody_until_it_is_resumed(make_dispatcher: Make, broker_url: str) -> None:
-    sink = Sink()
-    config = cart(TRANSITIONS, callback=sink)
+def test_a_paused_type_is_not_planned_by_anybody_until_it_is_resumed(
+    make_dispatcher: shop.Make, broker_url: str
+) -> None:
+    sink = shop.Sink()
+    config = shop.cart(TRANSITIONS, callback=sink)
     config["chains"] += [{"chain_type": "other", "callback": sink, "transitions": TRANSITIONS}]
     first = make_dispatcher(config)
-    chain, owing, other = new_chain(first, 1), new_chain(first, 2), new_chain(first, 3, "other")
-    delivery = planned(first, owing)
+    chain, owing, other = shop.new_chain(first, 1), shop.new_chain(first, 2), shop.new_chain(first, 3, "other")
+    delivery = shop.planned(first, owing)
 
-    assert first.pause(CHAIN_TYPE, "mail provider is down") is True
-    assert first.pause(CHAIN_TYPE, "once more") is False
+    assert first.pause(shop.CHAIN_TYPE, "mail provider is down") is True
+    assert first.pause(shop.CHAIN_TYPE, "once more") is False
 
     dispatcher = make_dispatcher(config)  # knows at once what others notice within two seconds
     (result,) = dispatcher.execute_chains([chain.id])
@@ -719,26 +705,26 @@ def test_a_paused_type_is_not_planned_by_anybody_until_it_is_resumed(make_dispat
         dispatcher.chain(result.chain_id or 0).execute()
     chain.enqueue(initial_context={"asked": 1}, requested_by="shop")
     assert dispatcher.execute_chains([chain.id])[0].outcome == "disabled"
-    assert row_of(dispatcher, chain.id).request["context"] == {"asked": 1}, "the request waits"
-    take_messages(broker_url, "dispatcher.chains")
+    assert shop.row_of(dispatcher, chain.id).request["context"] == {"asked": 1}, "the request waits"
+    shop.take_messages(broker_url, shop.CHAINS)
     assert dispatcher.sweep()["due"] == 1
-    (message,) = take_messages(broker_url, "dispatcher.chains")
+    (message,) = shop.take_messages(broker_url, shop.CHAINS)
     assert message.kwargs["chain_ids"] == [other.id]
-    assert attempt(dispatcher, delivery).outcome == "delivered", "what is owed already goes on"
+    assert shop.attempt(dispatcher, delivery).outcome == "delivered", "what is owed already goes on"
     assert dispatcher.chain(other.id or 0).execute()["outcome"] == "moved"
-    (row,) = [row for row in dispatcher.find_types() if row.name == CHAIN_TYPE]
+    (row,) = [row for row in dispatcher.find_types() if row.name == shop.CHAIN_TYPE]
     assert (row.paused, row.paused_reason) == (True, "mail provider is down")
 
-    assert dispatcher.resume(CHAIN_TYPE) is True
-    assert dispatcher.resume(CHAIN_TYPE) is False
+    assert dispatcher.resume(shop.CHAIN_TYPE) is True
+    assert dispatcher.resume(shop.CHAIN_TYPE) is False
     after = make_dispatcher(config)
-    assert attempt(after, planned(after, chain)).outcome == "delivered"
+    assert shop.attempt(after, shop.planned(after, chain)).outcome == "delivered"
     assert sink.calls[-1].context["asked"] == 1
-    assert_consistent(after)
+    shop.assert_consistent(after)
 
 
-def test_an_unknown_chain_type_is_neither_paused_nor_resumed(make_dispatcher: Make) -> None:
-    dispatcher = make_dispatcher(cart(TRANSITIONS, callback=Sink()))
+def test_an_unknown_chain_type_is_neither_paused_nor_resumed(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink()))
     for act in (lambda: dispatcher.pause("carts", "a typo"), lambda: dispatcher.resume("carts")):
         with pytest.raises(ConfigurationError, match="'carts'"):
             act()
@@ -751,12 +737,12 @@ def test_an_unknown_chain_type_is_neither_paused_nor_resumed(make_dispatcher: Ma
 @on_postgresql
 @pytest.mark.parametrize("together", [1, 2])
 def test_an_attempt_that_waited_for_the_disabling_does_not_begin(
-    make_dispatcher: Make, blocked: Blocked, together: int
+    make_dispatcher: shop.Make, blocked: Blocked, together: int
 ) -> None:
     """A statement that waited for a row sees that row's new version, but the other tables as they were before."""
-    sink = Sink()
-    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=sink)) for _ in range(2))
-    owed = [Owed(planned(worker, customer_chain(person, number)).id, 1) for number in range(together)]
+    sink = shop.Sink()
+    worker, person = (make_dispatcher(shop.cart(TRANSITIONS, callback=sink)) for _ in range(2))
+    owed = [Owed(shop.planned(worker, customer_chain(person, number)).id, 1) for number in range(together)]
 
     with uncommitted(lambda: person.disable_resource(CUSTOMER)) as disabled:
         made = blocked(lambda: worker.deliver(owed))
@@ -766,25 +752,27 @@ def test_an_attempt_that_waited_for_the_disabling_does_not_begin(
     assert {(one.status, one.attempt) for one in person.find_deliveries()} == {("pending", 0)}
     person.enable_resource(CUSTOMER)
     assert {one.outcome for one in worker.deliver(owed)} == {"delivered"} and len(sink) == together
-    assert_consistent(person)
+    shop.assert_consistent(person)
 
 
 @on_postgresql
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_delivery_that_fails_while_its_chain_is_enabled_or_disabled_is_the_relay_s_to_see_or_not(
-    make_dispatcher: Make, blocked: Blocked, enabled: bool
+    make_dispatcher: shop.Make, blocked: Blocked, enabled: bool
 ) -> None:
     """Otherwise one that has just been enabled would never be relayed again."""
-    worker, person = (make_dispatcher(cart(TRANSITIONS, callback=Sink(Raises(OSError())))) for _ in range(2))
+    worker, person = (
+        make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(shop.Raises(OSError())))) for _ in range(2)
+    )
     chain = customer_chain(person, 1)
-    delivery = planned(worker, chain)
+    delivery = shop.planned(worker, chain)
     change = person.disable_resource
     if enabled:
-        change_chain(person, chain.id, disabled=True)
+        shop.change_chain(person, chain.id, disabled=True)
         change = person.enable_resource
-    crashed(worker, delivery)
-    change_delivery(worker, delivery.id, lease_until=datetime.now(UTC) + timedelta(minutes=1), publish_after=None)
-    running = delivery_of(worker, chain)
+    shop.crashed(worker, delivery)
+    shop.change_delivery(worker, delivery.id, lease_until=datetime.now(UTC) + timedelta(minutes=1), publish_after=None)
+    running = shop.delivery_of(worker, chain)
 
     def fail() -> bool:
         return worker.database.write(
@@ -795,4 +783,4 @@ def test_a_delivery_that_fails_while_its_chain_is_enabled_or_disabled_is_the_rel
         failed = blocked(fail)
 
     assert changed.result() == 1 and failed.result()
-    assert (delivery_of(worker, chain).publish_after is not None) == enabled
+    assert (shop.delivery_of(worker, chain).publish_after is not None) == enabled
