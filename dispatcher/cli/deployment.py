@@ -5,8 +5,6 @@ The functions import the library late, because loading SQLAlchemy and Celery tak
 
 from typing import TYPE_CHECKING
 
-from dispatcher.errors import ConfigurationError
-
 if TYPE_CHECKING:
     from dispatcher.dispatcher import Dispatcher
     from dispatcher.settings import Settings
@@ -14,18 +12,19 @@ if TYPE_CHECKING:
 
 
 def read_settings() -> "Settings":
-    """The settings. Raises `ConfigurationError`, which names each environment variable with a wrong value."""
-    from pydantic import ValidationError  # noqa: PLC0415 - late, as said above
-
+    """The settings. Raises pydantic's `ValidationError`, which `setting_problems` puts into words."""
     from dispatcher.settings import Settings  # noqa: PLC0415 - late, as said above
 
-    try:
-        return Settings()
-    except ValidationError as error:
-        problems = [f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors()]
-        raise ConfigurationError(
-            "; ".join(problems)
-        ) from None  # the original error may show a value, perhaps a password
+    return Settings()
+
+
+def setting_problems(error: ValueError) -> str:
+    """What is wrong with each environment variable, without its value; any other error is raised again."""
+    from pydantic import ValidationError  # noqa: PLC0415 - late, as said above
+
+    if not isinstance(error, ValidationError):
+        raise error
+    return "; ".join(f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors())
 
 
 def open_dispatcher(settings: "Settings | None" = None) -> "Dispatcher":

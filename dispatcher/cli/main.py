@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from dispatcher.cli.deployment import open_database, open_dispatcher, read_settings
+from dispatcher.cli.deployment import open_database, open_dispatcher, read_settings, setting_problems
 from dispatcher.cli.operations import add_operations
 from dispatcher.cli.output import (
     dry_run_option,
@@ -51,6 +51,8 @@ def main() -> NoReturn:
         cli(prog_name="dispatcher")
     except DispatcherError as error:
         _fail(str(error))
+    except ValueError as error:  # also of the configuration's module, which may make its own `Settings`
+        _fail(setting_problems(error))
     raise AssertionError("unreachable: click exits")
 
 

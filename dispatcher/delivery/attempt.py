@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
 from dispatcher.domain.config import Callback, ChainType
-from dispatcher.domain.contexts import merged_context
+from dispatcher.domain.contexts import load_contexts, merged_context
 from dispatcher.domain.evaluation import GuardFailed, Plan, evaluate
 from dispatcher.domain.records import Begun, DeliveryRecord
 from dispatcher.errors import ends_process
@@ -79,26 +79,30 @@ class TakenOver:
     """Another process has settled the delivery meanwhile."""
 
 
+Loaded: TypeAlias = Mapping[str, Any] | BaseException
+"""What `load_context` gave for a chain, or what it raised."""
+
 End: TypeAlias = Called | Verified | NotValid | Failed | StillUnknown | NoneLeft | TakenOver
 """How an attempt ended."""
 
 
 def make_attempt(
     attempt: Attempt,
-    loaded: Mapping[str, Any] | BaseException,
+    loaded: Loaded | None,
     *,
     last_look_seconds: float,
     mark_known: Callable[[Attempt], bool],
 ) -> End:
     """Settle what an earlier attempt left, look once more, call the callback; how the attempt ended.
 
-    `loaded` is what the batch's `load_context` gave for the chain. `mark_known` notes in the row that the earlier
-    attempts had no effect; False says that the delivery is no longer ours.
+    `loaded` is what the batch's `load_context` gave for the chain. None loads the facts here: once for `verify()`, and
+    again for the callback, because `verify()` may take long and may change nested values. `mark_known` notes in the
+    row that the earlier attempts had no effect; False says that the delivery is no longer ours.
     """
     delivery = attempt.delivery
     unknown = delivery.unknown
     if unknown:
-        settled = _settle_unknown(attempt, loaded, mark_known)
+        settled = _settle_unknown(attempt, mark_known)
         if not isinstance(settled, bool):
             return settled
         unknown = settled
@@ -120,12 +124,10 @@ def make_attempt(
     return Called(transition)
 
 
-def _settle_unknown(
-    attempt: Attempt, loaded: Mapping[str, Any] | BaseException, mark_known: Callable[[Attempt], bool]
-) -> End | bool:
+def _settle_unknown(attempt: Attempt, mark_known: Callable[[Attempt], bool]) -> End | bool:
     """The attempt's end where an earlier attempt's unknown effect decides it; else whether it is still unknown."""
     try:
-        transition = bare_transition(attempt, _context(attempt, loaded))
+        transition = bare_transition(attempt, _context(attempt, None))
         took_place = verified(transition)
     except BaseException as error:
         if ends_process(error):
@@ -159,7 +161,10 @@ def verified(transition: Transition) -> bool | None:
     return None if answer is None else bool(answer)
 
 
-def _context(attempt: Attempt, loaded: Mapping[str, Any] | BaseException) -> dict[str, Any]:
+def _context(attempt: Attempt, loaded: Loaded | None) -> dict[str, Any]:
+    if loaded is None:
+        record = attempt.begun.chain
+        loaded = load_contexts(attempt.chain_type, [record]).get(record.id, {})
     if isinstance(loaded, BaseException):
         raise loaded
     return merged_context(loaded, attempt.begun.chain.context, attempt.delivery.context)

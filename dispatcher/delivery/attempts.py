@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from sqlalchemy.exc import DBAPIError
+
 from dispatcher.delivery.attempt import Attempt, Called, Failed, make_attempt
 from dispatcher.delivery.ends import Ends
 from dispatcher.delivery.pacing import Pacing
@@ -17,6 +19,7 @@ from dispatcher.domain.config import DispatcherConfig
 from dispatcher.domain.contexts import load_contexts
 from dispatcher.domain.records import Begun, Owed, valid_id
 from dispatcher.domain.results import AttemptResult
+from dispatcher.errors import ServiceUnavailable
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.settings import Settings
 from dispatcher.states import AttemptOutcome
@@ -59,20 +62,21 @@ class Attempts:
         """
         messages = [_checked(message) for message in owed]
         waiting = [message for message in messages if message is not None]
-        results: dict[str, AttemptResult] = {}
+        results: dict[Owed, AttemptResult] = {}
         stop_at = time.monotonic() + self._settings.callback_seconds / 2
         for start in range(0, len(waiting), _GROUP):
             if start and time.monotonic() >= stop_at:
                 self._publish_again(waiting[start:])
                 break
             for result in self._deliver_group(waiting[start : start + _GROUP], stop_at):
-                results[result.delivery_id] = result
+                # The first result counts: a message may name the same attempt twice, and the second is stale.
+                results.setdefault(Owed(result.delivery_id, result.attempt), result)
         return [_result_of(asked, checked, results) for asked, checked in zip(owed, messages, strict=True)]
 
     def _deliver_group(self, owed: Sequence[Owed], stop_at: float) -> list[AttemptResult]:
         finish_by = time.monotonic() + self._settings.lease_seconds
         begun = store.begin(self._database, owed, lease_seconds=self._settings.lease_seconds)
-        results = self._not_begun(owed, begun)
+        results: list[AttemptResult] = []
         attempts: list[Attempt] = []
         for row in begun:
             attempt = self._ready_to_call(row, finish_by)
@@ -80,15 +84,22 @@ class Attempts:
                 attempts.append(attempt)
             else:
                 results.append(attempt)
-        return results + list(self._call(attempts, stop_at))
+        results += self._call(attempts, stop_at)
+        return results + self._not_begun(owed, begun)
 
     def _not_begun(self, owed: Sequence[Owed], begun: Sequence[Begun]) -> list[AttemptResult]:
+        """The results of attempts that did not begin. It is asked last, because an error here must not keep others."""
         begun_ids = {row.delivery.id for row in begun}
         refused = [message for message in owed if message.delivery_id not in begun_ids]
         if not refused:
             return []
-        with self._database.read() as connection:
-            outcomes = deliveries.why_not_begun(connection, [message.delivery_id for message in refused])
+        try:
+            with self._database.read() as connection:
+                outcomes = deliveries.why_not_begun(connection, [message.delivery_id for message in refused])
+        except (ServiceUnavailable, DBAPIError):
+            if not begun:
+                raise
+            outcomes = {message.delivery_id: AttemptOutcome.STALE for message in refused}
         return [
             self._ends.not_begun(message.delivery_id, message.attempt, outcomes[message.delivery_id])
             for message in refused
@@ -116,7 +127,7 @@ class Attempts:
 
         A process that is killed leaves few unknown effects that way.
         """
-        loaded = _load(attempts)
+        loaded = _load([attempt for attempt in attempts if not attempt.delivery.unknown])
         called: list[tuple[Attempt, Called]] = []
         since = time.monotonic()
         for number, attempt in enumerate(attempts):
@@ -126,7 +137,7 @@ class Attempts:
                 return
             end = make_attempt(
                 attempt,
-                loaded.get(attempt.begun.chain.id, {}),
+                None if attempt.delivery.unknown else loaded.get(attempt.begun.chain.id, {}),
                 last_look_seconds=self._settings.last_look_seconds,
                 mark_known=self._ends.mark_known,
             )
@@ -161,10 +172,10 @@ def _checked(message: Owed) -> Owed | None:
     return Owed(delivery_id, message.attempt)
 
 
-def _result_of(asked: Owed, checked: Owed | None, results: Mapping[str, AttemptResult]) -> AttemptResult:
+def _result_of(asked: Owed, checked: Owed | None, results: Mapping[Owed, AttemptResult]) -> AttemptResult:
     if checked is None:
         return AttemptResult(str(asked.delivery_id)[:40], asked.attempt, AttemptOutcome.MISSING)
-    return results.get(checked.delivery_id, AttemptResult(checked.delivery_id, checked.attempt, AttemptOutcome.STALE))
+    return results.get(checked, AttemptResult(checked.delivery_id, checked.attempt, AttemptOutcome.STALE))
 
 
 def _load(attempts: Sequence[Attempt]) -> dict[int, Mapping[str, Any] | BaseException]:

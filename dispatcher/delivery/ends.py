@@ -253,9 +253,15 @@ class Ends:
         def work(connection: Connection) -> bool:
             return deliveries.stop(connection, delivery, status=status, error=reason, now=attempt.now)
 
-        done = self._write(attempt, work, (status,))
-        outcome = AttemptOutcome(status.value) if done else AttemptOutcome.STALE
-        return _result(attempt, outcome, reason, error=error)
+        done = False
+        try:
+            done = self._write(attempt, work, (status,))
+        finally:
+            if not done and error is not None:  # nowhere else would anybody see what the callback raised
+                _log_failure(attempt, error)
+        if not done:
+            return _result(attempt, AttemptOutcome.STALE, reason)
+        return _result(attempt, AttemptOutcome(status.value), reason, error=error)
 
     def _write(
         self,

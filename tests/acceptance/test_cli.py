@@ -102,6 +102,16 @@ def closed_port() -> Iterator[int]:
         yield bound.getsockname()[1]
 
 
+@pytest.mark.parametrize("where", ["environment", "configuration"])
+def test_a_setting_that_does_not_fit_is_one_line_without_its_value(run: CommandLine, where: str) -> None:
+    if where == "environment":
+        problem = run.problem("chains", "list", DISPATCHER_RELAY_SECONDS="-77")
+    else:
+        run.configure("from dispatcher import Settings\n\nCONFIG = Settings(relay_seconds=-77)\n")
+        problem = run.problem("chains", "list")
+    assert problem.startswith("DISPATCHER_RELAY_SECONDS: ") and "77" not in problem
+
+
 # --- what it prints --------------------------------------------------------------------------------------------------
 
 

@@ -1,18 +1,29 @@
 """Deliveries: one attempt at a time, the row as the truth, retried, looked at last, settled after a crash."""
 
 import logging
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from psycopg import sql
 from sqlalchemy import delete
 from sqlalchemy.exc import OperationalError
 
-from dispatcher import DONE, NEW, Chain, Dispatcher, PermanentFailure, RetryPolicy, Transition
+from dispatcher import (
+    DONE,
+    NEW,
+    Chain,
+    Dispatcher,
+    PermanentFailure,
+    RetryPolicy,
+    ServiceUnavailable,
+    Transition,
+)
 from dispatcher.domain.records import Owed
-from dispatcher.storage import database
+from dispatcher.storage import database, deliveries
 from dispatcher.storage.models import ChainRow
 from tests.integration import shop
 from tests.servers import PostgresServer
@@ -928,3 +939,89 @@ def test_deliveries_are_found_by_chain_type_and_status(make_dispatcher: shop.Mak
     assert len(dispatcher.find_deliveries(chain_type="cart")) == 2
     assert dispatcher.find_deliveries(chain_type="basket") == []
     assert [one.chain_id for one in dispatcher.find_deliveries(limit=1)] == [second.id]
+
+
+# --- what goes wrong around a group ----------------------------------------------------------------------------------
+
+
+def owed_of_new_chains(dispatcher: Dispatcher, count: int) -> tuple[list[Chain], list[Owed]]:
+    chains = [
+        dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, [("cart", str(number))]) for number in range(count)
+    ]
+    return chains, [Owed(shop.planned(dispatcher, chain).id, 1) for chain in chains]
+
+
+def away(*_: Any, **__: Any) -> Any:
+    raise ServiceUnavailable("database", "nowhere", "connection lost")
+
+
+def test_a_question_that_fails_keeps_nobody_who_has_begun_from_being_called(
+    make_dispatcher: shop.Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=sink, on_unknown="hold"))
+    chains, owed = owed_of_new_chains(dispatcher, 3)
+    lost = Owed("0190d4b0-0000-7000-8000-000000000000", 1)
+    monkeypatch.setattr(deliveries, "why_not_begun", away)
+
+    results = dispatcher.deliver([*owed, lost])
+
+    assert [result.outcome for result in results] == ["delivered", "delivered", "delivered", "stale"]
+    assert len(sink) == 3 and {chain.refresh().state for chain in chains} == {"reminded"}
+    with pytest.raises(ServiceUnavailable):
+        dispatcher.deliver([lost])
+
+
+def test_an_attempt_that_a_message_names_twice_keeps_its_first_result(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Raises(ValueError("down"))))
+    _, owed = owed_of_new_chains(dispatcher, 11)
+
+    results = dispatcher.deliver([*owed, owed[0]])
+
+    assert [result.outcome for result in results] == ["retrying"] * 12
+    assert results[0].retry_seconds is not None
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_the_last_error_is_logged_even_where_its_end_cannot_be_written(
+    make_dispatcher: shop.Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    taken_over: bool,
+) -> None:
+    once = shop.transition("Once", "once", retry=RetryPolicy(max_attempts=1))
+    dispatcher = make_dispatcher(shop.cart({NEW: [once]}, callback=shop.Raises(ValueError("no such address"))))
+    _, owed = owed_of_new_chains(dispatcher, 1)
+    monkeypatch.setattr(deliveries, "stop", (lambda *_, **__: False) if taken_over else away)
+    monkeypatch.setattr("dispatcher.delivery.recording.time", Mock(monotonic=lambda: math.inf))
+
+    if taken_over:
+        (result,) = dispatcher.deliver(owed)
+        assert result.outcome == "stale"
+    else:
+        with pytest.raises(ServiceUnavailable):
+            dispatcher.deliver(owed)
+    (failed,) = [record for record in caplog.records if getattr(record, "action", "") == "attempt_failed"]
+    assert failed.levelno == logging.WARNING and "no such address" in caplog.text
+
+
+def test_verify_and_the_callback_get_facts_of_their_own(make_dispatcher: shop.Make) -> None:
+    def verify(transition: Any) -> bool:
+        transition.context["seen"].append("verify")
+        return False
+
+    seen = []
+    verified = shop.transition("Verified", "verified", verify=verify)
+    dispatcher = make_dispatcher(
+        shop.cart(
+            {NEW: [verified]},
+            callback=lambda transition: seen.append(list(transition.context["seen"])),
+            load_context=lambda snapshots: {snapshot.id: {"seen": []} for snapshot in snapshots},
+        )
+    )
+    _, owed = owed_of_new_chains(dispatcher, 2)
+    shop.change_delivery(dispatcher, owed[0].delivery_id, unknown=True)
+
+    assert [result.outcome for result in dispatcher.deliver(owed)] == ["delivered", "delivered"]
+    assert seen == [[], []]
