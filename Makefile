@@ -12,7 +12,7 @@ SLOW_SCALE ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-CORE := dispatcher/domain/*,dispatcher/errors.py,dispatcher/states.py,dispatcher/rates.py,dispatcher/retry.py,dispatcher/transition.py
+CORE := dispatcher/domain/*,dispatcher/bounds.py,dispatcher/errors.py,dispatcher/states.py,dispatcher/rates.py,dispatcher/retry.py,dispatcher/transition.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,6 +1,7 @@
 """The waits between failed attempts: exponential backoff with a cap and jitter."""
 
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,6 +53,17 @@ class RetryPolicy:
         return timedelta(seconds=seconds * (1 - self.jitter + 2 * self.jitter * random()))
 
 
-def growing_interval(failures: int, *, base_seconds: float = 60.0, cap_seconds: float = 3600.0) -> timedelta:
-    """The wait before evaluation number `failures + 1` of a chain whose guards failed `failures` times in a row."""
-    return timedelta(seconds=min(base_seconds * 2 ** min(failures - 1, 30), cap_seconds))
+def growing_interval(
+    failures: int, *, spread: float = 1.0, base_seconds: float = 60.0, cap_seconds: float = 3600.0
+) -> timedelta:
+    """The wait before evaluation number `failures + 1` of a chain whose guards failed `failures` times in a row.
+
+    `spread` in [0, 1] takes from 80 % to 100 % of it, so that chains that failed together are not asked again together.
+    """
+    seconds = min(base_seconds * 2 ** min(failures - 1, 30), cap_seconds)
+    return timedelta(seconds=seconds * (0.8 + 0.2 * spread))
+
+
+def spread_of(chain_id: int, failures: int) -> float:
+    """A number in [0, 1) for a chain and failure: evenly spread, and always the same, so that deciding stays pure."""
+    return zlib.crc32(f"{chain_id}/{failures}".encode()) / 2**32

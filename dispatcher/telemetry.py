@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
+from dispatcher.bounds import safe_text
+from dispatcher.errors import ends_process
+
 _logger = logging.getLogger(__name__)
+
+_MAX_ERROR_TEXT: Final = 10_000
 
 
 class Action(StrEnum):
@@ -136,7 +141,8 @@ def emit(
     """
     level = level_of(action) if level is None else level
     if logger.isEnabledFor(level):
-        logger.log(level, message, *arguments, exc_info=error, extra={"action": action.value, **facts}, stacklevel=2)
+        shown = None if error is None else _bounded(error)
+        logger.log(level, message, *arguments, exc_info=shown, extra={"action": action.value, **facts}, stacklevel=2)
     if _listeners:
         event = LogEvent(action, level, facts, error)
         for listener in tuple(_listeners):
@@ -156,6 +162,20 @@ def listen(listener: Listener) -> Callable[[], None]:
             _listeners.remove(listener)
 
     return end
+
+
+def _bounded(error: BaseException) -> BaseException:
+    """`error`; where its text is too long for a log, or raises, a stand-in with its type's name and its traceback."""
+    try:
+        if len(str(error)) <= _MAX_ERROR_TEXT:
+            return error
+    except BaseException as problem:  # user code: the error's own __str__
+        if ends_process(problem):
+            raise
+    kind = type(error)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    stand_in: BaseException = type(kind.__name__, (Exception,), names)(safe_text(error, _MAX_ERROR_TEXT))
+    return stand_in.with_traceback(error.__traceback__)
 
 
 def _call(listener: Listener, event: LogEvent) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
 from typing import Any, ClassVar
 
+from dispatcher.bounds import EARLIEST, LATEST, bounded
 from dispatcher.retry import RetryPolicy
 
 
@@ -103,7 +104,17 @@ class Transition:
 
 
 def as_utc(when: date | datetime) -> datetime:
-    """`when` as an aware UTC datetime. A naive datetime means UTC; a date means its first moment."""
+    """`when` as an aware UTC datetime. A naive datetime means UTC; a date means its first moment.
+
+    A moment that some database cannot store becomes the nearest one that all can: `datetime.max` means "never".
+    """
     if not isinstance(when, datetime):
-        return datetime.combine(when, time.min, tzinfo=UTC)
-    return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+        moment = datetime.combine(when, time.min, tzinfo=UTC)
+    elif when.tzinfo is None:
+        moment = when.replace(tzinfo=UTC)
+    else:
+        try:
+            moment = when.astimezone(UTC)
+        except OverflowError:  # within a day of the first or the last moment that Python knows
+            moment = EARLIEST if when.year == 1 else LATEST
+    return bounded(moment)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
+from dispatcher.bounds import refuse_awaitable
 from dispatcher.domain.config import Callback, ChainType
 from dispatcher.domain.contexts import load_contexts, merged_context
 from dispatcher.domain.evaluation import GuardFailed, Plan, evaluate
@@ -116,7 +117,7 @@ def make_attempt(
                 return NotValid(plan)
             transition = plan.winner
             transition.idempotency_key = delivery.idempotency_key
-        attempt.callback(transition, **(delivery.kwargs or {}))
+        refuse_awaitable(attempt.callback(transition, **(delivery.kwargs or {})), "the callback")
     except BaseException as error:
         if ends_process(error):
             raise
@@ -158,6 +159,7 @@ def verified(transition: Transition) -> bool | None:
     if verify is None:
         return None
     answer = verify()
+    refuse_awaitable(answer, "verify()")
     return None if answer is None else bool(answer)
 
 
@@ -173,6 +175,8 @@ def _context(attempt: Attempt, loaded: Loaded | None) -> dict[str, Any]:
 def _look_again(attempt: Attempt, context: Mapping[str, Any]) -> Plan:
     candidates = attempt.chain_type.candidates(attempt.delivery.from_state)
     try:
-        return evaluate(attempt.begun.chain.snapshot(), candidates, context, attempt.now)
+        return evaluate(
+            attempt.begun.chain.snapshot(), candidates, context, attempt.now, states=attempt.chain_type.states
+        )
     except GuardFailed as error:
         raise error.__cause__ or error from error

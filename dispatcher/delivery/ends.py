@@ -10,6 +10,7 @@ from typing import Final
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
+from dispatcher.bounds import describe
 from dispatcher.delivery.attempt import (
     Attempt,
     Called,
@@ -23,12 +24,12 @@ from dispatcher.delivery.attempt import (
     bare_transition,
 )
 from dispatcher.delivery.pacing import Deferral
-from dispatcher.delivery.recording import recorded
+from dispatcher.delivery.recording import note_problem, recorded
 from dispatcher.domain.config import ChainType
-from dispatcher.domain.decisions import due_after_move, next_update
+from dispatcher.domain.decisions import due_after_move, rest_after_call
 from dispatcher.domain.evaluation import Plan
 from dispatcher.domain.records import Begun, DeliveryRecord, Finished
-from dispatcher.domain.results import AttemptResult, describe, reasons_text
+from dispatcher.domain.results import AttemptResult, reasons_text
 from dispatcher.errors import PermanentFailure, ServiceUnavailable
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import CHAINS_QUEUE, MAX_COUNTDOWN
@@ -71,7 +72,7 @@ class Ends:
         delivery, record = begun.delivery, begun.chain
         reason = f"{_UNKNOWN_DEFINITION}{name!r}"
         waited = max((begun.machine_now - delivery.planned_at).total_seconds(), 0)
-        seconds = growing_interval(1 + int(waited // 60)).total_seconds()
+        seconds = growing_interval(1 + int(waited // 60), spread=self._random()).total_seconds()
 
         def work(connection: Connection) -> bool:
             postponed = deliveries.postpone(connection, delivery, seconds=seconds, reason=reason)
@@ -169,6 +170,8 @@ class Ends:
         results = []
         for (attempt, _), written in zip(called, finished, strict=True):
             ours = attempt.delivery.id in done
+            if ours:
+                note_problem(self._database, written, now)
             results.append(_result(attempt, AttemptOutcome.DELIVERED if ours else AttemptOutcome.STALE))
             if ours and attempt.chain_type.continue_ and written.due_at is not None:
                 self._publish_next(attempt)
@@ -187,6 +190,7 @@ class Ends:
             commit_may_have_succeeded=commit_may_have_succeeded,
         ):
             return _result(attempt, AttemptOutcome.STALE, "the delivery was taken over while the callback ran")
+        note_problem(self._database, finished, attempt.now)
         if attempt.chain_type.continue_ and finished.due_at is not None:
             self._publish_next(attempt)
         return _result(attempt, AttemptOutcome.DELIVERED, detail)
@@ -228,7 +232,7 @@ class Ends:
         if error is not None:
             _log_failure(attempt, error)
         delivery = attempt.delivery
-        next_update_at = next_update(transition) if transition is not None else None
+        next_update_at = rest_after_call(transition, attempt.now).next_update_at if transition is not None else None
         due_at = due_after_move(attempt.chain_type, delivery.final_state, next_update_at, attempt.now)
 
         def work(connection: Connection) -> bool:
@@ -308,9 +312,9 @@ def finished_delivery(
     delivery: DeliveryRecord, transition: Transition, chain_type: ChainType, now: datetime
 ) -> Finished:
     """What to record of a delivery that has succeeded: also until when its chain rests, and when the chain is due."""
-    next_update_at = next_update(transition)
-    due_at = due_after_move(chain_type, delivery.final_state, next_update_at, now)
-    return Finished(delivery, next_update_at, due_at)
+    asked = rest_after_call(transition, now)
+    due_at = due_after_move(chain_type, delivery.final_state, asked.next_update_at, now)
+    return Finished(delivery, asked.next_update_at, due_at, asked.problem)
 
 
 def _for_skipping(attempt: Attempt) -> Transition | None:

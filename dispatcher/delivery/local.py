@@ -12,11 +12,12 @@ from typing import Any
 
 from sqlalchemy.exc import DBAPIError
 
+from dispatcher.bounds import describe, refuse_awaitable
 from dispatcher.delivery.ends import finished_delivery
-from dispatcher.delivery.recording import recorded
+from dispatcher.delivery.recording import note_problem, recorded
 from dispatcher.domain.config import Callback, DispatcherConfig
 from dispatcher.domain.records import DeliveryRecord
-from dispatcher.domain.results import ChainResult, describe
+from dispatcher.domain.results import ChainResult
 from dispatcher.errors import ServiceUnavailable, ends_process
 from dispatcher.settings import Settings
 from dispatcher.states import DeliveryStatus, Outcome
@@ -52,7 +53,7 @@ class LocalAttempts:
         transition.idempotency_key = delivery.idempotency_key
         with self._lease(delivery):
             try:
-                callback(transition, **kwargs)
+                refuse_awaitable(callback(transition, **kwargs), "the callback")
             except BaseException as error:
                 if isinstance(error, SystemExit) and ends_process(error):
                     raise  # a time limit: the effect is unknown, the lease ends, the relay settles it
@@ -75,13 +76,16 @@ class LocalAttempts:
     def _record_delivered(self, delivery: DeliveryRecord, transition: Transition, now: datetime) -> bool:
         chain_type = self._config.get(transition.chain.chain_type)
         finished = finished_delivery(delivery, transition, chain_type, now)
-        return recorded(
+        done = recorded(
             self._database,
             delivery,
             lambda: bool(store.finish(self._database, [finished], now=now)),
             (DeliveryStatus.DELIVERED,),
             finish_by=time.monotonic() + self._settings.lease_seconds,
         )
+        if done:
+            note_problem(self._database, finished, now)
+        return done
 
     def _cancel(self, delivery: DeliveryRecord, error: BaseException, now: datetime) -> None:
         """Close the delivery as cancelled; what keeps that from being written is logged, not raised.

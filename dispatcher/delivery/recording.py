@@ -3,14 +3,17 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from typing import Final
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from dispatcher.domain.records import DeliveryRecord
+from dispatcher.domain.records import DeliveryRecord, Finished
 from dispatcher.errors import ServiceUnavailable
-from dispatcher.states import DeliveryStatus
-from dispatcher.storage import deliveries
+from dispatcher.states import DeliveryStatus, EventAction
+from dispatcher.storage import deliveries, history
 from dispatcher.storage.database import Database
 from dispatcher.storage.deliveries import LostChain
 from dispatcher.telemetry import Action, emit
@@ -71,3 +74,28 @@ def _is_ours(
         row = deliveries.read(connection, delivery.id)
     expected_attempt = delivery.attempt if attempt_after is None else attempt_after
     return row is not None and row.attempt == expected_attempt and row.status in expected_statuses
+
+
+def note_problem(database: Database, finished: Finished, now: datetime) -> None:
+    """Add the event of a delivery that has succeeded although its transition then asked for what cannot be.
+
+    It is written after the move, because nothing about it may keep the move from being recorded.
+    """
+    if not finished.problem:
+        return
+    delivery = finished.delivery
+
+    def work(connection: Connection) -> None:
+        history.add_event_at_version(
+            connection,
+            delivery.chain_id,
+            EventAction.GUARD_FAILED,
+            value=delivery.final_state,
+            from_state=delivery.final_state,
+            to_state=delivery.final_state,
+            detail=finished.problem,
+            now=now,
+        )
+
+    with suppress(ServiceUnavailable, DBAPIError):  # the ERROR line has been logged
+        database.write(work)

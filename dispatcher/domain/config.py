@@ -247,6 +247,8 @@ def _check_transition(candidate: object, where: str) -> None:
     if candidate.is_valid is Transition.is_valid or not callable(candidate.is_valid):
         raise ConfigurationError("has no `is_valid()`", path)
     _check_not_async(candidate.is_valid, "`is_valid`", path)
+    for name in ("build_context", "verify"):
+        _check_not_async(getattr(candidate, name, None), f"`{name}`", path)
     method = getattr(candidate, "callback", None)
     if method is not None and not callable(method):
         raise ConfigurationError("`callback` must be a method, or None for a move without one", path)
@@ -322,7 +324,8 @@ def _check_recheck(seconds: object, path: str) -> None:
 
 def _check_not_async(function: object, what: str, path: str) -> None:
     # Nothing awaits the coroutine. It is truthy, so the guard would always be valid; a callback would never run.
-    if inspect.iscoroutinefunction(function):
+    # An object that is called like a function has its code in its class.
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(vars(type(function)).get("__call__")):
         raise ConfigurationError(f"{what} must not be an async function", path)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from dispatcher.bounds import describe
 from dispatcher.domain.config import ChainType
 from dispatcher.domain.evaluation import GuardFailed, Plan, evaluate
 from dispatcher.domain.records import ChainRecord
@@ -67,13 +68,20 @@ def evaluate_record(
     if record.state not in chain_type.states:
         return Evaluated(None, UnknownDefinition(record.id, f"state {record.state!r}"))
     if isinstance(loaded, BaseException):
-        failure = GuardFailed("load_context", f"{type(loaded).__name__}: {loaded}")
+        failure = GuardFailed("load_context", describe(loaded))
         failure.__cause__ = loaded
         return Evaluated(None, failure)
     context = merged_context(loaded, record.context, asked)
     candidates = chain_type.candidates(record.state)
     try:
-        plan = evaluate(record.snapshot(), candidates, context, now, recheck_seconds=chain_type.recheck_seconds)
+        plan = evaluate(
+            record.snapshot(),
+            candidates,
+            context,
+            now,
+            recheck_seconds=chain_type.recheck_seconds,
+            states=chain_type.states,
+        )
     except GuardFailed as error:
         return Evaluated(None, error)
     return Evaluated(plan)

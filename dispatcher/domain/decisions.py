@@ -2,25 +2,29 @@
 
 import logging
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
+from dispatcher.bounds import describe
 from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, LocalCall, choose_for
 from dispatcher.domain.config import ChainType
 from dispatcher.domain.contexts import Evaluated
-from dispatcher.domain.evaluation import GuardFailed, Plan
+from dispatcher.domain.evaluation import GuardFailed, Plan, rest_of
 from dispatcher.domain.records import ChainRecord, Move, PlannedDelivery, Request, Rest
 from dispatcher.domain.results import ChainResult
 from dispatcher.errors import UnknownDefinition
-from dispatcher.retry import growing_interval
+from dispatcher.retry import growing_interval, spread_of
 from dispatcher.states import EventAction, Outcome
 from dispatcher.telemetry import Action, emit
-from dispatcher.transition import Transition, as_utc
+from dispatcher.transition import Transition
 
 logger = logging.getLogger(__name__)
 
 TYPE_PAUSED: Final = "its chain type is paused"
 """The detail of a result whose chain type is paused."""
+
+
+_REST_AFTER_PROBLEM: Final = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,8 @@ def decide(
     if evaluated.plan is None or chain_type is None:
         return _failed(record, evaluated.error, now)
     plan = evaluated.plan
-    winner = plan.winner
-    if winner is None:
+    winner, taken = plan.winner, plan.taken
+    if winner is None or taken is None:
         return _stay(record, plan, now)
     try:
         choice = choose_for(chain_type, winner, asked, call)
@@ -65,9 +69,9 @@ def decide(
         rest = Rest(record=record, due_at=None, event=EventAction.NO_CALLBACK, detail=detail)
         return Decision(ChainResult(record.id, Outcome.NO_CALLBACK, record.state, winner, plan.errors), rest)
     if not choice.kind:
-        move = _move(record, chain_type, winner, asked, now)
-        return Decision(ChainResult(record.id, Outcome.MOVED, winner.final_state, winner, plan.errors), move)
-    planned = _plan(record, winner, choice.kind, asked, call)
+        move = _move(record, chain_type, plan, asked, now)
+        return Decision(ChainResult(record.id, Outcome.MOVED, taken.final_state, winner, plan.errors), move)
+    planned = _plan(record, plan, choice.kind, asked, call)
     result = ChainResult(record.id, Outcome.PLANNED, record.state, winner, plan.errors, callback=choice.kind)
     return Decision(result, planned)
 
@@ -79,27 +83,28 @@ def _stay(record: ChainRecord, plan: Plan, now: datetime) -> Decision:
     return Decision(result, None if rest.changes_nothing else rest)
 
 
-def _move(record: ChainRecord, chain_type: ChainType, winner: Transition, asked: Request, now: datetime) -> Move:
-    next_update_at = next_update(winner)
+def _move(record: ChainRecord, chain_type: ChainType, plan: Plan, asked: Request, now: datetime) -> Move:
+    taken = plan.taken
+    assert taken is not None  # there is a winner
     return Move(
         record=record,
-        transition=type(winner).__name__,
-        to_state=winner.final_state,
-        next_update_at=next_update_at,
-        due_at=due_after_move(chain_type, winner.final_state, next_update_at, now),
+        transition=taken.transition,
+        to_state=taken.final_state,
+        next_update_at=taken.next_update_at,
+        due_at=due_after_move(chain_type, taken.final_state, taken.next_update_at, now),
         requested_by=asked.requested_by,
     )
 
 
-def _plan(
-    record: ChainRecord, winner: Transition, callback: str, asked: Request, call: LocalCall | None
-) -> PlannedDelivery:
+def _plan(record: ChainRecord, plan: Plan, callback: str, asked: Request, call: LocalCall | None) -> PlannedDelivery:
+    taken = plan.taken
+    assert taken is not None  # there is a winner
     return PlannedDelivery(
         record=record,
-        transition=type(winner).__name__,
-        final_state=winner.final_state,
+        transition=taken.transition,
+        final_state=taken.final_state,
         callback=callback,
-        max_attempts=winner.retry.max_attempts,
+        max_attempts=taken.retry.max_attempts,
         kwargs=asked.kwargs,
         context=asked.context if call is None else None,
         requested_by=asked.requested_by,
@@ -115,24 +120,33 @@ def due_after_move(
     return max(now, next_update_at) if next_update_at is not None else now
 
 
-def next_update(transition: Transition) -> datetime | None:
-    """Until when the chain rests after this transition (aware UTC), or None.
+@dataclass(frozen=True, slots=True)
+class AfterCall:
+    """The rest that a transition asks for after its callback, and what is wrong with it, if anything is."""
 
-    A `date_next_update` that is not a date is logged as an error, and the chain does not rest.
+    next_update_at: datetime | None
+    problem: str = ""
+
+
+def rest_after_call(transition: Transition, now: datetime) -> AfterCall:
+    """The rest that a transition asks for once its effect has taken place.
+
+    The callback may have set a `date_next_update` that is not a date. The chain must move all the same; it rests for a
+    day, so that the next step does not follow at once.
     """
     try:
-        asked = transition.date_next_update
-        return None if asked is None else as_utc(asked)
+        return AfterCall(rest_of(transition))
     except Exception as error:  # noqa: BLE001 - user code; the effect has taken place, so the chain must move
         emit(
             logger,
             Action.REST_IGNORED,
-            "%s: its date_next_update is not a date, so its chain does not rest",
-            transition,
+            "chain %s: %s; it rests for a day",
+            transition.chain.id,
+            problem := f"{type(transition).__name__}: {describe(error)}",
             error=error,
             chain_id=transition.chain.id,
         )
-        return None
+        return AfterCall(now + _REST_AFTER_PROBLEM, problem)
 
 
 def _failed(record: ChainRecord, error: Exception | None, now: datetime) -> Decision:
@@ -140,7 +154,7 @@ def _failed(record: ChainRecord, error: Exception | None, now: datetime) -> Deci
     is_guard = isinstance(error, GuardFailed)
     rest = Rest(
         record=record,
-        due_at=now + growing_interval(failures),
+        due_at=now + growing_interval(failures, spread=spread_of(record.id, failures)),
         failures=failures,
         event=(EventAction.GUARD_FAILED if is_guard else EventAction.UNKNOWN_DEFINITION) if failures == 1 else None,
         detail=str(error),

@@ -1,12 +1,16 @@
 """Evaluates a chain: asks its candidates and gives the plan. Pure, without I/O and without a clock."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any
+from datetime import date, datetime, timedelta
+from typing import Any, Final
 
+from dispatcher.bounds import bounded_text, describe, refuse_awaitable, safe_reasons, safe_text
 from dispatcher.errors import DispatcherError, ends_process
-from dispatcher.transition import ChainSnapshot, Transition, TypeDefault
+from dispatcher.retry import RetryPolicy
+from dispatcher.transition import ChainSnapshot, Transition, TypeDefault, as_utc
+
+MAX_LABEL: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +26,26 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """What the winner asks for, read once and checked: where the chain goes, how often to try, until when to rest."""
+
+    transition: str
+    final_state: str
+    retry: RetryPolicy
+    next_update_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The result of one evaluation: the winner or None, and the verdicts of all candidates that were asked.
 
-    `winner` is the same object whose `is_valid()` returned True.
+    `winner` is the same object whose `is_valid()` returned True. `taken` is given where there is a winner.
     """
 
     state: str
     winner: Transition | None
     verdicts: tuple[Verdict, ...]
+    taken: Taken | None = None
 
     @property
     def terminal(self) -> bool:
@@ -79,11 +94,13 @@ def evaluate(
     now: datetime,
     *,
     recheck_seconds: float | None = 0,
+    states: Collection[str] | None = None,
 ) -> Plan:
     """The plan for a chain: the candidates are asked in order, and the first valid candidate wins.
 
     Later candidates are not asked. `context` is the merged context. Each candidate adds the `initial_context` of its
-    class, which wins. `recheck_seconds` is the chain type's. Raises `GuardFailed` from the error of a guard.
+    class, which wins. `recheck_seconds` is the chain type's. A winner must lead to one of `states` (None: to any).
+    Raises `GuardFailed` from the error of a guard, and for a winner that asks for what cannot be.
     """
     verdicts: list[Verdict] = []
     for candidate in candidates:
@@ -91,20 +108,45 @@ def evaluate(
         try:
             transition = candidate(snapshot, context)
             transition.now = now
-            valid = bool(transition.is_valid())
+            answer = transition.is_valid()
+            refuse_awaitable(answer, "is_valid()")
+            valid = bool(answer)
+            taken = taken_by(transition, states) if valid else None
             verdict = Verdict(
                 transition=name,
-                label=str(transition),
+                label=bounded_text(str(transition), MAX_LABEL),
                 valid=valid,
-                errors=tuple(map(str, transition.errors)),
+                errors=safe_reasons(transition.errors),
                 not_before=None if valid else transition._not_before,
                 recheck_seconds=recheck_seconds if isinstance(recheck, TypeDefault) else recheck,
             )
         except BaseException as error:  # user code: its error must fail this chain only
             if ends_process(error):
                 raise
-            raise GuardFailed(name, f"{type(error).__name__}: {error}") from error
+            raise GuardFailed(name, describe(error)) from error
         verdicts.append(verdict)
         if valid:
-            return Plan(snapshot.state, transition, tuple(verdicts))
+            return Plan(snapshot.state, transition, tuple(verdicts), taken)
     return Plan(snapshot.state, None, tuple(verdicts))
+
+
+def taken_by(transition: Transition, states: Collection[str] | None) -> Taken:
+    """What a winner asks for. Raises `TypeError` or `ValueError` where that cannot be: guards may set attributes."""
+    final_state, retry = transition.final_state, transition.retry
+    if not isinstance(final_state, str) or (states is not None and final_state not in states):
+        raise ValueError(
+            f"its final_state is {safe_text(repr(final_state), 150)}, which is not a state of its chain type"
+        )
+    if not isinstance(retry, RetryPolicy):
+        raise TypeError(f"its retry is {safe_text(repr(retry), 150)}, which is not a RetryPolicy")
+    return Taken(type(transition).__name__, final_state, retry, rest_of(transition))
+
+
+def rest_of(transition: Transition) -> datetime | None:
+    """Until when a chain rests after this transition (aware UTC), or None. `TypeError` for what is not a date."""
+    asked = transition.date_next_update
+    if asked is None:
+        return None
+    if not isinstance(asked, date):
+        raise TypeError(f"its date_next_update is {safe_text(repr(asked), 150)}, which is not a date")
+    return as_utc(asked)

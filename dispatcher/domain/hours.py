@@ -7,6 +7,7 @@ from typing import Final
 from zoneinfo import ZoneInfo
 
 _HOURS: Final = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-(?:([01]\d|2[0-3]):([0-5]\d)|24:00)", re.ASCII)
+_ALL_DAY: Final = "00:00-24:00"
 _DAY: Final = timedelta(days=1)
 _QUARTER: Final = timedelta(minutes=15)
 
@@ -30,7 +31,7 @@ class DeliveryHours:
             raise ValueError('must be hours such as "08:00-20:00"')
         start_hour, start_minute, end_hour, end_minute = (int(part) for part in match.groups(default="0"))
         hours = cls(time(start_hour, start_minute), time(end_hour, end_minute))
-        if hours.start == hours.end:
+        if hours.start == hours.end and text != _ALL_DAY:
             raise ValueError("must begin and end at different times")
         return hours
 

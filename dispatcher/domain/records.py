@@ -235,6 +235,8 @@ class Finished:
     delivery: DeliveryRecord
     next_update_at: datetime | None
     due_at: datetime | None
+    problem: str = ""
+    """What is wrong with the rest that was asked for; it becomes an event."""
 
 
 @dataclass(frozen=True, slots=True)

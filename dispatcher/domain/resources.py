@@ -10,6 +10,12 @@ from dispatcher.errors import InvalidResource, NotSerializable
 Resource = tuple[str, str]
 """A `(resource_type, resource_id)` pair."""
 
+MAX_JSON_DEPTH: Final = 20
+"""How many levels of objects and lists a context or kwargs may have."""
+
+MAX_JSON_BYTES: Final = 1_000_000
+"""How long the JSON of a context or of kwargs may be, in bytes."""
+
 MAX_RESOURCE_TYPE: Final = 100
 MAX_RESOURCE_ID: Final = 255
 
@@ -56,11 +62,34 @@ def checked_json(what: str, values: Mapping[str, Any] | None) -> dict[str, Any] 
         try:
             text = json.dumps(value, allow_nan=False)
             checked[key] = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as error:
+        except RecursionError as error:
+            raise NotSerializable(what, key, f"is more than {MAX_JSON_DEPTH} levels deep") from error
+        except (TypeError, ValueError) as error:
             raise NotSerializable(what, key, str(error)) from error
+        if len(text) > MAX_JSON_BYTES:
+            raise NotSerializable(what, key, f"is larger than {MAX_JSON_BYTES:,} bytes")
+        if _depth(checked[key]) >= MAX_JSON_DEPTH:
+            raise NotSerializable(what, key, f"is more than {MAX_JSON_DEPTH} levels deep")
         if "\\u0000" in text or not is_text(json.dumps({key: checked[key]}, ensure_ascii=False)):
             raise NotSerializable(what, key, "text must not contain NUL or lone surrogates")
+    if sum(len(json.dumps(value)) for value in checked.values()) > MAX_JSON_BYTES:
+        largest = max(checked, key=lambda key: len(json.dumps(checked[key])))
+        raise NotSerializable(what, largest, f"all keys together are larger than {MAX_JSON_BYTES:,} bytes")
     return checked
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists lie in each other at the deepest place; 0 for a number or a text."""
+    depth, level = 0, [value]
+    while level := [inner for outer in level for inner in _inside(outer)]:
+        depth += 1
+    return depth
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values() or [None]
+    return (value or [None]) if isinstance(value, list) else []
 
 
 def is_text(text: str) -> bool:

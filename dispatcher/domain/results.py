@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dispatcher.domain.records import MAX_DETAIL, MAX_ERROR
+from dispatcher.domain.records import MAX_DETAIL
 from dispatcher.states import AttemptOutcome, Outcome
 from dispatcher.transition import Transition
 
@@ -49,8 +49,3 @@ class AttemptResult:
 def reasons_text(errors: Mapping[str, Sequence[str]]) -> str:
     """The rejections `{str(transition): [reasons]}` as one line of text."""
     return json.dumps(errors, ensure_ascii=False)[:MAX_DETAIL]
-
-
-def describe(error: BaseException) -> str:
-    """The error as a row stores it: its type and its text."""
-    return f"{type(error).__name__}: {error}"[:MAX_ERROR]

@@ -25,7 +25,7 @@ from dispatcher.execution.budgets import Budgets, Written
 from dispatcher.execution.paused import PausedTypes
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import CHAINS_QUEUE
-from dispatcher.retry import growing_interval
+from dispatcher.retry import growing_interval, spread_of
 from dispatcher.settings import Settings
 from dispatcher.states import EventAction, Outcome
 from dispatcher.storage import store
@@ -195,7 +195,7 @@ class Executor:
         rests = {
             record.id: Rest(
                 record=record,
-                due_at=now + growing_interval(record.failures + 1),
+                due_at=now + growing_interval(record.failures + 1, spread=spread_of(record.id, record.failures)),
                 failures=record.failures + 1,
                 event=EventAction.GUARD_FAILED if record.failures == 0 else None,
                 detail=f"{held.crashes[record.id]} evaluations ended with their process",

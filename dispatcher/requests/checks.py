@@ -57,5 +57,5 @@ def checked_requester(requested_by: str | None) -> str | None:
     if requested_by is None:
         return None
     if not isinstance(requested_by, str) or len(requested_by) > MAX_REQUESTED_BY or not is_text(requested_by):
-        raise ValueError(f"requested_by must be text of at most {MAX_REQUESTED_BY} characters")
+        raise ConfigurationError(f"must be text of at most {MAX_REQUESTED_BY} characters", "requested_by")
     return requested_by

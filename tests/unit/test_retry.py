@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy, growing_interval
+from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy, growing_interval, spread_of
 
 MIDDLE = 0.5
 """The random number at which jitter changes nothing."""
@@ -122,3 +122,16 @@ def test_the_interval_of_a_failing_guard_doubles_up_to_an_hour(failures, minutes
 def test_the_growing_interval_can_start_and_end_elsewhere():
     assert growing_interval(1, base_seconds=5, cap_seconds=8) == timedelta(seconds=5)
     assert growing_interval(2, base_seconds=5, cap_seconds=8) == timedelta(seconds=8)
+
+
+def test_the_growing_interval_is_spread_downwards_so_that_its_cap_stays_a_cap():
+    assert growing_interval(1, spread=0.0) == timedelta(seconds=48)
+    assert growing_interval(9, spread=0.5) == timedelta(minutes=54)
+    assert growing_interval(9, spread=spread_of(7, 9)) <= timedelta(hours=1)
+
+
+def test_the_spread_of_a_chain_and_failure_is_always_the_same_and_covers_the_range():
+    drawn = [spread_of(chain_id, 1) for chain_id in range(1000)]
+    assert drawn == [spread_of(chain_id, 1) for chain_id in range(1000)]
+    assert min(drawn) < 0.02 and max(drawn) > 0.98
+    assert all(0 <= spread < 1 for spread in drawn)

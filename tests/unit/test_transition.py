@@ -2,11 +2,13 @@
 
 from datetime import UTC, date, datetime, timedelta, timezone
 from types import MappingProxyType
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dispatcher.bounds import EARLIEST, LATEST
 from dispatcher.retry import RetryPolicy
 from dispatcher.states import NEW
 from dispatcher.transition import TYPE_DEFAULT, ChainSnapshot, Transition, as_utc
@@ -169,3 +171,17 @@ def test_the_dictionary_form_is_the_ancestors():
 def test_a_transition_is_shown_by_its_class_and_where_it_leads():
     assert str(reminder()) == "<Reminder>"
     assert repr(reminder()) == "<Reminder: reminded>"
+
+
+@pytest.mark.parametrize(
+    ("year", "zone", "expected"),
+    [
+        (9999, "America/New_York", LATEST),
+        (9999, "Asia/Tokyo", LATEST),
+        (1, "Asia/Tokyo", EARLIEST),
+        (1, "America/New_York", EARLIEST),
+    ],
+)
+def test_the_ends_of_time_become_the_nearest_moments_that_can_be_stored(year, zone, expected):
+    end = datetime(year, 12 if year > 1 else 1, 31 if year > 1 else 1, 23 * (year > 1), tzinfo=ZoneInfo(zone))
+    assert as_utc(end) == as_utc(end.date()) == expected

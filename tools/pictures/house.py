@@ -18,7 +18,7 @@ GROUPS: Final = {
     "doing": ("operators", "execution", "delivery", "passes", "requests"),
     "outside world": ("storage", "coordination", "messages", "embedded"),
     "deciding": ("domain", "settings"),
-    "words": ("transition", "urls", "retry", "rates", "errors", "states", "telemetry"),
+    "words": ("transition", "urls", "retry", "rates", "telemetry", "bounds", "errors", "states"),
 }
 """What the layers are for, from the top to the ground."""
 

@@ -1,0 +1,76 @@
+"""Values from user code, made safe to store, to log and to send: bounded, printable, and never raising."""
+
+import inspect
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Final
+
+from dispatcher.errors import ends_process
+
+MAX_REASONS: Final = 50
+"""How many reasons of one candidate are kept."""
+
+MAX_REASON: Final = 500
+"""The longest reason, in characters."""
+
+MAX_DESCRIPTION: Final = 2000
+"""The longest description of an error, in characters."""
+
+EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
+LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
+"""The range of moments that every database can store, whatever its time zone."""
+
+
+def safe_text(value: object, limit: int) -> str:
+    """The text of any value, at most `limit` characters, with control characters escaped.
+
+    A value whose `str()` raises, or gives no string, is described instead.
+    """
+    try:
+        text = value if type(value) is str else str(value)
+    except BaseException as error:
+        if ends_process(error):
+            raise
+        return f"<{type(value).__name__}, whose text raises {type(error).__name__}>"[:limit]
+    return bounded_text(text, limit)
+
+
+def bounded_text(text: str, limit: int) -> str:
+    """At most `limit` characters of a text, with control characters escaped."""
+    cut = text[: limit + 1]
+    if not cut.isprintable():
+        cut = "".join(map(_printable, cut))
+    return cut if len(cut) <= limit else f"{cut[: limit - 1]}\u2026"
+
+
+def safe_reasons(reasons: Iterable[object]) -> tuple[str, ...]:
+    """The first reasons of a candidate as texts; a last line says that there are more. Raises what a text raises."""
+    texts = [bounded_text(str(reason), MAX_REASON) for reason in islice(reasons, MAX_REASONS + 1)]
+    if len(texts) > MAX_REASONS:
+        texts[MAX_REASONS:] = [f"... more than {MAX_REASONS} reasons"]
+    return tuple(texts)
+
+
+def describe(error: BaseException) -> str:
+    """An error as a row keeps it: its type and its text."""
+    return safe_text(f"{type(error).__name__}: {safe_text(error, MAX_DESCRIPTION)}", MAX_DESCRIPTION)
+
+
+def bounded(moment: datetime) -> datetime:
+    """`moment`, or the nearest moment that every database can store."""
+    return min(max(moment, EARLIEST), LATEST)
+
+
+def refuse_awaitable(value: object, what: str) -> None:
+    """Raise `TypeError` for a coroutine: nothing awaits it, so its code would never run."""
+    if inspect.isawaitable(value):
+        if inspect.iscoroutine(value):
+            value.close()  # or Python would warn that it was never awaited
+        raise TypeError(f"{what} gave a coroutine, which nothing awaits")
+
+
+def _printable(character: str) -> str:
+    if character.isprintable() or character in "\n\t":
+        return character
+    return character.encode("unicode_escape").decode("ascii")
