@@ -15,7 +15,8 @@ from dispatcher.errors import ChainDisabled, ChainLocked, ChainMissing, ChainNot
 from dispatcher.requests.checks import checked_requester, registered_name
 from dispatcher.services import Services
 from dispatcher.states import NEW, EventAction, Outcome
-from dispatcher.storage import deliveries, history, overview, store
+from dispatcher.storage import deliveries, history, overview
+from dispatcher.storage.store import read_one
 
 _RAISED: Final = {
     Outcome.LOCKED: ChainLocked,
@@ -116,7 +117,7 @@ class Chain:
     def refresh(self) -> "Chain":
         """This chain, read again. Raises `ChainMissing`."""
         if self.id is not None:
-            self._record = store.read_one(self._services.database, self.id)
+            self._record = read_one(self._services.store, self.id)
         return self
 
     def execute(

@@ -1,7 +1,6 @@
 """`Dispatcher`: the class that applications, workers and the command line call."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any, Self
 
@@ -21,7 +20,8 @@ from dispatcher.operators.operations import MapCounts
 from dispatcher.services import Clock, wire
 from dispatcher.settings import Settings, load_object
 from dispatcher.states import AttemptOutcome, DeliveryStatus
-from dispatcher.storage import chain_types, chains, overview, store
+from dispatcher.storage import chain_types, chains, overview
+from dispatcher.storage.store import read_one
 
 
 class Dispatcher:
@@ -140,14 +140,12 @@ class Dispatcher:
         self._ready()
         waiting = iter(rsc_mappings)
         while group := [clean_resources(pairs) for pairs in islice(waiting, batch)]:
-            yield from self.database.write(
-                partial(self._services.requests.create_many, chain_type=configured, resources=group)
-            )
+            yield from self._services.requests.create_many(configured, group)
 
     def chain(self, chain_id: int) -> "Chain":
         """The chain with this id. Raises `ChainMissing` if there is none."""
         self._ready()
-        return Chain(self._services, store.read_one(self.database, chain_id))
+        return Chain(self._services, read_one(self._services.store, chain_id))
 
     def find_chains(
         self,

@@ -13,7 +13,6 @@ from dispatcher.delivery.ends import Ends
 from dispatcher.delivery.local import LocalAttempts
 from dispatcher.delivery.pacing import Pacing
 from dispatcher.domain.config import DispatcherConfig
-from dispatcher.execution.budgets import Budgets
 from dispatcher.execution.dry_run import DryRun
 from dispatcher.execution.executor import Executor
 from dispatcher.execution.paused import PausedTypes
@@ -30,6 +29,9 @@ from dispatcher.requests.requests import Requests
 from dispatcher.settings import Settings
 from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.revisions import Migrated
+from dispatcher.storage.portable import PortableStore
+from dispatcher.storage.postgresql import PostgresqlStore
+from dispatcher.storage.store import Store
 
 Clock: TypeAlias = Callable[[], datetime]
 """Gives the domain time, as an aware datetime."""
@@ -42,6 +44,7 @@ class Services:
     config: DispatcherConfig
     settings: Settings
     database: Database
+    store: Store
     migrated: Migrated
     locks: ChainLocks
     publisher: Publisher
@@ -56,6 +59,11 @@ class Services:
     pruner: Pruner
     operations: Operations
     doctor: Doctor
+
+
+def store_of(database: Database) -> Store:
+    """The implementation of the hot reads and writes for a database."""
+    return PostgresqlStore(database) if database.dialect == "postgresql" else PortableStore(database)
 
 
 def open_database(settings: Settings, url: str, clock: Clock | None = None) -> Database:
@@ -82,35 +90,50 @@ def wire(
         connect_seconds=settings.connect_seconds,
     )
     publisher = Publisher(settings, broker_url=broker_url, app=celery_app)
+    store = store_of(database)
     migrated = Migrated(database)
     paused = PausedTypes(database)
     turns = Turns(database)
     pages = Pages(config=config, settings=settings, locks=locks, publisher=publisher)
     pacing = Pacing(limiter=RateLimiter(locks.client, prefix=settings.prefix), own_clock=clock is not None)
-    ends = Ends(settings=settings, database=database, publisher=publisher, random=random.random)
+    ends = Ends(settings=settings, database=database, store=store, publisher=publisher, random=random.random)
     operations = Operations(config=config, database=database)
     return Services(
         config=config,
         settings=settings,
         database=database,
+        store=store,
         migrated=migrated,
         locks=locks,
         publisher=publisher,
-        requests=Requests(config=config, settings=settings, database=database, migrated=migrated, publisher=publisher),
+        requests=Requests(
+            config=config,
+            settings=settings,
+            database=database,
+            store=store,
+            migrated=migrated,
+            publisher=publisher,
+        ),
         executor=Executor(
             config=config,
             settings=settings,
             database=database,
             locks=locks,
             publisher=publisher,
-            budgets=Budgets(config=config, database=database),
+            store=store,
             paused=paused,
         ),
         dry_run=DryRun(config=config, database=database, locks=locks, paused=paused),
         attempts=Attempts(
-            config=config, settings=settings, database=database, publisher=publisher, pacing=pacing, ends=ends
+            config=config,
+            settings=settings,
+            database=database,
+            store=store,
+            publisher=publisher,
+            pacing=pacing,
+            ends=ends,
         ),
-        local_attempts=LocalAttempts(config=config, settings=settings, database=database),
+        local_attempts=LocalAttempts(config=config, settings=settings, database=database, store=store),
         pages=pages,
         sweeper=Sweeper(
             config=config,

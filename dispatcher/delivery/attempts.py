@@ -23,8 +23,9 @@ from dispatcher.errors import ServiceUnavailable
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.settings import Settings
 from dispatcher.states import AttemptOutcome
-from dispatcher.storage import deliveries, store
+from dispatcher.storage import deliveries
 from dispatcher.storage.database import Database
+from dispatcher.storage.store import Store
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Attempts:
         config: DispatcherConfig,
         settings: Settings,
         database: Database,
+        store: Store,
         publisher: Publisher,
         pacing: Pacing,
         ends: Ends,
@@ -50,6 +52,7 @@ class Attempts:
         self._config = config
         self._settings = settings
         self._database = database
+        self._store = store
         self._publisher = publisher
         self._pacing = pacing
         self._ends = ends
@@ -75,7 +78,7 @@ class Attempts:
 
     def _deliver_group(self, owed: Sequence[Owed], stop_at: float) -> list[AttemptResult]:
         finish_by = time.monotonic() + self._settings.lease_seconds
-        begun = store.begin(self._database, owed, lease_seconds=self._settings.lease_seconds)
+        begun = self._store.begin(owed, lease_seconds=self._settings.lease_seconds)
         results: list[AttemptResult] = []
         attempts: list[Attempt] = []
         for row in begun:

@@ -36,9 +36,9 @@ from dispatcher.messages.queues import CHAINS_QUEUE, MAX_COUNTDOWN
 from dispatcher.retry import growing_interval
 from dispatcher.settings import Settings
 from dispatcher.states import AttemptOutcome, DeliveryStatus, EventAction
-from dispatcher.storage import deliveries, history, store
+from dispatcher.storage import deliveries, history
 from dispatcher.storage.database import Database
-from dispatcher.storage.deliveries import LostChain
+from dispatcher.storage.store import Store
 from dispatcher.telemetry import Action, emit
 from dispatcher.transition import Transition
 
@@ -54,8 +54,15 @@ class Ends:
     """Records the ends of attempts for one deployment. `random` draws the jitter of retries from [0, 1)."""
 
     def __init__(
-        self, *, settings: Settings, database: Database, publisher: Publisher, random: Callable[[], float]
+        self,
+        *,
+        settings: Settings,
+        database: Database,
+        store: Store,
+        publisher: Publisher,
+        random: Callable[[], float],
     ) -> None:
+        self._store = store
         self._settings = settings
         self._database = database
         self._publisher = publisher
@@ -157,8 +164,8 @@ class Ends:
         finished = [finished_of(attempt, end.transition) for attempt, end in called]
         now = called[0][0].now
         try:
-            done = store.finish(self._database, finished, now=now)
-        except (ServiceUnavailable, DBAPIError, LostChain) as error:
+            done = self._store.finish(finished, now=now)
+        except (ServiceUnavailable, DBAPIError) as error:
             emit(
                 logger,
                 Action.FINISH_FAILED,
@@ -184,7 +191,7 @@ class Ends:
         if not recorded(
             self._database,
             attempt.delivery,
-            lambda: bool(store.finish(self._database, [finished], now=attempt.now)),
+            lambda: bool(self._store.finish([finished], now=attempt.now)),
             (DeliveryStatus.DELIVERED,),
             finish_by=attempt.finish_by,
             commit_may_have_succeeded=commit_may_have_succeeded,

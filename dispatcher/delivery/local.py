@@ -21,8 +21,9 @@ from dispatcher.domain.results import ChainResult
 from dispatcher.errors import ServiceUnavailable, ends_process
 from dispatcher.settings import Settings
 from dispatcher.states import DeliveryStatus, Outcome
-from dispatcher.storage import deliveries, store
+from dispatcher.storage import deliveries
 from dispatcher.storage.database import Database
+from dispatcher.storage.store import Store
 from dispatcher.telemetry import Action, emit
 from dispatcher.transition import Transition
 
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 class LocalAttempts:
     """Makes in-process attempts for one deployment."""
 
-    def __init__(self, *, config: DispatcherConfig, settings: Settings, database: Database) -> None:
+    def __init__(self, *, config: DispatcherConfig, settings: Settings, database: Database, store: Store) -> None:
+        self._store = store
         self._config = config
         self._settings = settings
         self._database = database
@@ -79,7 +81,7 @@ class LocalAttempts:
         done = recorded(
             self._database,
             delivery,
-            lambda: bool(store.finish(self._database, [finished], now=now)),
+            lambda: bool(self._store.finish([finished], now=now)),
             (DeliveryStatus.DELIVERED,),
             finish_by=time.monotonic() + self._settings.lease_seconds,
         )

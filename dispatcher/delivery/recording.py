@@ -46,7 +46,7 @@ def recorded(
             if write():
                 return True
             return commit_may_have_succeeded and _is_ours(database, delivery, expected_statuses, attempt_after)
-        except LostChain:
+        except LostChain:  # the chain does not wait for this delivery any more
             return False
         except (ServiceUnavailable, DBAPIError) as error:
             if time.monotonic() + pause >= finish_by:

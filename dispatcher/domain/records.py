@@ -5,12 +5,12 @@ Nothing here reads or writes anything.
 
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
 from dispatcher.domain.resources import Resource
-from dispatcher.states import NEW, CallbackKind, DeliveryStatus, EventAction
+from dispatcher.states import NEW, CallbackKind, EventAction
 from dispatcher.transition import ChainSnapshot
 
 MAX_DETAIL: Final = 4000
@@ -128,11 +128,6 @@ def is_local(delivery: DeliveryRecord) -> bool:
     return delivery.callback == CallbackKind.LOCAL
 
 
-def begun_of(delivery: DeliveryRecord) -> DeliveryRecord:
-    """The record of a pending delivery after its next attempt has begun."""
-    return replace(delivery, status=DeliveryStatus.RUNNING, attempt=delivery.attempt + 1)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
     """Write a move of the chain to `to_state` without a callback."""
@@ -198,6 +193,19 @@ def by_kind(writes: Iterable[Write]) -> tuple[list[Move], list[Rest], list[Plann
         else:
             planned.append(write)
     return moves, rests, planned
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written of executions.
+
+    `deliveries` has each chain that was written, with the id of its new delivery, if any. `refused` are the chains that
+    a budget keeps from moving, `paused` the types whose budget is used up.
+    """
+
+    deliveries: Mapping[int, str | None] = field(default_factory=dict)
+    refused: frozenset[int] = frozenset()
+    paused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

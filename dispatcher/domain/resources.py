@@ -78,6 +78,17 @@ def checked_json(what: str, values: Mapping[str, Any] | None) -> dict[str, Any] 
     return checked
 
 
+def same_json(left: Any, right: Any) -> bool:
+    """Whether two JSON values are equal: 2 equals 2.0, but not True; the order of an object's keys does not matter."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(same_json(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        return len(left) == len(right) and all(map(same_json, left, right))
+    return bool(left == right)
+
+
 def _depth(value: Any) -> int:
     """How many objects and lists lie in each other at the deepest place; 0 for a number or a text."""
     depth, level = 0, [value]

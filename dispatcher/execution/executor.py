@@ -19,17 +19,16 @@ from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.domain.contexts import Evaluated, evaluate_record, load_contexts
 from dispatcher.domain.decisions import TYPE_PAUSED, Decision, decide, standing_of
 from dispatcher.domain.evaluation import GuardFailed
-from dispatcher.domain.records import ChainRecord, Owed, Request, Rest, Timing
+from dispatcher.domain.records import ChainRecord, Owed, Request, Rest, Timing, Written
 from dispatcher.domain.results import ChainResult
-from dispatcher.execution.budgets import Budgets, Written
 from dispatcher.execution.paused import PausedTypes
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import CHAINS_QUEUE
 from dispatcher.retry import growing_interval, spread_of
 from dispatcher.settings import Settings
 from dispatcher.states import EventAction, Outcome
-from dispatcher.storage import store
 from dispatcher.storage.database import Database
+from dispatcher.storage.store import Limit, Store
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ class Executor:
         database: Database,
         locks: ChainLocks,
         publisher: Publisher,
-        budgets: Budgets,
+        store: Store,
         paused: PausedTypes,
     ) -> None:
         self._config = config
@@ -57,7 +56,7 @@ class Executor:
         self._database = database
         self._locks = locks
         self._publisher = publisher
-        self._budgets = budgets
+        self._store = store
         self._paused = paused
 
     def execute(self, chain_ids: Sequence[int]) -> list[ChainResult]:
@@ -120,7 +119,7 @@ class Executor:
         requested_by: str | None = None,
         stop_at: float = math.inf,
     ) -> list[ChainResult]:
-        records, machine_now = store.read(self._database, held.held)
+        records, machine_now = self._store.read(held.held)
         now = self._database.domain_now(machine_now)
         waiting, results = self._standing(held, records, now)
         if call is None:
@@ -202,7 +201,7 @@ class Executor:
             )
             for record in crashers
         }
-        written = store.write(self._database, list(rests.values()), now=now, timing=Timing(0))
+        written = self._store.write(list(rests.values()), now=now, timing=Timing(0)).deliveries
         for chain_id, rest in rests.items():
             if chain_id in written:
                 kept[chain_id] = replace(kept[chain_id], due_at=rest.due_at, failures=rest.failures)
@@ -214,13 +213,28 @@ class Executor:
         """The results of what was decided, once it is written."""
         writes = [decision.write for decision in decisions if decision.write is not None]
         timing = Timing(self._settings.queued_seconds, self._settings.lease_seconds if lease else None)
-        if not writes:
-            written = Written()
-        elif limited_types := self._budgets.limited_types(decisions):
-            written = self._budgets.write(decisions, limited_types, now=now, timing=timing)
-        else:
-            written = Written(store.write(self._database, writes, now=now, timing=timing))
+        written = Written()
+        if writes:
+            written = self._store.write(writes, now=now, timing=timing, limits=self._limits(decisions))
+        for type_name in written.paused:
+            emit(
+                logger,
+                Action.TYPE_PAUSED,
+                "chain type %s is paused, because its plans of this hour are used up",
+                type_name,
+                chain_type=type_name,
+            )
         return [_result_of(decision, written) for decision in decisions]
+
+    def _limits(self, decisions: Sequence[Decision]) -> dict[str, Limit]:
+        """The limits of plans per hour, by type name, of the types for which something is to be planned."""
+        names = {decision.write.record.chain_type for decision in decisions if decision.write and decision.plans}
+        types = [self._config.get(type_name) for type_name in sorted(names)]
+        return {
+            chain_type.chain_type: chain_type.plans_per_hour
+            for chain_type in types
+            if chain_type.max_plans_per_hour is not None
+        }
 
     # --- messages ----------------------------------------------------------------------------------------------------
 

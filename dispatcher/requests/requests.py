@@ -19,9 +19,10 @@ from dispatcher.requests.checks import Asked, checked_request
 from dispatcher.requests.on_commit import run_after_commit
 from dispatcher.settings import Settings
 from dispatcher.states import NEW
-from dispatcher.storage import chains, portable, store
+from dispatcher.storage import chains
 from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.revisions import Migrated
+from dispatcher.storage.store import Store
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,14 @@ class Requests:
         config: DispatcherConfig,
         settings: Settings,
         database: Database,
+        store: Store,
         migrated: Migrated,
         publisher: Publisher,
     ) -> None:
         self._config = config
         self._settings = settings
         self._database = database
+        self._store = store
         self._migrated = migrated
         self._publisher = publisher
 
@@ -71,7 +74,7 @@ class Requests:
         chain_id = record.id or None  # None: a dry run has not created the chain
         if dry_run or self._settings.dry_run or chain_id is None:
             return self._publish_dry_run(chain_id, record.chain_type, record.resources, request)
-        store.write_request(self._database, chain_id, request)
+        self._store.write_request(chain_id, request)
         return self._publish(chain_id, best_effort=best_effort)
 
     def enqueue_on_commit(
@@ -94,7 +97,15 @@ class Requests:
         request = checked_request(chain_type, asked)
         if not (dry_run or self._settings.dry_run) and self._shares_database(session.get_bind().engine.url):
             self._migrated.require()
-            chain_id = self._write(session.connection(), chain_type, resources, request)
+            connection = session.connection()
+            chain_id = chains.request_chain(
+                connection,
+                chain_type.chain_type,
+                resources,
+                request,
+                due=bool(chain_type.candidates(NEW)),
+                now=self._database.now(connection),
+            )
             run_after_commit(session, partial(self._publish, chain_id, best_effort=True))
         else:
             run_after_commit(session, partial(self._enqueue_later, chain_type, resources, request, dry_run=dry_run))
@@ -119,16 +130,16 @@ class Requests:
             now=now,
         )
 
-    def create_many(
-        self, connection: Connection, *, chain_type: ChainType, resources: Sequence[Sequence[Resource]]
-    ) -> list[tuple[int, bool]]:
-        """Find or create one chain for each resource set; gives `(chain id, created now)`, in the order of `resources`.
+    def create_many(self, chain_type: ChainType, resource_sets: Sequence[Sequence[Resource]]) -> list[tuple[int, bool]]:
+        """Find or create one chain for each resource set; gives `(chain id, created now)`, in the order of the sets.
 
         Each chain has exactly the resources of its set.
         """
-        now = self._database.now(connection)
-        due_at = now if chain_type.candidates(NEW) else None
-        return portable.create_many(connection, chain_type.chain_type, resources, due_at=due_at, now=now)
+        clock = self._database.clock
+        now = None if clock is None else clock()
+        return self._store.create_many(
+            chain_type.chain_type, resource_sets, now=now, due=bool(chain_type.candidates(NEW))
+        )
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -152,20 +163,8 @@ class Requests:
             with self._database.read() as connection:
                 chain_id = chains.find_exact(connection, type_name, resources)
             return self._publish_dry_run(chain_id, type_name, resources, request)
-        chain_id = store.write_request_if_exists(self._database, type_name, resources, request)
-        if chain_id is None:
-            chain_id = self._database.write(lambda connection: self._write(connection, chain_type, resources, request))
+        chain_id = self._store.request_chain(type_name, resources, request, due=bool(chain_type.candidates(NEW)))
         return self._publish(chain_id, best_effort=best_effort)
-
-    def _write(
-        self, connection: Connection, chain_type: ChainType, resources: Sequence[Resource], request: Request
-    ) -> int:
-        """The id of the chain with these resources (created if absent), with the request in its row."""
-        chain_id = chains.find_exact(connection, chain_type.chain_type, resources)
-        if chain_id is None:
-            chain_id = self.create(connection, chain_type, resources, None)
-        chains.write_request(connection, chain_id, request, now=self._database.now(connection))
-        return chain_id
 
     def _publish(self, chain_id: int, *, best_effort: bool) -> str | None:
         """Publish the task; gives its id. On failure raises `EnqueueNotPublished`, or gives None with `best_effort`."""

@@ -35,7 +35,7 @@ def set_paused(connection: Connection, name: str, *, paused: bool, reason: str |
     return one_row(done)
 
 
-_TYPE_COLUMNS: Final = tuple(TYPE.c[name] for name in TypeRecord.__dataclass_fields__)
+_FIELDS: Final = tuple(TypeRecord.__dataclass_fields__)
 
 
 def lock_budget(
@@ -82,7 +82,8 @@ def spend_budget(connection: Connection, name: str, budget: Budget, *, spent: in
 
 def read_types(connection: Connection) -> list[TypeRecord]:
     """What is remembered of each chain type, by name."""
-    return [TypeRecord(*row) for row in connection.execute(select(*_TYPE_COLUMNS).order_by(TypeRow.name))]
+    rows = connection.execute(select(*(TYPE.c[name] for name in _FIELDS)).order_by(TypeRow.name)).mappings()
+    return [TypeRecord(**{name: row[name] for name in _FIELDS}) for row in rows]
 
 
 def read_fingerprints(connection: Connection, names: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:

@@ -13,18 +13,18 @@ from sqlalchemy import and_, bindparam, case, delete, func, insert, literal, or_
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import ChainRecord, DuePosition, Request
-from dispatcher.domain.resources import Resource, resource_key
+from dispatcher.domain.resources import Resource, resource_key, same_json
 from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending
 from dispatcher.states import NEW, EventAction
-from dispatcher.storage.dialects import clock_plus
+from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.history import add_event, add_event_at_version
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT, RESOURCE
-from dispatcher.storage.rows import CHAIN_COLUMNS, records_of
-from dispatcher.storage.statements import at_once, insert_or_ignore, is_due, one_row
+from dispatcher.storage.rows import MACHINE_NOW, chain_columns, chains_of
+from dispatcher.storage.statements import at_once, insert_or_ignore, is_due, moved_values, one_row
 
 _PARAMETERS: Final = 1000
 _READ: Final = (  # built once, because building a statement costs more than executing it
-    select(*CHAIN_COLUMNS, RESOURCE.c.resource_type, RESOURCE.c.resource_id, clock_plus(0).label("machine_now"))
+    select(*chain_columns(), RESOURCE.c.resource_type, RESOURCE.c.resource_id, clock_plus(0).label(MACHINE_NOW))
     .select_from(CHAIN.outerjoin(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id))
     .where(CHAIN.c.id.in_(bindparam("ids", expanding=True)))
 )
@@ -46,8 +46,8 @@ def read_with_clock(connection: Connection, chain_ids: Sequence[int]) -> tuple[d
     """The chains with these ids, by id, and the database's clock from the same statement (None without any row)."""
     if not chain_ids:
         return {}, None
-    rows = connection.execute(_READ, {"ids": sorted(chain_ids)}).all()
-    return records_of([row[:-1] for row in rows]), rows[0][-1] if rows else None
+    rows = connection.execute(_READ, {"ids": sorted(chain_ids)}).mappings().all()
+    return chains_of(rows), rows[0][MACHINE_NOW] if rows else None
 
 
 def read_one(connection: Connection, chain_id: int, *, lock: bool = False) -> ChainRecord:
@@ -191,11 +191,28 @@ def write_request(connection: Connection, chain_id: int, request: Request, *, no
         .where(CHAIN.c.id == chain_id)
         .values(wake=CHAIN.c.wake + 1, request=request.to_json(), due_at=case((free, at_once(now))))
     )
-    earlier = Request.from_json(row.request)
-    if earlier is not None and earlier != request:
+    if row.request is not None and not same_json(row.request, request.to_json()):
         add_event(
             connection, chain_id, row.version, EventAction.REQUEST_REPLACED, requested_by=request.requested_by, now=now
         )
+
+
+def request_chain(
+    connection: Connection,
+    type_name: str,
+    resources: Sequence[Resource],
+    request: Request,
+    *,
+    due: bool,
+    now: datetime,
+) -> int:
+    """The id of the chain with exactly these resources (created if absent), with the request in its row."""
+    chain_id = find_exact(connection, type_name, resources)
+    if chain_id is None:
+        due_at = now if due else None
+        chain_id = create(connection, type_name=type_name, resources=resources, context=None, due_at=due_at, now=now)
+    write_request(connection, chain_id, request, now=now)
+    return chain_id
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -271,16 +288,7 @@ def set_state(
     done = connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == record.id, CHAIN.c.version == record.version, CHAIN.c.pending_delivery_id.is_(None))
-        .values(
-            state=state,
-            version=CHAIN.c.version + 1,
-            moves=CHAIN.c.moves + 1,
-            failures=0,
-            next_update_at=None,
-            due_at=None if record.disabled else due_at,
-            request=None,
-            updated_at=now,
-        )
+        .values(moved_values(state, next_update_at=None, due_at=due_at, now=now, request=None))
     )
     if not one_row(done):
         raise DeliveryPending(record.id)

@@ -6,8 +6,8 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from typing import Any, TypeVar, cast
+from datetime import datetime
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine, literal, select
 from sqlalchemy.engine import URL, Connection
@@ -15,9 +15,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from dispatcher.errors import ConfigurationError, ServiceUnavailable
+from dispatcher.storage.clock import clock_plus, host_now, shifted_seconds
 from dispatcher.storage.dialects import (
     Engines,
-    clock_plus,
     first_line,
     is_conflict,
     is_unreachable,
@@ -104,13 +104,13 @@ class Database:
 
         return self._rerun(attempt)
 
-    def write_statement(self, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
+    def write_statement(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The rows of one data-changing statement, which commits by itself: no BEGIN, no COMMIT. Errors as `write`.
 
         PostgreSQL only: `statement` is written for the driver, with `%(name)s` for a parameter.
         """
 
-        def attempt() -> list[Any]:
+        def attempt() -> list[dict[str, Any]]:
             with self._connected(writes=False) as connection:
                 return commit(lambda: run_statement(connection, statement, parameters))
 
@@ -136,13 +136,13 @@ class Database:
         if self.clock is not None:
             return self.clock()
         if machine_now is None or self.dialect == "sqlite":  # SQLite's clock is this host's, and has milliseconds only
-            return datetime.now(UTC)
+            return host_now()
         return machine_now
 
     def machine_now(self, connection: Connection) -> datetime:
         """The database's clock. SQLite has none of its own, so there it is this host's."""
         if self.dialect == "sqlite":
-            return datetime.now(UTC)
+            return host_now()
         return connection.execute(select(clock_plus(0))).scalar_one()
 
     def check(self) -> None:
@@ -168,17 +168,22 @@ def commit(step: Callable[[], Result]) -> Result:
     return step()
 
 
-def run_statement(connection: Connection, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
+def run_statement(connection: Connection, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of a statement. It goes directly to the driver, because SQLAlchemy would take three times as long.
 
     An error of the driver is raised as SQLAlchemy's `DBAPIError`, as everywhere.
     """
+    shifted = shifted_seconds()
+    if shifted:  # by a test
+        statement = statement.replace("clock_timestamp()", "(clock_timestamp() + make_interval(secs => %(shifted)s))")
+        parameters = {**parameters, "shifted": shifted}
     dialect = connection.dialect
     driver_error: type[Exception] = dialect.loaded_dbapi.Error
     cursor = connection.connection.cursor()
     try:
         cursor.execute(statement, parameters)
-        return cast("list[Any]", cursor.fetchall())
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
     except driver_error as error:
         gone = dialect.is_disconnect(error, connection.connection.driver_connection, cursor)  # type: ignore[arg-type]
         wrapped = DBAPIError.instance(

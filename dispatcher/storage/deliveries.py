@@ -14,19 +14,19 @@ from sqlalchemy.engine import Connection
 from dispatcher.domain.records import MAX_ERROR, DeliveryRecord, PlannedDelivery, idempotency_key
 from dispatcher.states import CLOSED_STATUSES, OPEN_STATUSES, AttemptOutcome, DeliveryStatus, EventAction
 from dispatcher.storage import chains, history
-from dispatcher.storage.dialects import clock_plus
+from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import CHAIN, DELIVERY
-from dispatcher.storage.rows import DELIVERY_COLUMNS
-from dispatcher.storage.statements import is_running, one_row, unless_disabled, when_enabled
+from dispatcher.storage.rows import delivery_columns, delivery_of
+from dispatcher.storage.statements import is_running, moved_values, one_row, unless_disabled, when_enabled
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read(connection: Connection, delivery_id: str, *, lock: bool = False) -> DeliveryRecord | None:
     """The delivery with this id, or None."""
-    query = select(*DELIVERY_COLUMNS).where(DELIVERY.c.id == delivery_id)
-    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
-    return DeliveryRecord(*row) if row is not None else None
+    query = select(*delivery_columns()).where(DELIVERY.c.id == delivery_id)
+    row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+    return delivery_of(row) if row is not None else None
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
@@ -134,7 +134,15 @@ def skip(
     done = connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == delivery.chain_id, CHAIN.c.pending_delivery_id == delivery.id)
-        .values(moved_values(delivery.final_state, next_update_at=next_update_at, due_at=due_at, now=now))
+        .values(
+            moved_values(
+                delivery.final_state,
+                next_update_at=next_update_at,
+                due_at=due_at,
+                now=now,
+                request=None if due_at is None else CHAIN.c.request,
+            )
+        )
     )
     if not one_row(done):
         raise LostChain(delivery.chain_id)
@@ -237,26 +245,6 @@ CLOSED_VALUES: Final[Mapping[str, Any]] = {
     "context": None,
 }
 """The columns of a delivery that is closed."""
-
-
-def moved_values(
-    state: str, *, next_update_at: datetime | None, due_at: datetime | None, now: datetime
-) -> dict[str, Any]:
-    """The columns of a chain whose delivery took it to `state`.
-
-    A waiting request is kept, except when the new state is terminal.
-    """
-    return {
-        "state": state,
-        "version": CHAIN.c.version + 1,
-        "moves": CHAIN.c.moves + 1,
-        "pending_delivery_id": None,
-        "failures": 0,
-        "next_update_at": next_update_at,
-        "due_at": unless_disabled(due_at),
-        "request": None if due_at is None else CHAIN.c.request,
-        "updated_at": now,
-    }
 
 
 def _close(connection: Connection, delivery: DeliveryRecord, *, status: DeliveryStatus, error: str | None) -> bool:

@@ -2,56 +2,21 @@
 
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Float, create_engine, event, literal
+from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.visitors import InternalTraversal
 
 from dispatcher.errors import ConfigurationError
-from dispatcher.storage.models import UtcDateTime
 
 _ISOLATION = "READ COMMITTED"
 _SQLITE_BUSY_MS = 30_000
 _IDLE_SECONDS = 1.0
 _DEADLOCK_STATES = {"40001", "40P01"}
 _DEADLOCK_CODES = {1205, 1213, 1020}
-
-
-class clock_plus(ColumnElement[datetime]):
-    """An SQL expression: the time of the database's own clock (machine time) plus `seconds`."""
-
-    inherit_cache = True
-    type = UtcDateTime()
-    _traverse_internals = [("seconds", InternalTraversal.dp_clauseelement)]  # noqa: RUF012 - the statement is cached
-
-    def __init__(self, seconds: float = 0) -> None:
-        self.seconds = literal(round(float(seconds), 3), Float())
-
-
-@compiles(clock_plus, "postgresql")
-def _postgresql_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> str:
-    seconds = compiler.process(element.seconds, **options)
-    return f"(clock_timestamp() + make_interval(secs => CAST({seconds} AS double precision)))"
-
-
-@compiles(clock_plus, "sqlite")
-def _sqlite_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> str:
-    seconds = compiler.process(element.seconds, **options)
-    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', {seconds} || ' seconds') || '000')"
-
-
-@compiles(clock_plus, "mysql")
-@compiles(clock_plus, "mariadb")
-def _mysql_clock(element: clock_plus, compiler: SQLCompiler, **options: Any) -> str:
-    seconds = compiler.process(element.seconds, **options)
-    return f"TIMESTAMPADD(MICROSECOND, CAST({seconds} * 1000000 AS SIGNED), UTC_TIMESTAMP(6))"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import ColumnElement, delete, func, insert, literal, or_, select
 from sqlalchemy.engine import Connection
@@ -10,15 +10,14 @@ from sqlalchemy.engine import Connection
 from dispatcher.domain.records import MAX_DETAIL, ChainEvent
 from dispatcher.states import EventAction
 from dispatcher.storage.models import CHAIN, EVENT
+from dispatcher.storage.rows import event_columns, event_of
 from dispatcher.storage.statements import insert_many
-
-_EVENT_COLUMNS: Final = tuple(EVENT.c[name] for name in ChainEvent.__dataclass_fields__)
 
 
 def events(connection: Connection, chain_id: int) -> list[ChainEvent]:
     """The chain's history, oldest first."""
-    rows = connection.execute(select(*_EVENT_COLUMNS).where(EVENT.c.chain_id == chain_id).order_by(EVENT.c.id))
-    return [ChainEvent(*row) for row in rows]
+    query = select(*event_columns()).where(EVENT.c.chain_id == chain_id).order_by(EVENT.c.id)
+    return [event_of(row) for row in connection.execute(query).mappings()]
 
 
 def event_values(

@@ -5,9 +5,9 @@ from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import MAX_ERROR, DeliveryRecord
 from dispatcher.states import DeliveryStatus
-from dispatcher.storage.dialects import clock_plus
+from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import DELIVERY
-from dispatcher.storage.rows import DELIVERY_COLUMNS
+from dispatcher.storage.rows import delivery_columns, delivery_of
 from dispatcher.storage.statements import is_running, one_row, when_enabled
 
 
@@ -18,13 +18,11 @@ def claim_overdue(
 
     A pending delivery has lost its message (left out with `pending=False`); a running delivery has outlived its lease.
     """
-    query = select(*DELIVERY_COLUMNS).where(_overdue())
+    query = select(*delivery_columns()).where(_overdue())
     if not pending:
         query = query.where(DELIVERY.c.status == DeliveryStatus.RUNNING, DELIVERY.c.finished_at.is_(None))
-    rows = connection.execute(
-        query.order_by(DELIVERY.c.publish_after, DELIVERY.c.id).limit(limit).with_for_update(skip_locked=True)
-    ).all()
-    found = [DeliveryRecord(*row) for row in rows]
+    query = query.order_by(DELIVERY.c.publish_after, DELIVERY.c.id).limit(limit).with_for_update(skip_locked=True)
+    found = [delivery_of(row) for row in connection.execute(query).mappings()]
     lost = [delivery.id for delivery in found if delivery.status == DeliveryStatus.PENDING]
     if lost:
         connection.execute(

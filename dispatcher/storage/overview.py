@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 from dispatcher.domain.records import DeliveryRecord
 from dispatcher.states import CLOSED_STATUSES, OPEN_STATUSES, DeliveryStatus
 from dispatcher.storage.models import CHAIN, DELIVERY, ChainRow
-from dispatcher.storage.rows import DELIVERY_COLUMNS
+from dispatcher.storage.rows import delivery_columns, delivery_of
 from dispatcher.storage.statements import is_due
 
 
@@ -53,7 +53,7 @@ def listing(
     limit: int = 100,
 ) -> list[DeliveryRecord]:
     """Deliveries by chain, status and chain type, newest first, at most `limit`."""
-    query = select(*DELIVERY_COLUMNS)
+    query = select(*delivery_columns())
     if chain_id is not None:
         query = query.where(DELIVERY.c.chain_id == chain_id)
     if statuses:
@@ -62,7 +62,8 @@ def listing(
             query = query.where(DELIVERY.c.finished_at.is_(None))  # which the index of their statuses is limited to
     if type_name is not None:
         query = query.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).where(CHAIN.c.chain_type == type_name)
-    return [DeliveryRecord(*row) for row in connection.execute(query.order_by(DELIVERY.c.id.desc()).limit(limit))]
+    query = query.order_by(DELIVERY.c.id.desc()).limit(limit)
+    return [delivery_of(row) for row in connection.execute(query).mappings()]
 
 
 def count_stopped(connection: Connection) -> dict[str, int]:

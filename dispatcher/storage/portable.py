@@ -1,42 +1,148 @@
-"""The hot writes in a transaction of several statements, for every database.
+"""The store for every database: each operation is a transaction of several statements.
 
-Rows are locked in id order and compared with what was read. A row that changed meanwhile is left out. A batch of any
-size needs only a few statements.
+A batch costs a handful of statements, whatever its size.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import select, tuple_, update
+from sqlalchemy import RowMapping, bindparam, select, tuple_, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import (
     Begun,
+    Budget,
     ChainRecord,
     Finished,
     Move,
     Owed,
     PlannedDelivery,
+    Request,
     Rest,
     Timing,
     Write,
-    begun_of,
+    Written,
     by_kind,
 )
 from dispatcher.domain.resources import Resource, resource_key
 from dispatcher.states import NEW, DeliveryStatus, EventAction
-from dispatcher.storage import deliveries, history
-from dispatcher.storage.dialects import clock_plus
+from dispatcher.storage import chain_types, chains, deliveries, history
+from dispatcher.storage.clock import clock_plus
+from dispatcher.storage.database import Database
 from dispatcher.storage.history import add_events
 from dispatcher.storage.models import CHAIN, DELIVERY, RESOURCE
-from dispatcher.storage.rows import begun_from, with_chain
-from dispatcher.storage.statements import grouped, insert_many, insert_or_ignore, new_id
+from dispatcher.storage.rows import MACHINE_NOW, chain_columns, chains_of, delivery_columns, delivery_of
+from dispatcher.storage.statements import grouped, insert_many, insert_or_ignore, moved_values, new_id
+from dispatcher.storage.store import Limit
 
 
-def lock_unchanged(connection: Connection, records: Sequence[ChainRecord]) -> dict[int, bool]:
+class PortableStore:
+    """The store of one database of any kind."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def read(self, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
+        with self._database.read() as connection:
+            return chains.read_with_clock(connection, chain_ids)
+
+    def write(
+        self, writes: Sequence[Write], *, now: datetime, timing: Timing, limits: Mapping[str, Limit] | None = None
+    ) -> Written:
+        def work(connection: Connection) -> Written:
+            budgets = self._lock_budgets(connection, limits or {})
+            not_woken = _lock_unchanged(connection, [change.record for change in writes])
+            unchanged = [change for change in writes if change.record.id in not_woken]
+            allowed, spending = _within(budgets, unchanged)
+            written = _write_locked(connection, allowed, not_woken, now=now, timing=timing)
+            refused = {change.record.id for change in unchanged} - {change.record.id for change in allowed}
+            return Written(written, frozenset(refused), spending.note(connection))
+
+        return self._database.write(work)
+
+    def write_request(self, chain_id: int, request: Request) -> None:
+        def work(connection: Connection) -> None:
+            chains.write_request(connection, chain_id, request, now=self._database.now(connection))
+
+        self._database.write(work)
+
+    def request_chain(self, type_name: str, resources: Sequence[Resource], request: Request, *, due: bool) -> int:
+        def work(connection: Connection) -> int:
+            now = self._database.now(connection)
+            return chains.request_chain(connection, type_name, resources, request, due=due, now=now)
+
+        return self._database.write(work)
+
+    def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
+        return self._database.write(lambda connection: _begin(connection, owed, lease_seconds=lease_seconds))
+
+    def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
+        return self._database.write(lambda connection: _finish(connection, finished, now=now))
+
+    def create_many(
+        self, type_name: str, resource_sets: Sequence[Sequence[Resource]], *, now: datetime | None, due: bool
+    ) -> list[tuple[int, bool]]:
+        def work(connection: Connection) -> list[tuple[int, bool]]:
+            moment = now if now is not None else self._database.now(connection)
+            due_at = moment if due else None
+            return _create_many(connection, type_name, resource_sets, due_at=due_at, now=moment)
+
+        return self._database.write(work)
+
+    def _lock_budgets(self, connection: Connection, limits: Mapping[str, Limit]) -> dict[str, Budget | None]:
+        if not limits:
+            return {}
+        machine_now = self._database.machine_now(connection)
+        return {
+            type_name: chain_types.lock_budget(connection, type_name, limit, machine_now=machine_now)
+            for type_name, limit in limits.items()
+        }
+
+
+# --- executions ------------------------------------------------------------------------------------------------------
+
+
+class _Spending:
+    """How many plans of each type with a budget are wanted, and how many are written."""
+
+    def __init__(self, budgets: Mapping[str, Budget | None]) -> None:
+        self._budgets = budgets
+        self._spent: Counter[str] = Counter()
+        self._wanted: Counter[str] = Counter()
+
+    def allows(self, type_name: str) -> bool:
+        """Count one more plan of this type that is wanted; whether its budget has room for it."""
+        if type_name not in self._budgets:
+            return True
+        self._wanted[type_name] += 1
+        budget = self._budgets[type_name]
+        if budget is None or self._spent[type_name] >= budget.left:
+            return False
+        self._spent[type_name] += 1
+        return True
+
+    def note(self, connection: Connection) -> tuple[str, ...]:
+        """Write what was spent; the types that are paused because more was wanted."""
+        return tuple(
+            type_name
+            for type_name, budget in self._budgets.items()
+            if budget is not None
+            and not chain_types.spend_budget(
+                connection, type_name, budget, spent=self._spent[type_name], wanted=self._wanted[type_name]
+            )
+        )
+
+
+def _within(budgets: Mapping[str, Budget | None], writes: Sequence[Write]) -> tuple[list[Write], _Spending]:
+    """Those of these writes that the budgets allow; rests need none."""
+    spending = _Spending(budgets)
+    allowed = [change for change in writes if isinstance(change, Rest) or spending.allows(change.record.chain_type)]
+    return allowed, spending
+
+
+def _lock_unchanged(connection: Connection, records: Sequence[ChainRecord]) -> dict[int, bool]:
     """Lock the chains that are unchanged since they were read (same version, enabled, nothing open): `{id: not woken}`.
 
     *Not woken* is True where no enqueue arrived since the read, so that the chain's request may be cleared.
@@ -55,10 +161,10 @@ def lock_unchanged(connection: Connection, records: Sequence[ChainRecord]) -> di
     }
 
 
-def write_locked(
+def _write_locked(
     connection: Connection, writes: Sequence[Write], not_woken: Mapping[int, bool], *, now: datetime, timing: Timing
 ) -> dict[int, str | None]:
-    """Write what came of executions of chains that `lock_unchanged` has locked: `{chain id: id of a new delivery}`."""
+    """Write what came of executions of chains that `_lock_unchanged` has locked: `{chain id: id of a new delivery}`."""
     moves, rests, planned = by_kind(
         [
             change
@@ -85,14 +191,13 @@ def _move(connection: Connection, moves: Sequence[Move], not_woken: Mapping[int,
             update(CHAIN)
             .where(CHAIN.c.id.in_(sorted(move.record.id for move in group)))
             .values(
-                state=to_state,
-                version=CHAIN.c.version + 1,
-                moves=CHAIN.c.moves + 1,
-                failures=0,
-                next_update_at=next_update_at,
-                due_at=due_at,
-                updated_at=now,
-                **({"request": None} if consumed else {}),
+                moved_values(
+                    to_state,
+                    next_update_at=next_update_at,
+                    due_at=due_at,
+                    now=now,
+                    request=None if consumed else CHAIN.c.request,
+                )
             )
         )
     add_events(
@@ -166,7 +271,7 @@ def _plan(
         connection.execute(
             update(CHAIN)
             .where(CHAIN.c.id.in_(sorted(plan.record.id for plan in group)))
-            .ordered_values(  # `owed` must be first: it reads the old version, and MySQL assigns from left to right
+            .ordered_values(  # MySQL evaluates from left to right, and the subquery needs the old version
                 (CHAIN.c.pending_delivery_id, owed),
                 (CHAIN.c.version, CHAIN.c.version + 1),
                 (CHAIN.c.due_at, None),
@@ -212,32 +317,34 @@ def _standing(timing: Timing) -> dict[str, Any]:
     }
 
 
-def begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
-    rows = connection.execute(
-        with_chain()
-        .where(
-            tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_(
-                [(message.delivery_id, message.attempt - 1) for message in owed]
-            ),
-            DELIVERY.c.status == DeliveryStatus.PENDING,
-            DELIVERY.c.next_attempt_at <= clock_plus(0),
-            DELIVERY.c.publish_after.is_not(
-                None
-            ),  # NULL: the chain was disabled while this statement waited for the row
-            CHAIN.c.pending_delivery_id == DELIVERY.c.id,
-            ~CHAIN.c.disabled,
-        )
-        .order_by(DELIVERY.c.id)
-        .with_for_update(of=DELIVERY)
-    ).all()
-    if not rows:
+# --- attempts --------------------------------------------------------------------------------------------------------
+
+
+def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
+    ids = list(
+        connection.execute(
+            select(DELIVERY.c.id)
+            .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
+            .where(
+                tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_(
+                    [(message.delivery_id, message.attempt - 1) for message in owed]
+                ),
+                DELIVERY.c.status == DeliveryStatus.PENDING,
+                DELIVERY.c.next_attempt_at <= clock_plus(0),
+                # NULL: the chain was disabled while this statement waited for the row.
+                DELIVERY.c.publish_after.is_not(None),
+                CHAIN.c.pending_delivery_id == DELIVERY.c.id,
+                ~CHAIN.c.disabled,
+            )
+            .order_by(DELIVERY.c.id)
+            .with_for_update(of=DELIVERY)
+        ).scalars()
+    )
+    if not ids:
         return []
-    of_delivery: dict[str, list[Any]] = defaultdict(list)
-    for row in rows:
-        of_delivery[row[0]].append(row)
     connection.execute(
         update(DELIVERY)
-        .where(DELIVERY.c.id.in_(list(of_delivery)), DELIVERY.c.status == DeliveryStatus.PENDING)
+        .where(DELIVERY.c.id.in_(ids))
         .values(
             status=DeliveryStatus.RUNNING,
             attempt=DELIVERY.c.attempt + 1,
@@ -245,11 +352,34 @@ def begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float)
             publish_after=clock_plus(lease_seconds),
         )
     )
-    read = [begun_from(group) for group in of_delivery.values()]
-    return [replace(message, delivery=begun_of(message.delivery)) for message in read]
+    rows: dict[str, list[RowMapping]] = defaultdict(list)
+    for row in connection.execute(_WITH_CHAIN, {"ids": ids}).mappings():
+        rows[row["id"]].append(row)
+    return [_begun_of(rows[delivery_id]) for delivery_id in ids]
 
 
-def finish(connection: Connection, finished: Sequence[Finished], *, now: datetime) -> set[str]:
+_WITH_CHAIN: Final = (  # built once, because building a statement costs more than executing it
+    select(
+        *delivery_columns(),
+        *chain_columns(),
+        RESOURCE.c.resource_type,
+        RESOURCE.c.resource_id,
+        clock_plus(0).label(MACHINE_NOW),
+    )
+    .select_from(
+        DELIVERY.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).outerjoin(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id)
+    )
+    .where(DELIVERY.c.id.in_(bindparam("ids", expanding=True)))
+)
+
+
+def _begun_of(rows: Sequence[RowMapping]) -> Begun:
+    """The delivery and its chain in the rows of `_WITH_CHAIN` of one delivery, a row for each resource."""
+    (record,) = chains_of(rows).values()
+    return Begun(delivery_of(rows[0]), record, rows[0][MACHINE_NOW])
+
+
+def _finish(connection: Connection, finished: Sequence[Finished], *, now: datetime) -> set[str]:
     by_id = {end.delivery.id: end for end in finished}
     ours = set(
         connection.execute(
@@ -287,7 +417,15 @@ def finish(connection: Connection, finished: Sequence[Finished], *, now: datetim
         connection.execute(
             update(CHAIN)
             .where(CHAIN.c.id.in_(sorted(end.delivery.chain_id for end in group)))
-            .values(deliveries.moved_values(state, next_update_at=next_update_at, due_at=due_at, now=now))
+            .values(
+                moved_values(
+                    state,
+                    next_update_at=next_update_at,
+                    due_at=due_at,
+                    now=now,
+                    request=None if due_at is None else CHAIN.c.request,
+                )
+            )
         )
     add_events(
         connection,
@@ -309,7 +447,10 @@ def finish(connection: Connection, finished: Sequence[Finished], *, now: datetim
     return set(versions)
 
 
-def create_many(
+# --- creation --------------------------------------------------------------------------------------------------------
+
+
+def _create_many(
     connection: Connection,
     type_name: str,
     resources: Sequence[Sequence[Resource]],
@@ -317,10 +458,7 @@ def create_many(
     due_at: datetime | None,
     now: datetime,
 ) -> list[tuple[int, bool]]:
-    """Find or create one chain for each resource set; gives `(chain id, created here)`, in the order of `resources`.
-
-    Each chain has exactly the resources of its set.
-    """
+    """`(chain id, created here)` of the chain with exactly each of these resource sets, in their order."""
     keys = [resource_key(pairs) for pairs in resources]
     by_key = dict(zip(keys, resources, strict=True))
     found = _ids_by_key(connection, type_name, by_key)

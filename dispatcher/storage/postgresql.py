@@ -20,9 +20,12 @@ chain. Two tricks are for PostgreSQL's planner, as `EXPLAIN (ANALYZE) EXECUTE` o
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, TypeAlias
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from dispatcher.domain.records import (
@@ -37,24 +40,38 @@ from dispatcher.domain.records import (
     Rest,
     Timing,
     Write,
+    Written,
     by_kind,
     idempotency_key,
 )
-from dispatcher.storage.deliveries import LostChain
+from dispatcher.domain.resources import Resource
+from dispatcher.errors import ChainMissing
+from dispatcher.storage import chains
+from dispatcher.storage.database import Database, run_statement
 from dispatcher.storage.models import storable
-from dispatcher.storage.rows import DELIVERY_WIDTH, chain_of, delivery_of
+from dispatcher.storage.portable import PortableStore
+from dispatcher.storage.rows import MACHINE_NOW, RESOURCES, chain_list, chain_of, delivery_list, delivery_of
 from dispatcher.storage.statements import new_id
+from dispatcher.storage.store import Limit
 
-Run: TypeAlias = Callable[[str, Mapping[str, Any]], list[Any]]
+_Run: TypeAlias = Callable[[str, Mapping[str, Any]], list[dict[str, Any]]]
 """Runs a statement with its parameters and gives its rows: `Database.write_statement`, or one within a transaction."""
 
-_READ: Final = """
-SELECT
-  c.id, c.chain_type, c.state, c.disabled, c.next_update_at, c.due_at, c.version, c.wake, c.moves,
-  c.pending_delivery_id::text, c.failures, c.created_at, c.updated_at, c.context, c.request,
+_FINISHES: Final = 10
+
+_CHAIN: Final = f"""{chain_list("c")},
   ARRAY(SELECT ARRAY[r.resource_type, r.resource_id]::text[]
-        FROM chain_dispatcher_resource r WHERE r.chain_id = c.id),
-  clock_timestamp()
+        FROM chain_dispatcher_resource r WHERE r.chain_id = c.id) AS {RESOURCES},
+  clock_timestamp() AS {MACHINE_NOW}"""
+
+# What a move writes into a chain's row, from a row `m` with the new state, rest and due time.
+_MOVED: Final = """state = m.to_state, version = c.version + 1, moves = c.moves + 1, pending_delivery_id = NULL,
+    failures = 0, next_update_at = m.next_update_at, due_at = CASE WHEN NOT c.disabled THEN m.due_at END,
+    updated_at = %(now)s"""
+
+_READ: Final = f"""
+SELECT
+  {_CHAIN}
 FROM (
   SELECT unnest((SELECT %(ids)s::bigint[])) AS id LIMIT (SELECT cardinality(%(ids)s::bigint[]))
 ) i JOIN chain_dispatcher_chain c ON c.id = i.id"""
@@ -62,7 +79,7 @@ FROM (
 _LOCK: Final = """
 SELECT id FROM chain_dispatcher_chain WHERE id = ANY(%(ids)s::bigint[]) ORDER BY id FOR NO KEY UPDATE"""
 
-_MOVE: Final = """
+_MOVE: Final = f"""
 WITH i AS (
   SELECT * FROM unnest(
     (SELECT %(ids)s::bigint[]), (SELECT %(versions)s::bigint[]), (SELECT %(wakes)s::bigint[]),
@@ -72,12 +89,10 @@ WITH i AS (
   LIMIT (SELECT cardinality(%(ids)s::bigint[]))
 ), moved AS (
   UPDATE chain_dispatcher_chain c
-  SET state = i.to_state, version = c.version + 1, moves = c.moves + 1, failures = 0,
-    next_update_at = i.next_update_at, due_at = i.due_at, updated_at = %(now)s,
-    request = CASE WHEN c.wake <> i.wake THEN c.request END
-  FROM i
-  WHERE c.id = i.id AND c.version = i.version AND NOT c.disabled AND c.pending_delivery_id IS NULL
-  RETURNING i.*
+  SET {_MOVED}, request = CASE WHEN c.wake <> m.wake THEN c.request END
+  FROM i AS m
+  WHERE c.id = m.id AND c.version = m.version AND NOT c.disabled AND c.pending_delivery_id IS NULL
+  RETURNING m.*
 )
 INSERT INTO chain_dispatcher_event (chain_id, chain_version, move_version, action, value, from_state, to_state,
   requested_by, detail, created_at)
@@ -156,13 +171,13 @@ WITH old AS (
   WHERE c.id = old.id
 ), history AS (
   INSERT INTO chain_dispatcher_event (chain_id, chain_version, action, requested_by, created_at)
-  SELECT id, version, 'request_replaced', %(by)s, now FROM old WHERE request::text <> %(request)s::text
+  SELECT id, version, 'request_replaced', %(by)s, now FROM old WHERE request::jsonb <> %(request)s::jsonb
 )
 SELECT id FROM old"""
 
 
 # `publish_after` is asked in a CASE, because the planner would otherwise search the relay's index instead of the key.
-_BEGIN: Final = """
+_BEGIN: Final = f"""
 UPDATE chain_dispatcher_delivery d
 SET status = 'running', attempt = d.attempt + 1,
   lease_until = clock_timestamp() + make_interval(secs => %(lease_seconds)s::float8),
@@ -174,20 +189,13 @@ FROM (
 WHERE d.id = i.id AND d.attempt = i.attempt - 1 AND d.status = 'pending'
   AND CASE WHEN d.publish_after IS NULL THEN false ELSE d.next_attempt_at <= clock_timestamp() END
   AND c.id = d.chain_id AND c.pending_delivery_id = d.id AND NOT c.disabled
-RETURNING
-  d.id::text, d.idempotency_key::text, d.chain_id, d.chain_version, d.transition, d.from_state, d.final_state,
-  d.callback, d.status, d.attempt, d.max_attempts, d.unknown, d.next_attempt_at, d.publish_after, d.lease_until,
-  d.planned_at, d.finished_at, d.requested_by, d.last_error, d.kwargs, d.context,
-  c.id, c.chain_type, c.state, c.disabled, c.next_update_at, c.due_at, c.version, c.wake, c.moves,
-  c.pending_delivery_id::text, c.failures, c.created_at, c.updated_at, c.context, c.request,
-  ARRAY(SELECT ARRAY[r.resource_type, r.resource_id]::text[]
-        FROM chain_dispatcher_resource r WHERE r.chain_id = c.id),
-  clock_timestamp()"""
+RETURNING {delivery_list("d")},
+  {_CHAIN}"""
 
-# A single statement cannot ROLLBACK. It divides by zero to abort itself when fewer chains moved than deliveries closed;
-# `finish` translates that SQLSTATE into LostChain.
+# A single statement cannot ROLLBACK. It divides by zero to abort itself when fewer chains moved than deliveries closed,
+# because a chain was taken from its delivery while the statement waited for a row; `finish` then runs it again.
 _DIVISION_BY_ZERO: Final = "22012"
-_FINISH: Final = """
+_FINISH: Final = f"""
 WITH i AS (
   SELECT * FROM unnest(
     (SELECT %(ids)s::uuid[]), (SELECT %(attempts)s::int[]), (SELECT %(rests)s::timestamptz[]),
@@ -201,52 +209,128 @@ WITH i AS (
   FROM i, chain_dispatcher_chain c
   WHERE d.id = i.id AND d.attempt = i.attempt AND d.status = 'running'
     AND c.id = d.chain_id AND c.pending_delivery_id = d.id
-  RETURNING d.id, d.chain_id, d.transition, d.from_state, d.final_state, d.requested_by, i.next_update_at, i.due_at
+  RETURNING d.id, d.chain_id, d.transition, d.from_state, d.final_state AS to_state, d.requested_by, i.next_update_at,
+    i.due_at
 ), moved AS (
   UPDATE chain_dispatcher_chain c
-  SET state = d.final_state, version = c.version + 1, moves = c.moves + 1, pending_delivery_id = NULL, failures = 0,
-    next_update_at = d.next_update_at, due_at = CASE WHEN NOT c.disabled THEN d.due_at END,
-    request = CASE WHEN d.due_at IS NOT NULL THEN c.request END, updated_at = %(now)s
-  FROM closed d
-  WHERE c.id = d.chain_id AND c.pending_delivery_id = d.id
-  RETURNING d.*, c.version
+  SET {_MOVED}, request = CASE WHEN m.due_at IS NOT NULL THEN c.request END
+  FROM closed AS m
+  WHERE c.id = m.chain_id AND c.pending_delivery_id = m.id
+  RETURNING m.*, c.version
 ), history AS (
   INSERT INTO chain_dispatcher_event (chain_id, chain_version, move_version, action, value, from_state, to_state,
     requested_by, detail, created_at)
-  SELECT chain_id, version, version, 'state_transition', final_state, from_state, final_state, requested_by,
-    transition, %(now)s
+  SELECT chain_id, version, version, 'state_transition', to_state, from_state, to_state, requested_by, transition,
+    %(now)s
   FROM moved
 )
-SELECT (SELECT array_agg(id::text) FROM moved),
-  1 / (CASE WHEN (SELECT count(*) FROM closed) = (SELECT count(*) FROM moved) THEN 1 ELSE 0 END)"""
+SELECT (SELECT array_agg(id::text) FROM moved) AS finished,
+  1 / (CASE WHEN (SELECT count(*) FROM closed) = (SELECT count(*) FROM moved) THEN 1 ELSE 0 END) AS whole"""
 
 
-def read(run: Run, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
-    """As `chains.read_with_clock`."""
-    rows = run(_READ, {"ids": list(chain_ids)})
-    records = {row[0]: chain_of(row) for row in rows}
-    return records, rows[0][-1].astimezone(UTC) if rows else None
+class PostgresqlStore:
+    """The store of one PostgreSQL database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._portable = PortableStore(database)
+
+    def read(self, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
+        with self._database.read() as connection:
+            rows = run_statement(connection, _READ, {"ids": list(chain_ids)})
+        records = [chain_of(row, row[RESOURCES]) for row in rows]
+        return {record.id: record for record in records}, rows[0][MACHINE_NOW].astimezone(UTC) if rows else None
+
+    def write(
+        self, writes: Sequence[Write], *, now: datetime, timing: Timing, limits: Mapping[str, Limit] | None = None
+    ) -> Written:
+        if limits:
+            return self._portable.write(writes, now=now, timing=timing, limits=limits)
+        if len({type(change) for change in writes}) == 1:
+            return Written(_write(self._database.write_statement, writes, now=now, timing=timing))
+
+        def statements(connection: Connection) -> dict[int, str | None]:
+            run = partial(run_statement, connection)
+            # Each statement locks its chains in id order; this lock makes it the order over all statements.
+            run(_LOCK, {"ids": [change.record.id for change in writes]})
+            return _write(run, writes, now=now, timing=timing)
+
+        return Written(self._database.write(statements))
+
+    def write_request(self, chain_id: int, request: Request) -> None:
+        clock = self._database.clock
+        parameters = {
+            "id": chain_id,
+            "request": json.dumps(request.to_json()),
+            "by": request.requested_by,
+            "now": None if clock is None else clock(),
+        }
+        if not self._database.write_statement(_REQUEST, parameters):
+            raise ChainMissing(chain_id)
+
+    def request_chain(self, type_name: str, resources: Sequence[Resource], request: Request, *, due: bool) -> int:
+        with self._database.read() as connection:
+            chain_id = chains.find_exact(connection, type_name, resources)
+        if chain_id is not None:
+            with suppress(ChainMissing):  # erased since the read
+                self.write_request(chain_id, request)
+                return chain_id
+        return self._portable.request_chain(type_name, resources, request, due=due)
+
+    def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
+        owed = sorted(owed, key=lambda message: message.delivery_id)
+        rows = self._database.write_statement(
+            _BEGIN,
+            {
+                "ids": [message.delivery_id for message in owed],
+                "attempts": [message.attempt for message in owed],
+                "lease_seconds": lease_seconds,
+            },
+        )
+        begun = [
+            Begun(delivery_of(row), chain_of(row, row[RESOURCES]), row[MACHINE_NOW].astimezone(UTC)) for row in rows
+        ]
+        return sorted(begun, key=lambda attempt: attempt.delivery.id)
+
+    def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
+        finished = sorted(finished, key=lambda end: end.delivery.id)
+        parameters = {
+            "ids": [end.delivery.id for end in finished],
+            "attempts": [end.delivery.attempt for end in finished],
+            "rests": [end.next_update_at for end in finished],
+            "dues": [end.due_at for end in finished],
+            "now": now,
+        }
+        for turn in range(_FINISHES + 1):
+            try:
+                (row,) = self._database.write_statement(_FINISH, parameters)
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) != _DIVISION_BY_ZERO or turn == _FINISHES:
+                    raise
+            else:
+                return set(row["finished"] or ())
+        raise AssertionError("unreachable")
+
+    def create_many(
+        self, type_name: str, resource_sets: Sequence[Sequence[Resource]], *, now: datetime | None, due: bool
+    ) -> list[tuple[int, bool]]:
+        return self._portable.create_many(type_name, resource_sets, now=now, due=due)
 
 
-def lock(run: Run, chain_ids: Sequence[int]) -> None:
-    """Lock these chains, in id order, until the transaction ends."""
-    run(_LOCK, {"ids": list(chain_ids)})
-
-
-def write(run: Run, writes: Sequence[Write], *, now: datetime, timing: Timing) -> dict[int, str | None]:
+def _write(run: _Run, writes: Sequence[Write], *, now: datetime, timing: Timing) -> dict[int, str | None]:
     """Write what came of executions: `{chain id: id of its new delivery, if any}` of the chains that are unchanged."""
     moves, rests, planned = by_kind(writes)
     done: dict[int, str | None] = {}
     if moves:
-        done.update(dict.fromkeys(write_moves(run, moves, now=now)))
+        done.update(dict.fromkeys(_write_moves(run, moves, now=now)))
     if rests:
-        done.update(dict.fromkeys(write_rests(run, rests, now=now)))
+        done.update(dict.fromkeys(_write_rests(run, rests, now=now)))
     if planned:
-        done.update(write_plans(run, planned, now=now, timing=timing))
+        done.update(_write_plans(run, planned, now=now, timing=timing))
     return done
 
 
-def write_moves(run: Run, moves: Sequence[Move], *, now: datetime) -> set[int]:
+def _write_moves(run: _Run, moves: Sequence[Move], *, now: datetime) -> set[int]:
     """Move chains; the ids of those that are unchanged since they were read. A request that came since is kept."""
     moves = sorted(moves, key=lambda move: move.record.id)
     rows = run(
@@ -262,10 +346,10 @@ def write_moves(run: Run, moves: Sequence[Move], *, now: datetime) -> set[int]:
             "now": now,
         },
     )
-    return {row[0] for row in rows}
+    return {row["chain_id"] for row in rows}
 
 
-def write_rests(run: Run, rests: Sequence[Rest], *, now: datetime) -> set[int]:
+def _write_rests(run: _Run, rests: Sequence[Rest], *, now: datetime) -> set[int]:
     """Let chains stay; the ids of those that are unchanged since they were read and were not enqueued meanwhile."""
     rests = sorted(rests, key=lambda rest: rest.record.id)
     rows = run(
@@ -281,11 +365,11 @@ def write_rests(run: Run, rests: Sequence[Rest], *, now: datetime) -> set[int]:
             "now": now,
         },
     )
-    return {row[0] for row in rows}
+    return {row["id"] for row in rows}
 
 
-def write_plans(
-    run: Run,
+def _write_plans(
+    run: _Run,
     planned: Sequence[PlannedDelivery],
     *,
     now: datetime,
@@ -313,58 +397,8 @@ def write_plans(
             "lease_seconds": timing.lease_seconds,
         },
     )
-    applied = {row[0] for row in rows}
+    applied = {row["id"] for row in rows}
     return {plan.record.id: made for plan, made in zip(planned, ids, strict=True) if plan.record.id in applied}
-
-
-def write_request(run: Run, chain_id: int, request: Request, *, now: datetime | None) -> bool:
-    """Write a request to a chain's row and make it due (`now` None: by the database's clock); False without a row."""
-    text = json.dumps(request.to_json())
-    return bool(run(_REQUEST, {"id": chain_id, "request": text, "by": request.requested_by, "now": now}))
-
-
-def begin(run: Run, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
-    """Begin those of these attempts that may begin, in id order; the others are left as they are."""
-    owed = sorted(owed, key=lambda message: message.delivery_id)
-    rows = run(
-        _BEGIN,
-        {
-            "ids": [message.delivery_id for message in owed],
-            "attempts": [message.attempt for message in owed],
-            "lease_seconds": lease_seconds,
-        },
-    )
-    begun = [
-        Begun(
-            delivery_of(row),
-            chain_of(row[DELIVERY_WIDTH:]),
-            row[-1].astimezone(UTC),
-        )
-        for row in rows
-    ]
-    return sorted(begun, key=lambda message: message.delivery.id)
-
-
-def finish(run: Run, finished: Sequence[Finished], *, now: datetime) -> set[str]:
-    """Record delivered attempts and move their chains; the ids of the deliveries that this process still held.
-
-    Raises `LostChain`, and records none of them, when a chain does not wait for its delivery any more.
-    """
-    finished = sorted(finished, key=lambda end: end.delivery.id)
-    parameters = {
-        "ids": [end.delivery.id for end in finished],
-        "attempts": [end.delivery.attempt for end in finished],
-        "rests": [end.next_update_at for end in finished],
-        "dues": [end.due_at for end in finished],
-        "now": now,
-    }
-    try:
-        rows = run(_FINISH, parameters)
-    except DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) == _DIVISION_BY_ZERO:
-            raise LostChain from error
-        raise
-    return set(rows[0][0] or ())
 
 
 def _json(value: Mapping[str, Any] | None) -> str | None:

@@ -1,83 +1,106 @@
-"""How a row becomes a value: the columns that are read, in order, and what is made of them."""
+"""How rows become values: the columns to read are the fields of the values, and everything is decoded by name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from sqlalchemy import Select, select
+from sqlalchemy import Column, ColumnElement, RowMapping, Table, Uuid
 
-from dispatcher.domain.records import Begun, ChainRecord, DeliveryRecord, Request
+from dispatcher.domain.records import ChainEvent, ChainRecord, DeliveryRecord, Request
 from dispatcher.domain.resources import Resource
-from dispatcher.storage.dialects import clock_plus
-from dispatcher.storage.models import CHAIN, DELIVERY, RESOURCE
+from dispatcher.storage.models import CHAIN, DELIVERY, EVENT, UtcDateTime
 
-CHAIN_COLUMNS: Final = tuple(CHAIN.c[name] for name in ChainRecord.__dataclass_fields__ if name != "resources")
-"""What `records_of` reads of a chain, `request` last."""
+Values: TypeAlias = Mapping[str, Any] | RowMapping
+"""A row by column name, from a driver or from SQLAlchemy."""
+
+CHAIN_FIELDS: Final = tuple(name for name in ChainRecord.__dataclass_fields__ if name != "resources")
+"""The columns of a chain that are read."""
+
+DELIVERY_FIELDS: Final = tuple(DeliveryRecord.__dataclass_fields__)
+"""The columns of a delivery that are read."""
+
+EVENT_FIELDS: Final = tuple(ChainEvent.__dataclass_fields__)
+"""The columns of an event that are read."""
+
+# In rows that hold a chain and its delivery the chain's columns have a prefix, because both have an id and a context.
+CHAIN_PREFIX: Final = "chain__"
+RESOURCES: Final = "resources"
+MACHINE_NOW: Final = "machine_now"
+
+_CHAIN_LABELS: Final = tuple((name, f"{CHAIN_PREFIX}{name}") for name in CHAIN_FIELDS)
 
 
-DELIVERY_COLUMNS: Final = tuple(DELIVERY.c[name] for name in DeliveryRecord.__dataclass_fields__)
+def chain_columns() -> list[ColumnElement[Any]]:
+    """The columns to select for `chain_of`."""
+    return [CHAIN.c[name].label(label) for name, label in _CHAIN_LABELS]
 
 
-DELIVERY_WIDTH: Final = len(DELIVERY_COLUMNS)
+def delivery_columns() -> list[Column[Any]]:
+    """The columns to select for `delivery_of`."""
+    return [DELIVERY.c[name] for name in DELIVERY_FIELDS]
 
 
-def records_of(rows: Sequence[Sequence[Any]]) -> dict[int, ChainRecord]:
-    """The chains in rows of `CHAIN_COLUMNS` and a resource's type and id, one row for each resource."""
-    values: dict[int, Sequence[Any]] = {}
+def event_columns() -> list[Column[Any]]:
+    """The columns to select for `event_of`."""
+    return [EVENT.c[name] for name in EVENT_FIELDS]
+
+
+def chain_list(alias: str) -> str:
+    """What a statement in the driver's words selects for `chain_of`; the table is called `alias`."""
+    return ", ".join(f"{_raw(CHAIN, name, alias)} AS {label}" for name, label in _CHAIN_LABELS)
+
+
+def delivery_list(alias: str) -> str:
+    """What a statement in the driver's words selects for `delivery_of`; the table is called `alias`."""
+    return ", ".join(f"{_raw(DELIVERY, name, alias)} AS {name}" for name in DELIVERY_FIELDS)
+
+
+def chain_of(row: Values, resources: Iterable[Sequence[str]]) -> ChainRecord:
+    """The chain in a row of `chain_columns` or `chain_list`, with its resources."""
+    values = {name: row[label] for name, label in _CHAIN_LABELS}
+    values["request"] = Request.from_json(values["request"])
+    values["resources"] = tuple(sorted((kind, identity) for kind, identity in resources))
+    return ChainRecord(**_in_utc(values, CHAIN))
+
+
+def delivery_of(row: Values) -> DeliveryRecord:
+    """The delivery in a row of `delivery_columns` or `delivery_list`."""
+    return DeliveryRecord(**_in_utc({name: row[name] for name in DELIVERY_FIELDS}, DELIVERY))
+
+
+def event_of(row: Values) -> ChainEvent:
+    """The event in a row of `event_columns`."""
+    return ChainEvent(**{name: row[name] for name in EVENT_FIELDS})
+
+
+def chains_of(rows: Iterable[Values]) -> dict[int, ChainRecord]:
+    """The chains by id, in rows of `chain_columns` and a resource's `resource_type` and `resource_id`."""
+    first: dict[int, Values] = {}
     resources: dict[int, list[Resource]] = {}
     for row in rows:
-        values[row[0]] = row
-        pairs = resources.setdefault(row[0], [])
-        if row[-1] is not None:
-            pairs.append((row[-2], row[-1]))
-    return {
-        chain_id: ChainRecord(  # type: ignore[call-arg]  # the columns before the request, in order
-            *row[:-3], Request.from_json(row[-3]), tuple(sorted(resources[chain_id]))
-        )
-        for chain_id, row in values.items()
-    }
+        chain_id = row[f"{CHAIN_PREFIX}id"]
+        first.setdefault(chain_id, row)
+        pairs = resources.setdefault(chain_id, [])
+        if row["resource_id"] is not None:
+            pairs.append((row["resource_type"], row["resource_id"]))
+    return {chain_id: chain_of(row, resources[chain_id]) for chain_id, row in first.items()}
 
 
-def with_chain() -> Select[Any]:
-    """Deliveries with their chains, a row for each of the chain's resources, and the database's clock."""
-    columns = (*DELIVERY_COLUMNS, *CHAIN_COLUMNS, RESOURCE.c.resource_type, RESOURCE.c.resource_id)
-    joined = DELIVERY.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
-    return select(*columns, clock_plus(0).label("machine_now")).select_from(
-        joined.outerjoin(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id)
-    )
+_MOMENTS: Final = {
+    table.name: tuple(column.name for column in table.columns if isinstance(column.type, UtcDateTime))
+    for table in (CHAIN, DELIVERY)
+}
 
 
-def begun_from(rows: Sequence[Sequence[Any]]) -> Begun:
-    """The delivery and its chain in the rows of `with_chain` that are one delivery's."""
-    width = len(DELIVERY_COLUMNS)
-    (record,) = records_of([row[width:-1] for row in rows]).values()
-    return Begun(DeliveryRecord(*rows[0][:width]), record, rows[0][-1])
+def _in_utc(values: dict[str, Any], table: Table) -> dict[str, Any]:
+    """`values` with its moments in UTC: a driver gives them in the session's time zone."""
+    for name in _MOMENTS[table.name]:
+        moment: datetime | None = values.get(name)
+        if moment is not None and moment.tzinfo is not UTC:
+            values[name] = moment.astimezone(UTC)
+    return values
 
 
-def chain_of(row: Sequence[Any]) -> ChainRecord:
-    return ChainRecord(
-        row[0],
-        row[1],
-        row[2],
-        row[3],
-        _utc(row[4]),
-        _utc(row[5]),
-        row[6],
-        row[7],
-        row[8],
-        row[9],
-        row[10],
-        row[11].astimezone(UTC),
-        row[12].astimezone(UTC),
-        row[13],
-        Request.from_json(row[14]),
-        tuple(sorted((kind, identity) for kind, identity in row[15])),
-    )
-
-
-def delivery_of(row: Sequence[Any]) -> DeliveryRecord:
-    return DeliveryRecord(*row[:12], *map(_utc, row[12:17]), *row[17:DELIVERY_WIDTH])
-
-
-def _utc(moment: datetime | None) -> datetime | None:
-    return None if moment is None else moment.astimezone(UTC)
+def _raw(table: Table, name: str, alias: str) -> str:
+    cast = "::text" if isinstance(table.c[name].type, Uuid) else ""
+    return f"{alias}.{name}{cast}"

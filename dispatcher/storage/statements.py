@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import DeliveryRecord
 from dispatcher.states import DeliveryStatus
-from dispatcher.storage.dialects import clock_plus
+from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import CHAIN, DELIVERY, Base
 
 Key = TypeVar("Key", bound=Hashable)
@@ -59,6 +59,23 @@ def one_row(result: Any) -> bool:
 def unless_disabled(due_at: datetime | None) -> Any:
     """`due_at`, or NULL for a disabled chain, which becomes due when it is enabled."""
     return None if due_at is None else case((~CHAIN.c.disabled, literal(due_at, CHAIN.c.due_at.type)))
+
+
+def moved_values(
+    state: str, *, next_update_at: datetime | None, due_at: datetime | None, now: datetime, request: Any
+) -> dict[str, Any]:
+    """The columns of a chain that moves to `state`; `request` is what becomes of its waiting request."""
+    return {
+        "state": state,
+        "version": CHAIN.c.version + 1,
+        "moves": CHAIN.c.moves + 1,
+        "pending_delivery_id": None,
+        "failures": 0,
+        "next_update_at": next_update_at,
+        "due_at": unless_disabled(due_at),
+        "request": request,
+        "updated_at": now,
+    }
 
 
 def at_once(now: datetime) -> ColumnElement[Any]:

@@ -1,107 +1,105 @@
-"""The hot reads and writes, for any number of rows at once: chains, executions, requests, attempts.
+"""The contract of the hot reads and writes. `portable` and `postgresql` implement it; `services` chooses between them.
 
-There are two ways to write. `portable` uses a transaction of several statements, on every database. `postgresql` uses
-one statement that commits by itself, or one transaction if a batch has writes of several kinds. This module chooses
-between them. Both lock rows in id order and compare them with what was read. A row that changed meanwhile is left out.
+The docstrings below are the specification, and the conformance tests run it against each implementation on each
+database. What holds for all of it:
+
+- **Batches.** Every operation takes any number of rows. Each row is guarded for itself: a row whose guard fails is left
+  out of the result and is not changed, and the others are written.
+- **Transactions.** Each operation commits by itself, as a whole or not at all. After a deadlock, a serialization
+  failure or a busy database the whole operation is run again.
+- **Locks.** Rows of one table are locked in the order of their ids; of a chain and its delivery the delivery is first.
+- **Errors.** `ServiceUnavailable` when the database cannot be reached; the commit may then have succeeded or not. Any
+  other `DBAPIError` is raised as it is, and nothing is written.
+- **Time.** `now` is domain time, given by the caller. Machine time is the database's clock (`clock`), read when the
+  operation is carried out.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import partial
-from typing import Final
+from typing import Protocol, TypeAlias
 
-from sqlalchemy.engine import Connection
-
-from dispatcher.domain.records import Begun, ChainRecord, Finished, Owed, Request, Timing, Write
+from dispatcher.domain.records import Begun, ChainRecord, Finished, Owed, Request, Timing, Write, Written
 from dispatcher.domain.resources import Resource
 from dispatcher.errors import ChainMissing
-from dispatcher.storage import chains, portable, postgresql
-from dispatcher.storage.database import Database, run_statement
 
-_POSTGRESQL: Final = "postgresql"
-
-
-def read(database: Database, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
-    """The chains with these ids, by id, and the database's clock (None without any row)."""
-    with database.read() as connection:
-        if database.dialect == _POSTGRESQL:
-            return postgresql.read(partial(run_statement, connection), chain_ids)
-        return chains.read_with_clock(connection, chain_ids)
+Limit: TypeAlias = Callable[[int], int | None]
+"""How many plans a chain type may have in one hour, given an estimated number of its chains."""
 
 
-def read_one(database: Database, chain_id: int) -> ChainRecord:
+class Store(Protocol):
+    """The hot reads and writes of one database."""
+
+    def read(self, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
+        """The chains with these ids by id, and the database's clock as of the same statement (None without any chain).
+
+        Missing chains are left out. Resources are sorted; moments are aware UTC.
+        """
+
+    def write(
+        self, writes: Sequence[Write], *, now: datetime, timing: Timing, limits: Mapping[str, Limit] | None = None
+    ) -> Written:
+        """Write what came of executions. At most one write for each chain.
+
+        Guard of a move and of a plan: the chain exists, has the `version` that was read, is not disabled, and has no
+        open delivery. Guard of a rest: these, and the `wake` that was read, because an enqueue that came since must not
+        lose its wake-up.
+
+        - *Move*: state, version + 1, moves + 1, failures 0, rest and due time; one `state_transition` event.
+        - *Plan*: a delivery (begun at once where `timing` has a lease), version + 1, failures 0, not due; one `planned`
+          event.
+        - *Rest*: due time and failures, and one event where it has one; the version stays.
+
+        A move and a plan take the request out of the row, unless an enqueue came since the read.
+
+        `limits` names chain types with a limit of plans per hour (moves count as plans). Their rows are locked first,
+        in the order of the mapping. What goes beyond a limit, or belongs to a paused type, is `Written.refused`; a type
+        that wanted more than its limit is paused, and named in `Written.paused`.
+        """
+
+    def write_request(self, chain_id: int, request: Request) -> None:
+        """Write an application's request to a chain's row: `wake` + 1, and due at once or at the end of its rest.
+
+        A chain that is disabled or has an open delivery keeps an empty due time. An earlier, different request leaves a
+        `request_replaced` event; requests are compared as JSON values (2 equals 2.0, the order of keys does not
+        matter). Raises `ChainMissing`.
+        """
+
+    def request_chain(self, type_name: str, resources: Sequence[Resource], request: Request, *, due: bool) -> int:
+        """As `write_request`, for the chain with exactly these resources; its id.
+
+        A chain that does not exist is created in NEW, due at once where `due` says so. Concurrent callers get the same
+        chain.
+        """
+
+    def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
+        """Begin those of these attempts that may begin, in the order of their ids.
+
+        Guard: the delivery is pending, its last attempt is the one before, its `next_attempt_at` is reached by the
+        database's clock, its `publish_after` is set (it is NULL while the chain is disabled), its chain waits for it
+        and is not disabled. The rows in `Begun` are those after the write: running, with the new attempt and lease.
+        """
+
+    def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
+        """Record delivered attempts and move their chains; the ids of the deliveries that were recorded.
+
+        Guard: the delivery is running, has this attempt, and its chain waits for it. The delivery is closed, the chain
+        moves to the delivery's `final_state`, and the history gets one `state_transition`. A request in the row is
+        kept, except where the new state is terminal (no due time is given).
+        """
+
+    def create_many(
+        self, type_name: str, resource_sets: Sequence[Sequence[Resource]], *, now: datetime | None, due: bool
+    ) -> list[tuple[int, bool]]:
+        """`(chain id, created here)` for the chain with exactly each of these resource sets, in their order.
+
+        New chains are in NEW, due at once where `due` says so, with one `created` event. `now` None takes the
+        database's clock. A set that is given twice is created once, and `created here` is True for its first place.
+        """
+
+
+def read_one(store: Store, chain_id: int) -> ChainRecord:
     """The chain with this id; `ChainMissing` if there is none."""
-    record = read(database, [chain_id])[0].get(chain_id)
+    record = store.read([chain_id])[0].get(chain_id)
     if record is None:
         raise ChainMissing(chain_id)
     return record
-
-
-def write(database: Database, writes: Sequence[Write], *, now: datetime, timing: Timing) -> dict[int, str | None]:
-    """Write what came of executions, in one transaction: `{chain id: id of its new delivery, if any}`.
-
-    Left out are chains that have changed since they were read, and chains that only rest and were enqueued meanwhile.
-    """
-    if database.dialect != _POSTGRESQL:
-
-        def work(connection: Connection) -> dict[int, str | None]:
-            not_woken = portable.lock_unchanged(connection, [change.record for change in writes])
-            return portable.write_locked(connection, writes, not_woken, now=now, timing=timing)
-
-        return database.write(work)
-    if len({type(change) for change in writes}) == 1:
-        return postgresql.write(database.write_statement, writes, now=now, timing=timing)
-
-    def statements(connection: Connection) -> dict[int, str | None]:
-        run = partial(run_statement, connection)
-        # Moves, rests and plans are one statement each. Each of them locks its own rows in id order, but two such
-        # batches could still deadlock. Therefore the rows of all chains are locked here first, in id order.
-        postgresql.lock(run, [change.record.id for change in writes])
-        return postgresql.write(run, writes, now=now, timing=timing)
-
-    return database.write(statements)
-
-
-def write_request(database: Database, chain_id: int, request: Request) -> None:
-    """Write an application's request to the chain's row and make it due. Raises `ChainMissing`."""
-    if database.dialect != _POSTGRESQL:
-        database.write(
-            lambda connection: chains.write_request(connection, chain_id, request, now=database.now(connection))
-        )
-        return
-    now = database.clock() if database.clock is not None else None
-    if not postgresql.write_request(database.write_statement, chain_id, request, now=now):
-        raise ChainMissing(chain_id)
-
-
-def write_request_if_exists(
-    database: Database, type_name: str, resources: Sequence[Resource], request: Request
-) -> int | None:
-    """Write a request to the chain with exactly these resources; its id.
-
-    None without such a chain, and on databases where the transaction that also creates a chain costs no more.
-    """
-    if database.dialect != _POSTGRESQL:
-        return None
-    with database.read() as connection:
-        chain_id = chains.find_exact(connection, type_name, resources)
-    if chain_id is not None:
-        with suppress(ChainMissing):  # erased meanwhile
-            write_request(database, chain_id, request)
-            return chain_id
-    return None
-
-
-def begin(database: Database, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
-    """Begin those of these attempts that may begin, in id order; the other rows are not changed."""
-    if database.dialect == _POSTGRESQL:
-        return postgresql.begin(database.write_statement, owed, lease_seconds=lease_seconds)
-    return database.write(lambda connection: portable.begin(connection, owed, lease_seconds=lease_seconds))
-
-
-def finish(database: Database, finished: Sequence[Finished], *, now: datetime) -> set[str]:
-    """Record delivered attempts and move their chains; the ids of the deliveries that this process still held."""
-    if database.dialect == _POSTGRESQL:
-        return postgresql.finish(database.write_statement, finished, now=now)
-    return database.write(lambda connection: portable.finish(connection, finished, now=now))

@@ -32,14 +32,14 @@ COSTS = {
     "an evaluation that learns when": (2, 10, 7, 2, 0, 0),
     "a move without callback": (2, 11, 8, 2, 0, 0),
     "a plan": (2, 12, 9, 2, 1, 1),
-    "a delivered attempt": (2, 11, 11, 0, 0, 0),
+    "a delivered attempt": (2, 12, 12, 0, 0, 0),
     "an enqueue of a chain": (2, 6, 5, 0, 1, 1),
-    "an enqueue that makes the chain": (12, 11, 9, 0, 1, 1),
+    "an enqueue that makes the chain": (11, 10, 9, 0, 1, 1),
     "200 evaluations that learn nothing": (1, 6, 3, 2, 0, 0),
     "200 evaluations that learn when": (2, 10, 7, 2, 0, 0),
     "200 moves without callback": (2, 11, 8, 2, 0, 0),
     "200 plans": (2, 12, 9, 2, 4, 4),
-    "10 delivered attempts": (2, 11, 11, 0, 0, 0),
+    "10 delivered attempts": (2, 12, 12, 0, 0, 0),
 }
 _RUNS = 4
 """How often each is measured. The cheapest run counts, by its statements first, and it must have exactly these numbers:

@@ -29,6 +29,7 @@ from dispatcher.passes.sweep import Sweeper
 from dispatcher.settings import Settings
 from dispatcher.storage import chains, overdue, store
 from dispatcher.storage.models import Base
+from dispatcher.storage.store import Store
 from tools.pictures.canvas import ACCENT, INK, LINE, SOFT, Area, Canvas
 from tools.pictures.house import room_of
 from workers import tasks
@@ -98,7 +99,7 @@ _PATH: Final[tuple[Function, ...]] = (
     Pacing.deferral,
     make_attempt,
     Ends.record,
-    store.finish,
+    Store.finish,
 )
 """The functions of the main path, from beat to callback."""
 
@@ -156,7 +157,7 @@ def celery_settings() -> dict[str, Any]:
 
 
 def short(function: Function) -> str:
-    """A function's name as its callers write it: `Sweeper.sweep`, `store.write`."""
+    """A function's name as its callers write it: `Sweeper.sweep`, `Store.write`."""
     qualified = function.__qualname__
     return qualified if "." in qualified else f"{function.__module__.rpartition('.')[2]}.{qualified}"
 
@@ -249,13 +250,13 @@ def _draw_messages(canvas: Canvas, boxes: _Boxes) -> None:
 def _draw_rows(canvas: Canvas, boxes: _Boxes) -> None:
     application = boxes.application
     y = (application.top + application.bottom) / 2
-    _draw_access(canvas, application, y, store.write_request, "chain")
+    _draw_access(canvas, application, y, Store.write_request, "chain")
     canvas.text(application.right + 12, y - 8, "first the request, in the chain's row", size=12, fill=SOFT)
     _draw_access(canvas, boxes.sweep, boxes.sweep.top + 48, chains.due_page, "chain", reads=True)
-    _draw_access(canvas, boxes.execute, boxes.execute.top + 36, store.read, "chain", reads=True)
-    _draw_access(canvas, boxes.execute, boxes.execute.top + 88, store.write, "chain", "delivery", "event")
-    _draw_access(canvas, boxes.deliver, boxes.deliver.top + 36, store.begin, "delivery")
-    _draw_access(canvas, boxes.deliver, boxes.deliver.top + 88, store.finish, "delivery", "chain", "event")
+    _draw_access(canvas, boxes.execute, boxes.execute.top + 36, Store.read, "chain", reads=True)
+    _draw_access(canvas, boxes.execute, boxes.execute.top + 88, Store.write, "chain", "delivery", "event")
+    _draw_access(canvas, boxes.deliver, boxes.deliver.top + 36, Store.begin, "delivery")
+    _draw_access(canvas, boxes.deliver, boxes.deliver.top + 88, Store.finish, "delivery", "chain", "event")
     _draw_access(canvas, boxes.relay, boxes.relay.top + 48, overdue.claim_overdue, "delivery")
 
 

@@ -424,8 +424,8 @@ def test_a_chain_that_got_a_new_delivery_meanwhile_is_not_freed(make_dispatcher:
                 record=record, transition="Remind", final_state="reminded", callback="type", max_attempts=5,
                 kwargs=None, context=None, requested_by=None,
             )  # fmt: skip
-            asleep = portable.lock_unchanged(connection, [record])
-            portable.write_locked(connection, [plan], asleep, now=now, timing=Timing(60))
+            not_woken = portable._lock_unchanged(connection, [record])
+            portable._write_locked(connection, [plan], not_woken, now=now, timing=Timing(60))
 
         return first.database.write(work)
 
