@@ -1,6 +1,7 @@
 """Values from user code, made safe to store, to log and to send: bounded, printable, and never raising."""
 
 import inspect
+import unicodedata
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from itertools import islice
@@ -20,6 +21,9 @@ MAX_DESCRIPTION: Final = 2000
 EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
 LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 """The range of moments that every database can store, whatever its time zone."""
+
+_HARMLESS: Final = "\n\t\u200c\u200d"
+"""Not printable to Python, but part of texts: line breaks, and the joiners of Persian and of emoji."""
 
 
 def safe_text(value: object, limit: int) -> str:
@@ -58,19 +62,33 @@ def describe(error: BaseException) -> str:
 
 
 def bounded(moment: datetime) -> datetime:
-    """`moment`, or the nearest moment that every database can store."""
-    return min(max(moment, EARLIEST), LATEST)
+    """`moment`, or the nearest moment that every database can store. `TypeError` for one that has no place in time.
+
+    (pandas' `NaT` is a datetime to Python, but is neither before nor after any other.)
+    """
+    found = min(max(moment, EARLIEST), LATEST)
+    if not EARLIEST <= found <= LATEST:
+        raise TypeError(f"{safe_text(repr(moment), 150)} is no moment")
+    return found
+
+
+def refuse_unstarted(value: object, what: str) -> None:
+    """Raise `TypeError` for a coroutine or a generator: nothing runs it, so its code has not even begun."""
+    if inspect.iscoroutine(value):
+        value.close()  # or Python would warn that it was never awaited
+        raise TypeError(f"{what} gave a coroutine, which nothing awaits")
+    if inspect.isgenerator(value) or inspect.isasyncgen(value):
+        raise TypeError(f"{what} gave a generator, which nothing iterates: it must not contain `yield`")
 
 
 def refuse_awaitable(value: object, what: str) -> None:
-    """Raise `TypeError` for a coroutine: nothing awaits it, so its code would never run."""
+    """Raise `TypeError` for an answer that would have to be awaited or iterated first: it is always truthy."""
+    refuse_unstarted(value, what)
     if inspect.isawaitable(value):
-        if inspect.iscoroutine(value):
-            value.close()  # or Python would warn that it was never awaited
-        raise TypeError(f"{what} gave a coroutine, which nothing awaits")
+        raise TypeError(f"{what} gave an awaitable, which nothing awaits")
 
 
 def _printable(character: str) -> str:
-    if character.isprintable() or character in "\n\t":
+    if character.isprintable() or character in _HARMLESS or unicodedata.category(character) == "Zs":
         return character
     return character.encode("unicode_escape").decode("ascii")

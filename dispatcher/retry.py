@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
+MAX_ATTEMPTS: Final = 1_000_000
+"""The most attempts that may be configured: it is stored as a 32-bit number."""
+
 MAX_WAIT_SECONDS: Final = 100 * 365 * 86400
 """The longest wait that may be configured. It is bounded so that adding it to a date cannot overflow."""
 
@@ -30,8 +33,10 @@ class RetryPolicy:
     jitter: float = 0.2
 
     def __post_init__(self) -> None:
-        if type(self.max_attempts) is not int or self.max_attempts < 1:
-            raise ValueError(f"max_attempts must be a whole number of at least 1, not {self.max_attempts!r}")
+        if type(self.max_attempts) is not int or not 1 <= self.max_attempts <= MAX_ATTEMPTS:
+            raise ValueError(
+                f"max_attempts must be a whole number between 1 and {MAX_ATTEMPTS}, not {self.max_attempts!r}"
+            )
         for name in ("base_seconds", "cap_seconds"):
             if not 0 <= getattr(self, name) <= MAX_WAIT_SECONDS:
                 raise ValueError(f"{name} must lie between 0 and {MAX_WAIT_SECONDS}, not {getattr(self, name)!r}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
-from dispatcher.bounds import refuse_awaitable
+from dispatcher.bounds import refuse_awaitable, refuse_unstarted
 from dispatcher.domain.config import Callback, ChainType
 from dispatcher.domain.contexts import load_contexts, merged_context
 from dispatcher.domain.evaluation import GuardFailed, Plan, evaluate
@@ -113,11 +113,12 @@ def make_attempt(
         age = attempt.begun.machine_now - delivery.planned_at
         if not unknown and age >= timedelta(seconds=last_look_seconds):
             plan = _look_again(attempt, context)
-            if plan.winner is None or type(plan.winner) is not attempt.transition_class:
+            if not _wins_again(plan, attempt):
                 return NotValid(plan)
+            assert plan.winner is not None  # it wins again
             transition = plan.winner
             transition.idempotency_key = delivery.idempotency_key
-        refuse_awaitable(attempt.callback(transition, **(delivery.kwargs or {})), "the callback")
+        refuse_unstarted(attempt.callback(transition, **(delivery.kwargs or {})), "the callback")
     except BaseException as error:
         if ends_process(error):
             raise
@@ -146,11 +147,20 @@ def _settle_unknown(attempt: Attempt, mark_known: Callable[[Attempt], bool]) -> 
 
 
 def bare_transition(attempt: Attempt, context: Mapping[str, Any]) -> Transition:
-    """The attempt's transition object, made without asking its guard."""
+    """The attempt's transition object, made without asking its guard. It leads where the delivery's row says."""
     transition = attempt.transition_class(attempt.begun.chain.snapshot(), context)
+    if transition.final_state != attempt.delivery.final_state:  # a guard's choice, or the class has changed since
+        vars(transition)["final_state"] = attempt.delivery.final_state
     transition.now = attempt.now
     transition.idempotency_key = attempt.delivery.idempotency_key
     return transition
+
+
+def _wins_again(plan: Plan, attempt: Attempt) -> bool:
+    """Whether the delivery's transition wins once more, and leads to the same state."""
+    taken = plan.taken
+    same_class = type(plan.winner) is attempt.transition_class
+    return same_class and taken is not None and taken.final_state == attempt.delivery.final_state
 
 
 def verified(transition: Transition) -> bool | None:

@@ -30,7 +30,7 @@ from dispatcher.domain.decisions import due_after_move, rest_after_call
 from dispatcher.domain.evaluation import Plan
 from dispatcher.domain.records import Begun, DeliveryRecord, Finished
 from dispatcher.domain.results import AttemptResult, reasons_text
-from dispatcher.errors import PermanentFailure, ServiceUnavailable
+from dispatcher.errors import PermanentFailure, ServiceUnavailable, ends_process
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import CHAINS_QUEUE, MAX_COUNTDOWN
 from dispatcher.retry import growing_interval
@@ -204,7 +204,8 @@ class Ends:
 
     def _cancelled(self, attempt: Attempt, plan: Plan) -> AttemptResult:
         won = type(plan.winner).__name__ if plan.winner is not None else "none"
-        reason = f"last look: {won} wins now; {reasons_text(plan.errors)}"
+        where = "" if plan.taken is None else f" and leads to {plan.taken.final_state}"
+        reason = f"last look: {won} wins now{where}; {reasons_text(plan.errors)}"
 
         def work(connection: Connection) -> bool:
             return deliveries.close_and_stay(connection, attempt.delivery, now=attempt.now, reason=reason)
@@ -217,7 +218,8 @@ class Ends:
     def _failed(self, attempt: Attempt, error: BaseException) -> AttemptResult:
         delivery, reason = attempt.delivery, describe(error)
         if isinstance(error, PermanentFailure) or delivery.attempt >= delivery.max_attempts:
-            return self._out_of_attempts(attempt, _for_skipping(attempt), reason, error=error)
+            skipped = _for_skipping(attempt) if attempt.chain_type.on_dead == "skip" else None
+            return self._out_of_attempts(attempt, skipped, reason, error=error)
         _log_failure(attempt, error)
         seconds = attempt.transition_class.retry.delay(delivery.attempt, self._random).total_seconds()
         by_celery = seconds <= MAX_COUNTDOWN
@@ -239,7 +241,9 @@ class Ends:
         if error is not None:
             _log_failure(attempt, error)
         delivery = attempt.delivery
-        next_update_at = rest_after_call(transition, attempt.now).next_update_at if transition is not None else None
+        next_update_at = None
+        if transition is not None:
+            next_update_at = rest_after_call(transition, delivery.chain_id, attempt.now).next_update_at
         due_at = due_after_move(attempt.chain_type, delivery.final_state, next_update_at, attempt.now)
 
         def work(connection: Connection) -> bool:
@@ -319,7 +323,7 @@ def finished_delivery(
     delivery: DeliveryRecord, transition: Transition, chain_type: ChainType, now: datetime
 ) -> Finished:
     """What to record of a delivery that has succeeded: also until when its chain rests, and when the chain is due."""
-    asked = rest_after_call(transition, now)
+    asked = rest_after_call(transition, delivery.chain_id, now)
     due_at = due_after_move(chain_type, delivery.final_state, asked.next_update_at, now)
     return Finished(delivery, asked.next_update_at, due_at, asked.problem)
 
@@ -328,7 +332,9 @@ def _for_skipping(attempt: Attempt) -> Transition | None:
     """The transition that says how long the chain rests after a skipped delivery; None if its constructor fails."""
     try:
         return bare_transition(attempt, attempt.delivery.context or {})
-    except Exception:  # noqa: BLE001 - user code: its constructor may be what failed
+    except BaseException as error:  # user code: its constructor may be what failed
+        if ends_process(error):
+            raise
         return None
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from sqlalchemy.exc import DBAPIError
 
-from dispatcher.bounds import describe, refuse_awaitable
+from dispatcher.bounds import describe, refuse_unstarted
 from dispatcher.delivery.ends import finished_delivery
 from dispatcher.delivery.recording import note_problem, recorded
-from dispatcher.domain.config import Callback, DispatcherConfig
+from dispatcher.domain.config import Callback, ChainType, DispatcherConfig
 from dispatcher.domain.records import DeliveryRecord
 from dispatcher.domain.results import ChainResult
 from dispatcher.errors import ServiceUnavailable, ends_process
@@ -53,15 +53,16 @@ class LocalAttempts:
             return replace(result, outcome=Outcome.STALE)
         transition = result.transition
         transition.idempotency_key = delivery.idempotency_key
+        chain_type = self._config.get(transition.chain.chain_type)  # before the callback, which may replace the chain
         with self._lease(delivery):
             try:
-                refuse_awaitable(callback(transition, **kwargs), "the callback")
+                refuse_unstarted(callback(transition, **kwargs), "the callback")
             except BaseException as error:
                 if isinstance(error, SystemExit) and ends_process(error):
                     raise  # a time limit: the effect is unknown, the lease ends, the relay settles it
                 self._cancel(delivery, error, now)
                 raise
-            done = self._record_delivered(delivery, transition, now)
+            done = self._record_delivered(delivery, transition, chain_type, now)
         if not done:
             emit(
                 logger,
@@ -75,8 +76,9 @@ class LocalAttempts:
             return replace(result, outcome=Outcome.STALE)
         return replace(result, outcome=Outcome.MOVED, state=delivery.final_state)
 
-    def _record_delivered(self, delivery: DeliveryRecord, transition: Transition, now: datetime) -> bool:
-        chain_type = self._config.get(transition.chain.chain_type)
+    def _record_delivered(
+        self, delivery: DeliveryRecord, transition: Transition, chain_type: ChainType, now: datetime
+    ) -> bool:
         finished = finished_delivery(delivery, transition, chain_type, now)
         done = recorded(
             self._database,

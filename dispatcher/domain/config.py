@@ -324,9 +324,12 @@ def _check_recheck(seconds: object, path: str) -> None:
 
 def _check_not_async(function: object, what: str, path: str) -> None:
     # Nothing awaits the coroutine. It is truthy, so the guard would always be valid; a callback would never run.
-    # An object that is called like a function has its code in its class.
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(vars(type(function)).get("__call__")):
-        raise ConfigurationError(f"{what} must not be an async function", path)
+    # The same holds for generators. An object that is called like a function has its code in its class.
+    for code in (function, vars(type(function)).get("__call__")):
+        if inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
+            raise ConfigurationError(f"{what} must not be an async function", path)
+        if inspect.isgeneratorfunction(code):
+            raise ConfigurationError(f"{what} must not contain `yield`, because nothing iterates it", path)
 
 
 def _is_plan_limit(limit: object) -> bool:

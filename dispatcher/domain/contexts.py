@@ -4,6 +4,7 @@ No database connection is in use while user code runs.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -62,7 +63,11 @@ def evaluate_record(
     asked: Mapping[str, Any] | None,
     now: datetime,
 ) -> Evaluated:
-    """The plan for one chain, or the error that prevented it. Runs user code."""
+    """The plan for one chain, or the error that prevented it. Runs user code.
+
+    `asked` is the caller's context, or that of the chain's request: the guards get a copy of the latter, because it is
+    written with the plan as it was.
+    """
     if chain_type is None:
         return Evaluated(None, UnknownDefinition(record.id, f"chain type {record.chain_type!r}"))
     if record.state not in chain_type.states:
@@ -71,6 +76,8 @@ def evaluate_record(
         failure = GuardFailed("load_context", describe(loaded))
         failure.__cause__ = loaded
         return Evaluated(None, failure)
+    if record.request is not None and asked is record.request.context:
+        asked = deepcopy(asked)
     context = merged_context(loaded, record.context, asked)
     candidates = chain_type.candidates(record.state)
     try:

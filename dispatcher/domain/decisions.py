@@ -12,7 +12,7 @@ from dispatcher.domain.contexts import Evaluated
 from dispatcher.domain.evaluation import GuardFailed, Plan, rest_of
 from dispatcher.domain.records import ChainRecord, Move, PlannedDelivery, Request, Rest
 from dispatcher.domain.results import ChainResult
-from dispatcher.errors import UnknownDefinition
+from dispatcher.errors import UnknownDefinition, ends_process
 from dispatcher.retry import growing_interval, spread_of
 from dispatcher.states import EventAction, Outcome
 from dispatcher.telemetry import Action, emit
@@ -104,7 +104,7 @@ def _plan(record: ChainRecord, plan: Plan, callback: str, asked: Request, call: 
         transition=taken.transition,
         final_state=taken.final_state,
         callback=callback,
-        max_attempts=taken.retry.max_attempts,
+        max_attempts=taken.max_attempts,
         kwargs=asked.kwargs,
         context=asked.context if call is None else None,
         requested_by=asked.requested_by,
@@ -128,7 +128,7 @@ class AfterCall:
     problem: str = ""
 
 
-def rest_after_call(transition: Transition, now: datetime) -> AfterCall:
+def rest_after_call(transition: Transition, chain_id: int, now: datetime) -> AfterCall:
     """The rest that a transition asks for once its effect has taken place.
 
     The callback may have set a `date_next_update` that is not a date. The chain must move all the same; it rests for a
@@ -136,15 +136,17 @@ def rest_after_call(transition: Transition, now: datetime) -> AfterCall:
     """
     try:
         return AfterCall(rest_of(transition))
-    except Exception as error:  # noqa: BLE001 - user code; the effect has taken place, so the chain must move
+    except BaseException as error:  # user code; the effect has taken place, so the chain must move
+        if ends_process(error):
+            raise
         emit(
             logger,
             Action.REST_IGNORED,
             "chain %s: %s; it rests for a day",
-            transition.chain.id,
+            chain_id,
             problem := f"{type(transition).__name__}: {describe(error)}",
             error=error,
-            chain_id=transition.chain.id,
+            chain_id=chain_id,
         )
         return AfterCall(now + _REST_AFTER_PROBLEM, problem)
 

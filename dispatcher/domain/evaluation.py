@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from dispatcher.bounds import bounded_text, describe, refuse_awaitable, safe_reasons, safe_text
 from dispatcher.errors import DispatcherError, ends_process
-from dispatcher.retry import RetryPolicy
+from dispatcher.retry import MAX_ATTEMPTS, RetryPolicy
 from dispatcher.transition import ChainSnapshot, Transition, TypeDefault, as_utc
 
 MAX_LABEL: Final = 200
@@ -31,7 +31,7 @@ class Taken:
 
     transition: str
     final_state: str
-    retry: RetryPolicy
+    max_attempts: int
     next_update_at: datetime | None
 
 
@@ -111,7 +111,7 @@ def evaluate(
             answer = transition.is_valid()
             refuse_awaitable(answer, "is_valid()")
             valid = bool(answer)
-            taken = taken_by(transition, states) if valid else None
+            taken = taken_by(transition, snapshot, states) if valid else None
             verdict = Verdict(
                 transition=name,
                 label=bounded_text(str(transition), MAX_LABEL),
@@ -130,8 +130,10 @@ def evaluate(
     return Plan(snapshot.state, None, tuple(verdicts))
 
 
-def taken_by(transition: Transition, states: Collection[str] | None) -> Taken:
+def taken_by(transition: Transition, snapshot: ChainSnapshot, states: Collection[str] | None) -> Taken:
     """What a winner asks for. Raises `TypeError` or `ValueError` where that cannot be: guards may set attributes."""
+    if transition.chain is not snapshot:
+        raise TypeError("its `chain` was replaced, which is a read-only snapshot")
     final_state, retry = transition.final_state, transition.retry
     if not isinstance(final_state, str) or (states is not None and final_state not in states):
         raise ValueError(
@@ -139,7 +141,10 @@ def taken_by(transition: Transition, states: Collection[str] | None) -> Taken:
         )
     if not isinstance(retry, RetryPolicy):
         raise TypeError(f"its retry is {safe_text(repr(retry), 150)}, which is not a RetryPolicy")
-    return Taken(type(transition).__name__, final_state, retry, rest_of(transition))
+    max_attempts = retry.max_attempts
+    if type(max_attempts) is not int or not 1 <= max_attempts <= MAX_ATTEMPTS:
+        raise ValueError(f"its retry has {safe_text(repr(max_attempts), 150)} attempts")
+    return Taken(type(transition).__name__, final_state, max_attempts, rest_of(transition))
 
 
 def rest_of(transition: Transition) -> datetime | None:

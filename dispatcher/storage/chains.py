@@ -6,6 +6,7 @@ increments `wake`.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final
 
@@ -208,9 +209,12 @@ def request_chain(
 ) -> int:
     """The id of the chain with exactly these resources (created if absent), with the request in its row."""
     chain_id = find_exact(connection, type_name, resources)
-    if chain_id is None:
-        due_at = now if due else None
-        chain_id = create(connection, type_name=type_name, resources=resources, context=None, due_at=due_at, now=now)
+    if chain_id is not None:
+        with suppress(ChainMissing):  # erased since it was found
+            write_request(connection, chain_id, request, now=now)
+            return chain_id
+    due_at = now if due else None
+    chain_id = create(connection, type_name=type_name, resources=resources, context=None, due_at=due_at, now=now)
     write_request(connection, chain_id, request, now=now)
     return chain_id
 

@@ -2,16 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
 
-from dispatcher import DONE, NEW, Chain, ConfigurationError, Dispatcher, NotSerializable
+from dispatcher import DONE, NEW, Chain, ConfigurationError, Dispatcher, NotSerializable, Transition
 from dispatcher.bounds import LATEST
 from dispatcher.domain.records import Owed
+from dispatcher.retry import RetryPolicy
 from tests.integration import shop
 
 pytestmark = pytest.mark.integration
@@ -56,6 +57,26 @@ async def promise() -> bool:
     return True
 
 
+class NotATime(datetime):
+    """As pandas' NaT: neither before nor after any other moment."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+    __gt__ = __le__ = __ge__ = __lt__
+
+
+class Endless(RetryPolicy):
+    """A policy of one's own."""
+
+    def __getattribute__(self, name: str) -> Any:
+        return 10**20 if name == "max_attempts" else super().__getattribute__(name)
+
+
+def steps() -> Iterator[bool]:
+    yield False
+
+
 HOSTILE: dict[str, Callable[[Any], Any]] = {
     "an error without a text": raises(Mute()),
     "an error of 10 MB": raises(ValueError("x" * 10_000_000)),
@@ -67,6 +88,11 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "a rest as number": sets(date_next_update=14),
     "reasons that are none": sets(errors=None),
     "a coroutine": lambda _: promise(),
+    "a chain of its own": sets(chain="cart 0"),
+    "a rest that is no moment": sets(date_next_update=NotATime(2030, 1, 1)),
+    "a moment that is none": lambda transition: transition.not_before(NotATime(2030, 1, 1), "later"),
+    "attempts without end": sets(retry=object.__new__(Endless)),
+    "a generator": lambda _: steps(),
     "a reason without a text": lambda transition: bool(transition.errors.append(Mute())),
 }
 
@@ -143,6 +169,95 @@ def test_a_callback_s_error_without_a_text_is_a_failed_attempt(make_dispatcher: 
     assert [str(result.outcome) for result in results] == ["retrying", *["delivered"] * (size - 1)]
     assert "whose text raises" in (shop.delivery_of(dispatcher, chains[0]).last_error or "")
     assert len(called) == size
+
+
+def test_a_guard_that_changes_a_request_s_nested_value_changes_only_its_own_copy(make_dispatcher: shop.Make) -> None:
+    def is_valid(transition: Any) -> bool:
+        transition.context["order"]["seen"] = {1, 2}
+        transition.context["order"]["lines"].append(float("nan"))
+        return True
+
+    changes = shop.transition("Changes", "reminded", valid=is_valid)
+    dispatcher = make_dispatcher(shop.cart({NEW: [changes], "reminded": []}, callback=shop.Sink()))
+    chains = new_chains(dispatcher, 3)
+    for chain in chains:
+        chain.enqueue(initial_context={"order": {"lines": [1]}})
+
+    results = dispatcher.execute_chains([chain.id for chain in chains if chain.id is not None])
+
+    assert [str(result.outcome) for result in results] == ["planned"] * 3
+    assert shop.delivery_of(dispatcher, chains[0]).context == {"order": {"lines": [1]}}
+
+
+class Quits(BaseException):
+    """As gevent's Timeout: not an Exception."""
+
+
+def test_a_constructor_that_raises_what_is_no_exception_fails_its_own_attempt_only(make_dispatcher: shop.Make) -> None:
+    broken: list[bool] = []
+
+    def built(self: Any, chain: Any, *arguments: Any, **options: Any) -> None:
+        Transition.__init__(self, chain, *arguments, **options)
+        if broken and chain.resources[0][1] == "0":
+            raise Quits
+
+    candidate = shop.transition("Built", "reminded", __init__=built, retry=RetryPolicy(max_attempts=1))
+    called: list[Any] = []
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [candidate], "reminded": []}, callback=called.append, on_dead="skip"),
+        deliveries_per_task=5,
+    )
+    chains = new_chains(dispatcher, 5)
+    owed = [Owed(shop.planned(dispatcher, chain).id, 1) for chain in chains]
+    broken.append(True)
+
+    results = dispatcher.deliver(owed)
+
+    assert [str(result.outcome) for result in results] == ["skipped", *["delivered"] * 4]
+    assert len(called) == 4
+
+
+@pytest.mark.parametrize("look", [False, True])
+def test_a_callback_is_told_the_state_in_the_row_or_none(make_dispatcher: shop.Make, *, look: bool) -> None:
+    wanted = ["gold"]
+
+    def is_valid(transition: Any) -> bool:
+        transition.final_state = wanted[0]
+        return True
+
+    seen = []
+    upgrade = shop.transition("Upgrade", "silver", valid=is_valid)
+    dispatcher = make_dispatcher(
+        shop.cart(
+            {NEW: [upgrade], "gold": [shop.Never], "silver": [shop.Never]},
+            callback=lambda transition: seen.append(transition.final_state),
+        ),
+        last_look_seconds=0 if look else 3600,
+    )
+    (chain,) = new_chains(dispatcher, 1)
+    delivery = shop.planned(dispatcher, chain)
+    wanted[:] = ["silver"]
+
+    outcome = shop.attempt(dispatcher, delivery).outcome
+
+    if look:
+        assert (str(outcome), chain.refresh().state, seen) == ("cancelled", NEW, [])
+        assert "leads to silver" in (chain.events[-1].detail or "")
+    else:
+        assert (str(outcome), chain.refresh().state, seen) == ("delivered", "gold", ["gold"])
+
+
+def test_a_callback_that_replaces_its_chain_is_recorded(make_dispatcher: shop.Make) -> None:
+    def callback(transition: Any) -> None:
+        transition.chain = transition.date_next_update = "mine"
+
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind], "reminded": [shop.Never]}, callback=callback))
+    (chain,) = new_chains(dispatcher, 1)
+
+    chain.execute()
+
+    assert (chain.refresh().state, shop.actions(chain)[-1]) == ("reminded", "guard_failed")
+    assert shop.delivery_of(dispatcher, chain).status == "delivered"
 
 
 @pytest.mark.parametrize("rest", ["2030-01-01", 14])

@@ -94,6 +94,7 @@ def test_a_slowly_growing_policy_keeps_growing_after_many_attempts():
         {"max_attempts": -1},
         {"max_attempts": 2.0},
         {"max_attempts": True},
+        {"max_attempts": 2**31},
         {"base_seconds": -1},
         {"base_seconds": math.inf},
         {"base_seconds": math.nan},
