@@ -15,8 +15,8 @@ MAX_REASONS: Final = 50
 MAX_REASON: Final = 500
 """The longest reason, in characters."""
 
-MAX_DESCRIPTION: Final = 2000
-"""The longest description of an error, in characters."""
+MAX_ERROR: Final = 2000
+"""The longest description of an error, in characters; storage cuts at the same length."""
 
 EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
 LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
@@ -58,7 +58,7 @@ def safe_reasons(reasons: Iterable[object]) -> tuple[str, ...]:
 
 def describe(error: BaseException) -> str:
     """An error as a row keeps it: its type and its text."""
-    return safe_text(f"{type(error).__name__}: {safe_text(error, MAX_DESCRIPTION)}", MAX_DESCRIPTION)
+    return safe_text(f"{type(error).__name__}: {safe_text(error, MAX_ERROR)}", MAX_ERROR)
 
 
 def bounded(moment: datetime) -> datetime:

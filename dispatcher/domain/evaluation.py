@@ -133,7 +133,7 @@ def evaluate(
 def taken_by(transition: Transition, snapshot: ChainSnapshot, states: Collection[str] | None) -> Taken:
     """What a winner asks for. Raises `TypeError` or `ValueError` where that cannot be: guards may set attributes."""
     if transition.chain is not snapshot:
-        raise TypeError("its `chain` was replaced, which is a read-only snapshot")
+        raise TypeError("it replaced `self.chain`, which must stay the snapshot that it was given")
     final_state, retry = transition.final_state, transition.retry
     if not isinstance(final_state, str) or (states is not None and final_state not in states):
         raise ValueError(

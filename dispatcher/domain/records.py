@@ -16,9 +16,6 @@ from dispatcher.transition import ChainSnapshot
 MAX_DETAIL: Final = 4000
 """The longest detail of an event, in characters."""
 
-MAX_ERROR: Final = 2000
-"""The longest error of a delivery, in characters."""
-
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -11,7 +11,8 @@ from typing import Any, Final
 from sqlalchemy import delete, select, update
 from sqlalchemy.engine import Connection
 
-from dispatcher.domain.records import MAX_ERROR, DeliveryRecord, PlannedDelivery, idempotency_key
+from dispatcher.bounds import MAX_ERROR
+from dispatcher.domain.records import DeliveryRecord, PlannedDelivery, idempotency_key
 from dispatcher.states import CLOSED_STATUSES, OPEN_STATUSES, AttemptOutcome, DeliveryStatus, EventAction
 from dispatcher.storage import chains, history
 from dispatcher.storage.clock import clock_plus

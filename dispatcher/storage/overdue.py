@@ -3,7 +3,8 @@
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.engine import Connection
 
-from dispatcher.domain.records import MAX_ERROR, DeliveryRecord
+from dispatcher.bounds import MAX_ERROR
+from dispatcher.domain.records import DeliveryRecord
 from dispatcher.states import DeliveryStatus
 from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import DELIVERY

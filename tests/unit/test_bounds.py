@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dispatcher.bounds import (
     EARLIEST,
     LATEST,
-    MAX_DESCRIPTION,
+    MAX_ERROR,
     MAX_REASON,
     MAX_REASONS,
     bounded,
@@ -71,7 +71,7 @@ def test_a_text_does_not_keep_the_process_from_ending(error):
 
 def test_an_error_is_described_by_type_and_text():
     assert describe(ValueError("no such address")) == "ValueError: no such address"
-    assert len(describe(ValueError("x" * 10_000_000))) == MAX_DESCRIPTION
+    assert len(describe(ValueError("x" * 10_000_000))) == MAX_ERROR
     assert describe(Mute(ValueError())).startswith("Mute: <Mute, whose text raises")
 
 
