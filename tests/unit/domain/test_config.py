@@ -66,6 +66,10 @@ def send_sms(transition, **kwargs):
     return ("sms", transition, kwargs)
 
 
+def send_piecewise(transition, **kwargs):
+    yield transition
+
+
 async def send_later(transition, **kwargs):
     return None
 
@@ -220,6 +224,7 @@ class TestRefusedTransitions:
             (candidate(is_valid=None), "has no `is_valid()`"),
             (candidate(is_valid=True), "has no `is_valid()`"),
             (candidate(is_valid=send_later), "`is_valid` must not be an async function"),
+            (candidate(is_valid=send_piecewise), "`is_valid` must not contain `yield`, because nothing iterates it"),
             (candidate(callback="send"), "`callback` must be a method"),
             (candidate(callback=send_later), "`callback` must not be an async function"),
             (candidate(retry=5), "`retry` must be a RetryPolicy"),
