@@ -42,6 +42,23 @@ class CallbackKind(StrEnum):
     NAMED = "named"
 
 
+class WaitsFor(StrEnum):
+    """What a pending delivery waits for, where it waits for more than a worker.
+
+    RETRY: the time between two attempts. RATE: a rate limit. HOURS: its delivery hours. ASKED: the moment that its
+    callback asked for. PAUSED: its chain type is paused. SUPPRESSED: a resource of its chain is suppressed. DEFINITION:
+    a worker that knows its chain type, transition and callback.
+    """
+
+    RETRY = "retry"
+    RATE = "rate"
+    HOURS = "hours"
+    ASKED = "asked"
+    PAUSED = "paused"
+    SUPPRESSED = "suppressed"
+    DEFINITION = "definition"
+
+
 class EventAction(StrEnum):
     """What happened, in one line of a chain's history."""
 

@@ -138,7 +138,7 @@ def list_deliveries(
         return
     print_table(
         [
-            ("id", "chain", "transition", "status", "attempt", "next attempt", "last error"),
+            ("id", "chain", "transition", "status", "attempt", "next attempt", "waits for", "last error"),
             *(
                 (
                     delivery.id,
@@ -147,6 +147,7 @@ def list_deliveries(
                     delivery.status + (" (effect unknown)" if delivery.unknown else ""),
                     f"{delivery.attempt}/{delivery.max_attempts}",
                     moment(delivery.next_attempt_at),
+                    delivery.waits_reason or delivery.waits_for or "",
                     (delivery.last_error or "").split("\n", 1)[0][:60],
                 )
                 for delivery in found
@@ -242,7 +243,8 @@ def _find(
 def _values(delivery: "DeliveryRecord") -> dict[str, Any]:
     names = ("id", "chain_id", "transition", "from_state", "final_state", "callback", "status", "attempt")
     more = ("max_attempts", "unknown", "next_attempt_at", "planned_at", "finished_at", "requested_by", "last_error")
-    return {name: getattr(delivery, name) for name in (*names, *more)}
+    waits = ("waits_for", "waits_reason", "waits_since")
+    return {name: getattr(delivery, name) for name in (*names, *more, *waits)}
 
 
 # --- resources -------------------------------------------------------------------------------------------------------

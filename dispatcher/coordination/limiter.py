@@ -34,7 +34,6 @@ from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
-_PLACE: Final = "rate limit "
 _LINE_SECONDS: Final = 6 * 3600.0
 _PACE: Final = 0.95
 """Hand out places 5 % slower than the limit, so that small delays do not cause another refusal."""
@@ -59,15 +58,14 @@ return string.format('%.0f', free)
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a callback may not be called now, and after how many seconds to ask again."""
+    """Why a callback may not be called now, and after how many seconds to ask again.
+
+    `has_place` says that the caller then has a place in the line.
+    """
 
     reason: str
     seconds: float
-
-
-def had_place(reason: str) -> bool:
-    """Whether a refusal with this reason gave the caller a place in a line."""
-    return reason.startswith(_PLACE)
+    has_place: bool = False
 
 
 class RateLimiter:
@@ -135,7 +133,7 @@ class RateLimiter:
         place = counter.place(limit, now=now, not_before=not_before, has_place=has_place)
         if place is None:
             return Refusal(f"the line of rate limit {limit} is full", not_before - now + self._spread(_LINE_SECONDS))
-        return Refusal(f"{_PLACE}{limit}", max(place - now, 0.001))
+        return Refusal(f"rate limit {limit}", max(place - now, 0.001), has_place=True)
 
     def _note_away(self, error: BaseException) -> None:
         now = time.monotonic()

@@ -72,8 +72,6 @@ class StillUnknown:
 class NoneLeft:
     """`verify()` found no effect, and there are no further attempts."""
 
-    transition: Transition
-
 
 @dataclass(frozen=True, slots=True)
 class TakenOver:
@@ -142,15 +140,20 @@ def _settle_unknown(attempt: Attempt, mark_known: Callable[[Attempt], bool]) -> 
     if took_place is False and not mark_known(attempt):
         return TakenOver()
     if attempt.delivery.attempt > attempt.delivery.max_attempts:
-        return NoneLeft(transition)
+        return NoneLeft()
     return took_place is None
 
 
 def bare_transition(attempt: Attempt, context: Mapping[str, Any]) -> Transition:
-    """The attempt's transition object, made without asking its guard. It leads where the delivery's row says."""
+    """The attempt's transition object, made without asking its guard.
+
+    It leads where the delivery's row says, and asks for the rest that the plan asked for.
+    """
     transition = attempt.transition_class(attempt.begun.chain.snapshot(), context)
     if transition.final_state != attempt.delivery.final_state:  # a guard's choice, or the class has changed since
         vars(transition)["final_state"] = attempt.delivery.final_state
+    if attempt.delivery.rest_is_known:
+        vars(transition)["date_next_update"] = attempt.delivery.rest_until
     transition.now = attempt.now
     transition.idempotency_key = attempt.delivery.idempotency_key
     return transition

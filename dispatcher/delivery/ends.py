@@ -21,21 +21,20 @@ from dispatcher.delivery.attempt import (
     StillUnknown,
     TakenOver,
     Verified,
-    bare_transition,
 )
 from dispatcher.delivery.pacing import Deferral
 from dispatcher.delivery.recording import note_problem, recorded
 from dispatcher.domain.config import ChainType
-from dispatcher.domain.decisions import due_after_move, rest_after_call
+from dispatcher.domain.decisions import due_after_move, rest_after_call, rest_of_plan
 from dispatcher.domain.evaluation import Plan
 from dispatcher.domain.records import Begun, DeliveryRecord, Finished
 from dispatcher.domain.results import AttemptResult, reasons_text
-from dispatcher.errors import PermanentFailure, ServiceUnavailable, ends_process
+from dispatcher.errors import PermanentFailure, ServiceUnavailable
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import CHAINS_QUEUE, MAX_COUNTDOWN
 from dispatcher.retry import growing_interval
 from dispatcher.settings import Settings
-from dispatcher.states import AttemptOutcome, DeliveryStatus, EventAction
+from dispatcher.states import AttemptOutcome, DeliveryStatus, EventAction, WaitsFor
 from dispatcher.storage import deliveries, history
 from dispatcher.storage.database import Database
 from dispatcher.storage.store import Store
@@ -44,7 +43,6 @@ from dispatcher.transition import Transition
 
 logger = logging.getLogger(__name__)
 
-_UNKNOWN_DEFINITION: Final = "unknown definition: "
 _LOGGED_AS: Final[Mapping[AttemptOutcome, Action]] = {
     outcome: Action(f"attempt_{outcome}") for outcome in AttemptOutcome if outcome != AttemptOutcome.DRY_RUN
 }
@@ -77,13 +75,15 @@ class Ends:
     def unknown_definition(self, begun: Begun, name: str, now: datetime, finish_by: float) -> AttemptResult:
         """Take back the beginning of an attempt whose chain type, transition or callback this process does not know."""
         delivery, record = begun.delivery, begun.chain
-        reason = f"{_UNKNOWN_DEFINITION}{name!r}"
+        reason = f"unknown definition: {name!r}"
         waited = max((begun.machine_now - delivery.planned_at).total_seconds(), 0)
         seconds = growing_interval(1 + int(waited // 60), spread=self._random()).total_seconds()
 
         def work(connection: Connection) -> bool:
-            postponed = deliveries.postpone(connection, delivery, seconds=seconds, reason=reason)
-            if postponed and not (delivery.last_error or "").startswith(_UNKNOWN_DEFINITION):
+            postponed = deliveries.postpone(
+                connection, delivery, what=WaitsFor.DEFINITION, reason=reason, seconds=seconds
+            )
+            if postponed and delivery.waits_for != WaitsFor.DEFINITION:
                 history.add_event(
                     connection,
                     record.id,
@@ -114,12 +114,18 @@ class Ends:
 
         def work(connection: Connection) -> bool:
             return deliveries.postpone(
-                connection, attempt.delivery, seconds=deferral.seconds, reason=deferral.reason, grace_seconds=grace
+                connection,
+                attempt.delivery,
+                what=deferral.waits_for,
+                reason=deferral.reason,
+                seconds=deferral.seconds,
+                grace_seconds=grace,
+                has_place=deferral.has_place,
             )
 
         if not self._write(attempt, work, (DeliveryStatus.PENDING,), attempt_after=attempt.delivery.attempt - 1):
             return _result(attempt, AttemptOutcome.STALE)
-        result = _result(attempt, AttemptOutcome.DEFERRED, deferral.why)
+        result = _result(attempt, AttemptOutcome.DEFERRED, deferral.reason)
         return replace(result, retry_seconds=deferral.seconds if by_celery else None)
 
     def give_back(self, attempts: Sequence[Attempt]) -> None:
@@ -127,7 +133,7 @@ class Ends:
 
         def work(connection: Connection) -> None:
             for attempt in attempts:
-                deliveries.postpone(connection, attempt.delivery, seconds=0, reason=None)
+                deliveries.give_back(connection, attempt.delivery)
 
         self._database.write(work)
 
@@ -152,8 +158,8 @@ class Ends:
                 return self._failed(attempt, error)
             case StillUnknown():
                 return self._stopped(attempt, DeliveryStatus.HELD, "the effect of an earlier attempt is unknown")
-            case NoneLeft(transition):
-                return self._out_of_attempts(attempt, transition, attempt.delivery.last_error or "")
+            case NoneLeft():
+                return self._out_of_attempts(attempt, attempt.delivery.last_error or "")
             case TakenOver():
                 return _result(attempt, AttemptOutcome.STALE, "the delivery was taken over meanwhile")
 
@@ -207,19 +213,23 @@ class Ends:
         where = "" if plan.taken is None else f" and leads to {plan.taken.final_state}"
         reason = f"last look: {won} wins now{where}; {reasons_text(plan.errors)}"
 
+        due_at: datetime | None = None
+
         def work(connection: Connection) -> bool:
-            return deliveries.close_and_stay(connection, attempt.delivery, now=attempt.now, reason=reason)
+            nonlocal due_at
+            due_at = deliveries.call_off(connection, attempt.delivery, now=attempt.now, reason=reason)
+            return due_at is not None
 
         if not self._write(attempt, work, (DeliveryStatus.CANCELLED,)):
             return _result(attempt, AttemptOutcome.STALE)
-        self._publish_next(attempt)
+        if due_at == attempt.now:
+            self._publish_next(attempt)
         return _result(attempt, AttemptOutcome.CANCELLED, reason)
 
     def _failed(self, attempt: Attempt, error: BaseException) -> AttemptResult:
         delivery, reason = attempt.delivery, describe(error)
         if isinstance(error, PermanentFailure) or delivery.attempt >= delivery.max_attempts:
-            skipped = _for_skipping(attempt) if attempt.chain_type.on_dead == "skip" else None
-            return self._out_of_attempts(attempt, skipped, reason, error=error)
+            return self._out_of_attempts(attempt, reason, error=error)
         _log_failure(attempt, error)
         seconds = attempt.transition_class.retry.delay(delivery.attempt, self._random).total_seconds()
         by_celery = seconds <= MAX_COUNTDOWN
@@ -233,17 +243,13 @@ class Ends:
         result = _result(attempt, AttemptOutcome.RETRYING, reason)
         return replace(result, retry_seconds=seconds if by_celery else None)
 
-    def _out_of_attempts(
-        self, attempt: Attempt, transition: Transition | None, reason: str, *, error: BaseException | None = None
-    ) -> AttemptResult:
+    def _out_of_attempts(self, attempt: Attempt, reason: str, *, error: BaseException | None = None) -> AttemptResult:
         if attempt.chain_type.on_dead == "hold":
             return self._stopped(attempt, DeliveryStatus.DEAD, reason, error=error)
         if error is not None:
             _log_failure(attempt, error)
         delivery = attempt.delivery
-        next_update_at = None
-        if transition is not None:
-            next_update_at = rest_after_call(transition, delivery.chain_id, attempt.now).next_update_at
+        next_update_at = rest_of_plan(delivery, attempt.transition_class)
         due_at = due_after_move(attempt.chain_type, delivery.final_state, next_update_at, attempt.now)
 
         def work(connection: Connection) -> bool:
@@ -326,16 +332,6 @@ def finished_delivery(
     asked = rest_after_call(transition, delivery.chain_id, now)
     due_at = due_after_move(chain_type, delivery.final_state, asked.next_update_at, now)
     return Finished(delivery, asked.next_update_at, due_at, asked.problem)
-
-
-def _for_skipping(attempt: Attempt) -> Transition | None:
-    """The transition that says how long the chain rests after a skipped delivery; None if its constructor fails."""
-    try:
-        return bare_transition(attempt, attempt.delivery.context or {})
-    except BaseException as error:  # user code: its constructor may be what failed
-        if ends_process(error):
-            raise
-        return None
 
 
 def _result(

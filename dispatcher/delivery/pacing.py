@@ -8,30 +8,30 @@ from datetime import datetime
 from typing import Any, Final
 from zoneinfo import ZoneInfo
 
-from dispatcher.coordination.limiter import RateLimiter, had_place
+from dispatcher.coordination.limiter import RateLimiter
 from dispatcher.domain.callbacks import limits_of
 from dispatcher.domain.config import ChainType
 from dispatcher.domain.hours import zone_of
 from dispatcher.domain.records import Begun
+from dispatcher.states import WaitsFor
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
-_DEFERRED: Final = "deferred: "
-_BEFORE: Final = "; before: "
 _CLOCK_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Deferral:
-    """Why an attempt waits: `why` for the log, `reason` for the delivery's row.
+    """What an attempt waits for, why in words, and for how many seconds of machine time (the database's clock).
 
-    `seconds` is how long it waits, in machine time (the database's clock).
+    `has_place` says that it then has a place in the line of a rate limit.
     """
 
-    why: str
+    waits_for: WaitsFor
     reason: str
     seconds: float
+    has_place: bool = False
 
 
 class Pacing:
@@ -50,10 +50,6 @@ class Pacing:
         `now` is domain time.
         """
         delivery = begun.delivery
-        error = delivery.last_error or ""
-        deferred, before = error.startswith(_DEFERRED), error
-        if deferred:
-            before = error.partition(_BEFORE)[2]
         hours = chain_type.hours
         if hours is not None:
             zone = _zone(chain_type, begun)
@@ -61,20 +57,13 @@ class Pacing:
             if seconds:
                 # Round up: rows store milliseconds, and waking early would only wait again.
                 seconds = min(math.ceil(seconds), _CLOCK_SECONDS if self._own_clock else math.inf)
-                return _deferral(f"delivery hours {chain_type.delivery_hours} {zone.key}", seconds, before)
+                return Deferral(WaitsFor.HOURS, f"delivery hours {chain_type.delivery_hours} {zone.key}", seconds)
         limits = limits_of(chain_type, chain_type.by_name[delivery.transition], delivery.callback)
         # A retry has already waited in line once; it keeps its priority.
-        has_place = delivery.attempt > 1 or (deferred and had_place(error.removeprefix(_DEFERRED)))
-        refusal = self._limiter.ask(limits, has_place=has_place)
-        return None if refusal is None else _deferral(refusal.reason, refusal.seconds, before)
-
-
-def _deferral(why: str, seconds: float, before: str) -> Deferral:
-    """A deferral; `before` is the error of an earlier attempt, if any.
-
-    The reason replaces `last_error` in the delivery's row, so it contains that error too.
-    """
-    return Deferral(why, f"{_DEFERRED}{why}" + (f"{_BEFORE}{before}" if before else ""), seconds)
+        refusal = self._limiter.ask(limits, has_place=delivery.attempt > 1 or delivery.has_place)
+        if refusal is None:
+            return None
+        return Deferral(WaitsFor.RATE, refusal.reason, refusal.seconds, refusal.has_place)
 
 
 def _zone(chain_type: ChainType, begun: Begun) -> ZoneInfo:

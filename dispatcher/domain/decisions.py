@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Final
 
 from dispatcher.bounds import describe
@@ -10,13 +10,13 @@ from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, LocalCall, choose_for
 from dispatcher.domain.config import ChainType
 from dispatcher.domain.contexts import Evaluated
 from dispatcher.domain.evaluation import GuardFailed, Plan, rest_of
-from dispatcher.domain.records import ChainRecord, Move, PlannedDelivery, Request, Rest
+from dispatcher.domain.records import ChainRecord, DeliveryRecord, Move, PlannedDelivery, Request, Rest
 from dispatcher.domain.results import ChainResult
 from dispatcher.errors import UnknownDefinition, ends_process
 from dispatcher.retry import growing_interval, spread_of
 from dispatcher.states import EventAction, Outcome
 from dispatcher.telemetry import Action, emit
-from dispatcher.transition import Transition
+from dispatcher.transition import Transition, as_utc
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def decide(
     plan = evaluated.plan
     winner, taken = plan.winner, plan.taken
     if winner is None or taken is None:
-        return _stay(record, plan, now)
+        return _stay(record, plan, now, takes_request=call is None)
     try:
         choice = choose_for(chain_type, winner, asked, call)
     except KeyError as error:
@@ -69,21 +69,23 @@ def decide(
         rest = Rest(record=record, due_at=None, event=EventAction.NO_CALLBACK, detail=detail)
         return Decision(ChainResult(record.id, Outcome.NO_CALLBACK, record.state, winner, plan.errors), rest)
     if not choice.kind:
-        move = _move(record, chain_type, plan, asked, now)
+        move = _move(record, chain_type, plan, asked, now, takes_request=call is None)
         return Decision(ChainResult(record.id, Outcome.MOVED, taken.final_state, winner, plan.errors), move)
     planned = _plan(record, plan, choice.kind, asked, call)
     result = ChainResult(record.id, Outcome.PLANNED, record.state, winner, plan.errors, callback=choice.kind)
     return Decision(result, planned)
 
 
-def _stay(record: ChainRecord, plan: Plan, now: datetime) -> Decision:
+def _stay(record: ChainRecord, plan: Plan, now: datetime, *, takes_request: bool) -> Decision:
     outcome = Outcome.TERMINAL if plan.terminal else Outcome.NONE
-    rest = Rest(record=record, due_at=_rest_until(record, plan, now), clear_request=plan.terminal)
+    rest = Rest(record=record, due_at=_rest_until(record, plan, now), clear_request=plan.terminal and takes_request)
     result = ChainResult(record.id, outcome, record.state, errors=plan.errors)
     return Decision(result, None if rest.changes_nothing else rest)
 
 
-def _move(record: ChainRecord, chain_type: ChainType, plan: Plan, asked: Request, now: datetime) -> Move:
+def _move(
+    record: ChainRecord, chain_type: ChainType, plan: Plan, asked: Request, now: datetime, *, takes_request: bool
+) -> Move:
     taken = plan.taken
     assert taken is not None  # there is a winner
     return Move(
@@ -93,6 +95,7 @@ def _move(record: ChainRecord, chain_type: ChainType, plan: Plan, asked: Request
         next_update_at=taken.next_update_at,
         due_at=due_after_move(chain_type, taken.final_state, taken.next_update_at, now),
         requested_by=asked.requested_by,
+        takes_request=takes_request,
     )
 
 
@@ -108,6 +111,8 @@ def _plan(record: ChainRecord, plan: Plan, callback: str, asked: Request, call: 
         kwargs=asked.kwargs,
         context=asked.context if call is None else None,
         requested_by=asked.requested_by,
+        rest_until=taken.next_update_at,
+        takes_request=call is None,
     )
 
 
@@ -149,6 +154,17 @@ def rest_after_call(transition: Transition, chain_id: int, now: datetime) -> Aft
             chain_id=chain_id,
         )
         return AfterCall(now + _REST_AFTER_PROBLEM, problem)
+
+
+def rest_of_plan(delivery: DeliveryRecord, transition_class: type[Transition] | None) -> datetime | None:
+    """Until when a chain rests after its delivery is skipped: as the plan asked (aware UTC), or None.
+
+    The row of a delivery from before revision 0002 does not say it; there it is what the class asks for.
+    """
+    if delivery.rest_is_known:
+        return delivery.rest_until
+    asked = getattr(transition_class, "date_next_update", None)
+    return as_utc(asked) if isinstance(asked, date) else None
 
 
 def _failed(record: ChainRecord, error: Exception | None, now: datetime) -> Decision:

@@ -62,6 +62,10 @@ class ChainRecord:
     updated_at: datetime
     context: dict[str, Any] | None
     request: Request | None
+    uid: str | None
+    runs: int
+    started_at: datetime
+    entered_at: datetime
     resources: tuple[Resource, ...]
 
     def snapshot(self) -> ChainSnapshot:
@@ -89,6 +93,10 @@ def unsaved_record(
         updated_at=now,
         context=dict(context) if context else None,
         request=None,
+        uid=None,
+        runs=1,
+        started_at=now,
+        entered_at=now,
         resources=resources,
     )
 
@@ -118,6 +126,24 @@ class DeliveryRecord:
     last_error: str | None
     kwargs: dict[str, Any] | None
     context: dict[str, Any] | None
+    begins: int | None
+    waits_for: str | None
+    waits_reason: str | None
+    waits_since: datetime | None
+    has_place: bool
+    rest_until: datetime | None
+    request: dict[str, Any] | None
+    lapse_seen_at: datetime | None
+
+    @property
+    def rest_is_known(self) -> bool:
+        """Whether `rest_until` is what the plan asked for; a delivery from before revision 0002 does not say it."""
+        return self.begins is not None
+
+    @property
+    def taken_request(self) -> dict[str, Any] | None:
+        """The JSON object of the request that the plan took from the chain's row, or None."""
+        return None if self.request is None else {**self.request, "context": self.context, "kwargs": self.kwargs}
 
 
 def is_local(delivery: DeliveryRecord) -> bool:
@@ -135,6 +161,8 @@ class Move:
     next_update_at: datetime | None
     due_at: datetime | None
     requested_by: str | None
+    takes_request: bool = True
+    """Whether the request in the row is answered by this move; not where an application executes the chain itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +199,17 @@ class PlannedDelivery:
     kwargs: Mapping[str, Any] | None
     context: Mapping[str, Any] | None
     requested_by: str | None
+    rest_until: datetime | None = None
+    takes_request: bool = True
+    """As in `Move`."""
+
+    @property
+    def taken_request(self) -> dict[str, Any] | None:
+        """What the delivery's row keeps of the request that it takes: all but the context and the kwargs."""
+        asked = self.record.request
+        if asked is None or not self.takes_request:
+            return None
+        return {name: value for name, value in asked.to_json().items() if name not in ("context", "kwargs")}
 
 
 Write: TypeAlias = Move | Rest | PlannedDelivery
@@ -300,12 +339,18 @@ class Budget:
 _KEY_SPACE: Final = uuid.UUID("6c7e1f0a-6f3c-5f0e-9d53-7b8a3c1e2d40")
 
 
-def idempotency_key(chain_id: int, moves: int, transition: str) -> str:
-    """The UUID5 of the chain, its number of moves so far and the transition.
+def idempotency_key(chain: ChainRecord, transition: str) -> str:
+    """The UUID5 of the chain's `uid`, its number of moves so far and the transition.
 
-    Every attempt, and a plan of the same transition after a cancelled one, gets the same key.
+    Every attempt, and a plan of the same transition after a cancelled one, gets the same key. Two deployments never
+    give the same key, because the uid is random. A chain from before revision 0002 has none; its id stands for it.
     """
-    return str(uuid.uuid5(_KEY_SPACE, f"{chain_id}:{moves}:{transition}"))
+    return str(uuid.uuid5(_KEY_SPACE, f"{chain.uid or chain.id}:{chain.moves}:{transition}"))
+
+
+def new_uid() -> str:
+    """A random UUID for a new chain."""
+    return str(uuid.uuid4())
 
 
 def valid_id(value: object) -> str | None:

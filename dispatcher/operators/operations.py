@@ -15,7 +15,7 @@ from typing import Final
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.config import DispatcherConfig
-from dispatcher.domain.decisions import due_after_move
+from dispatcher.domain.decisions import due_after_move, rest_of_plan
 from dispatcher.domain.records import ChainRecord, DeliveryRecord, is_local
 from dispatcher.domain.resources import Resource, is_text
 from dispatcher.errors import ChainMissing, ConfigurationError, DeliveryPending, NoOpenDelivery
@@ -164,11 +164,12 @@ class Operations:
 
         def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
             chain_type = self._config.get(record.chain_type)
+            next_update_at = rest_of_plan(delivery, chain_type.by_name.get(delivery.transition))
             deliveries.skip(
                 connection,
                 delivery,
-                next_update_at=None,
-                due_at=due_after_move(chain_type, delivery.final_state, None, now),
+                next_update_at=next_update_at,
+                due_at=due_after_move(chain_type, delivery.final_state, next_update_at, now),
                 now=now,
                 requested_by=requested_by,
                 detail=reason,

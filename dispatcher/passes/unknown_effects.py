@@ -7,7 +7,7 @@ from datetime import datetime
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.config import ChainType
-from dispatcher.domain.decisions import due_after_move
+from dispatcher.domain.decisions import due_after_move, rest_of_plan
 from dispatcher.domain.records import DeliveryRecord, Owed, is_local
 from dispatcher.states import DeliveryStatus
 from dispatcher.storage import chains, deliveries, overdue
@@ -71,11 +71,12 @@ def settle_unknown(
     if chain_type.on_dead == "hold":
         deliveries.stop(connection, delivery, status=DeliveryStatus.DEAD, unknown=True, error=error, now=now)
         return Settlement(delivery, stopped=DeliveryStatus.DEAD, error=error)
+    next_update_at = rest_of_plan(delivery, known)
     deliveries.skip(
         connection,
         delivery,
-        next_update_at=None,
-        due_at=due_after_move(chain_type, delivery.final_state, None, now),
+        next_update_at=next_update_at,
+        due_at=due_after_move(chain_type, delivery.final_state, next_update_at, now),
         now=now,
         detail=f"out of attempts: {error}",
     )

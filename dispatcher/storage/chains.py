@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import and_, bindparam, case, delete, func, insert, literal, or_, select, tuple_, update
 from sqlalchemy.engine import Connection
 
-from dispatcher.domain.records import ChainRecord, DuePosition, Request
+from dispatcher.domain.records import ChainRecord, DuePosition, Request, new_uid
 from dispatcher.domain.resources import Resource, resource_key, same_json
 from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending
 from dispatcher.states import NEW, EventAction
@@ -21,7 +21,7 @@ from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.history import add_event, add_event_at_version
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT, RESOURCE
 from dispatcher.storage.rows import MACHINE_NOW, chain_columns, chains_of
-from dispatcher.storage.statements import at_once, insert_or_ignore, is_due, moved_values, one_row
+from dispatcher.storage.statements import at_once, insert_or_ignore, is_due, moved_values, new_chain, one_row
 
 _PARAMETERS: Final = 1000
 _READ: Final = (  # built once, because building a statement costs more than executing it
@@ -148,13 +148,10 @@ def create(
     """The id of the chain with exactly these resources, created in NEW unless another caller was faster."""
     key = resource_key(resources)
     statement = insert_or_ignore(connection, CHAIN).values(
-        chain_type=type_name,
         resource_key=key,
-        state=NEW,
-        due_at=due_at,
-        created_at=now,
-        updated_at=now,
+        uid=new_uid(),
         context=dict(context) if context is not None else None,
+        **new_chain(type_name, due_at=due_at, now=now),
     )
     if connection.dialect.insert_returning:
         made = connection.execute(statement.returning(CHAIN.c.id)).one_or_none() is not None

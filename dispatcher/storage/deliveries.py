@@ -8,17 +8,26 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, literal, select, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.bounds import MAX_ERROR
 from dispatcher.domain.records import DeliveryRecord, PlannedDelivery, idempotency_key
-from dispatcher.states import CLOSED_STATUSES, OPEN_STATUSES, AttemptOutcome, DeliveryStatus, EventAction
+from dispatcher.retry import growing_interval, spread_of
+from dispatcher.states import (
+    CLOSED_STATUSES,
+    OPEN_STATUSES,
+    AttemptOutcome,
+    CallbackKind,
+    DeliveryStatus,
+    EventAction,
+    WaitsFor,
+)
 from dispatcher.storage import chains, history
 from dispatcher.storage.clock import clock_plus
-from dispatcher.storage.models import CHAIN, DELIVERY
+from dispatcher.storage.models import CHAIN, DELIVERY, EVENT
 from dispatcher.storage.rows import delivery_columns, delivery_of
-from dispatcher.storage.statements import is_running, moved_values, one_row, unless_disabled, when_enabled
+from dispatcher.storage.statements import is_running, leased, moved_values, one_row, unless_disabled, waits, waits_for
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -38,7 +47,7 @@ def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
     record = planned.record
     return {
         "id": delivery_id,
-        "idempotency_key": idempotency_key(record.id, record.moves, planned.transition),
+        "idempotency_key": idempotency_key(record, planned.transition),
         "chain_id": record.id,
         "chain_version": record.version + 1,
         "transition": planned.transition,
@@ -49,6 +58,8 @@ def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
         "requested_by": planned.requested_by,
         "kwargs": dict(planned.kwargs) if planned.kwargs else None,
         "context": dict(planned.context) if planned.context else None,
+        "rest_until": planned.rest_until,
+        "request": planned.taken_request,
     }
 
 
@@ -71,20 +82,37 @@ def why_not_begun(connection: Connection, delivery_ids: Sequence[str]) -> dict[s
 
 def renew_lease(connection: Connection, delivery: DeliveryRecord, *, lease_seconds: float) -> bool:
     """Give a running attempt a new lease; False when it is no longer ours."""
+    done = connection.execute(update(DELIVERY).where(is_running(delivery)).values(leased(lease_seconds)))
+    return one_row(done)
+
+
+def give_back(connection: Connection, delivery: DeliveryRecord) -> bool:
+    """Take back the beginning of an attempt that was not called, without using it up; the relay publishes it at once.
+
+    What it waited for before stands in its row as it was.
+    """
     done = connection.execute(
         update(DELIVERY)
         .where(is_running(delivery))
-        .values(lease_until=clock_plus(lease_seconds), publish_after=clock_plus(lease_seconds))
+        .values(status=DeliveryStatus.PENDING, attempt=delivery.attempt - 1, **waits(0))
     )
     return one_row(done)
 
 
 def postpone(
-    connection: Connection, delivery: DeliveryRecord, *, seconds: float, reason: str | None, grace_seconds: float = 0
+    connection: Connection,
+    delivery: DeliveryRecord,
+    *,
+    what: WaitsFor,
+    reason: str,
+    seconds: float,
+    grace_seconds: float = 0,
+    has_place: bool = False,
 ) -> bool:
-    """Take back the beginning of an attempt, without using it up; its message counts as lost `grace_seconds` later.
+    """Take back the beginning of an attempt, without using it up: it has to wait for `what`.
 
-    With `reason` None the row keeps its last reason.
+    `reason` is for people. The attempt's message counts as lost `grace_seconds` after the wait. `has_place` says that
+    the moment is its place in the line of a rate limit.
     """
     done = connection.execute(
         update(DELIVERY)
@@ -92,10 +120,8 @@ def postpone(
         .values(
             status=DeliveryStatus.PENDING,
             attempt=delivery.attempt - 1,
-            lease_until=None,
-            next_attempt_at=clock_plus(seconds),
-            publish_after=when_enabled(clock_plus(seconds + grace_seconds)),
-            **({} if reason is None else {"last_error": reason[:MAX_ERROR]}),
+            **waits_for(what, reason=reason[:MAX_ERROR], has_place=has_place),
+            **waits(seconds, grace_seconds=grace_seconds),
         )
     )
     return one_row(done)
@@ -110,10 +136,9 @@ def retry(
         .where(is_running(delivery))
         .values(
             status=DeliveryStatus.PENDING,
-            lease_until=None,
-            next_attempt_at=clock_plus(seconds),
-            publish_after=when_enabled(clock_plus(seconds + grace_seconds)),
             last_error=error[:MAX_ERROR],
+            **waits_for(WaitsFor.RETRY),
+            **waits(seconds, grace_seconds=grace_seconds),
         )
     )
     return one_row(done)
@@ -178,6 +203,44 @@ def close_and_stay(
 
     The chain stays in its state. It is due at once, or when it is enabled.
     """
+    return _close_and_stay(connection, delivery, now=now, due_at=now, reason=reason, requested_by=requested_by)
+
+
+def call_off(connection: Connection, delivery: DeliveryRecord, *, now: datetime, reason: str) -> datetime | None:
+    """Close a delivery that its last look has cancelled: when the chain is due; None when it changed since it was read.
+
+    The request that the plan took is put back, unless a newer one is there. The chain is due at once; from the second
+    cancelled delivery in one visit of the state on, after a growing interval that counts as failures. Else old and new
+    workers that disagree during a deploy would plan and cancel as fast as messages travel.
+    """
+    last_move = select(func.max(EVENT.c.move_version)).where(EVENT.c.chain_id == delivery.chain_id).scalar_subquery()
+    before = connection.execute(
+        select(func.count()).where(
+            DELIVERY.c.chain_id == delivery.chain_id,
+            DELIVERY.c.chain_version > func.coalesce(last_move, 0),
+            DELIVERY.c.status == DeliveryStatus.CANCELLED,
+            DELIVERY.c.callback != CallbackKind.LOCAL,
+        )
+    ).scalar_one()
+    due_at = now + growing_interval(before, spread=spread_of(delivery.chain_id, before)) if before else now
+    taken = delivery.taken_request
+    request = CHAIN.c.request if taken is None else func.coalesce(CHAIN.c.request, literal(taken, CHAIN.c.request.type))
+    done = _close_and_stay(
+        connection, delivery, now=now, due_at=due_at, reason=reason, failures=before, request=request
+    )
+    return due_at if done else None
+
+
+def _close_and_stay(
+    connection: Connection,
+    delivery: DeliveryRecord,
+    *,
+    now: datetime,
+    due_at: datetime,
+    reason: str,
+    requested_by: str | None = None,
+    **values: Any,
+) -> bool:
     if not _close(connection, delivery, status=DeliveryStatus.CANCELLED, error=reason):
         return False
     done = connection.execute(
@@ -186,8 +249,9 @@ def close_and_stay(
         .values(
             version=CHAIN.c.version + 1,
             pending_delivery_id=None,
-            due_at=unless_disabled(now),
+            due_at=unless_disabled(due_at),
             updated_at=now,
+            **values,
         )
     )
     if not one_row(done):
@@ -212,10 +276,8 @@ def stop(
         .values(
             status=status,
             unknown=DELIVERY.c.unknown if unknown is None else unknown,
-            lease_until=None,
-            next_attempt_at=None,
-            publish_after=None,
             last_error=error[:MAX_ERROR],
+            **_STOPPED_VALUES,
         )
     )
     if not one_row(done):
@@ -237,13 +299,21 @@ class LostChain(Exception):  # noqa: N818 - not an error for callers: it undoes 
     """
 
 
-CLOSED_VALUES: Final[Mapping[str, Any]] = {
-    "finished_at": clock_plus(0),
+_STOPPED_VALUES: Final[Mapping[str, Any]] = {
+    **waits_for(None),
     "lease_until": None,
     "next_attempt_at": None,
     "publish_after": None,
+    "waits_since": None,
+}
+"""The columns of a delivery for which a machine does not wait any more."""
+
+CLOSED_VALUES: Final[Mapping[str, Any]] = {
+    **_STOPPED_VALUES,
+    "finished_at": clock_plus(0),
     "kwargs": None,
     "context": None,
+    "request": None,
 }
 """The columns of a delivery that is closed."""
 
@@ -257,6 +327,7 @@ def _close(connection: Connection, delivery: DeliveryRecord, *, status: Delivery
         .where(
             DELIVERY.c.id == delivery.id,
             DELIVERY.c.attempt == delivery.attempt,
+            DELIVERY.c.begins.is_not_distinct_from(delivery.begins),
             DELIVERY.c.status == delivery.status,
         )
         .values(**values)
@@ -327,6 +398,8 @@ def reopen(
             unknown=delivery.unknown and delivery.status != DeliveryStatus.HELD,
             next_attempt_at=clock_plus(0),
             publish_after=None if disabled else clock_plus(0),
+            waits_since=clock_plus(0),
+            **waits_for(None),
         )
     )
     connection.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))

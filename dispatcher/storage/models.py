@@ -1,4 +1,4 @@
-"""The tables: chains, their resources, events, deliveries, ticks and types.
+"""The tables: chains, their resources, events, deliveries, ticks, types, suppressions and operators' actions.
 
 Timestamps are aware UTC with microseconds. No index contains a chain's `context` or `request`. `version` orders a
 chain's history.
@@ -14,7 +14,6 @@ from typing import Any, Final, cast
 from sqlalchemy import (
     JSON,
     BigInteger,
-    CheckConstraint,
     DateTime,
     Dialect,
     ForeignKey,
@@ -35,9 +34,9 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from dispatcher.domain.config import MAX_NAME
 from dispatcher.domain.resources import MAX_RESOURCE_ID, MAX_RESOURCE_TYPE
-from dispatcher.states import DeliveryStatus, EventAction
 
 MAX_REQUESTED_BY = 255
+MAX_SUBJECT = MAX_RESOURCE_TYPE + 1 + MAX_RESOURCE_ID
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -126,7 +125,12 @@ class Base(DeclarativeBase):
 
 
 class ChainRow(Base):
-    """One entity's progress."""
+    """One entity's progress.
+
+    `uid` is made at creation and never reused; a chain from before revision 0002 has none. `runs` is the number of the
+    current run, which began at `started_at`; the chain is in its state since `entered_at` (both domain time, NULL only
+    where a program from before revision 0002 has created the chain).
+    """
 
     __tablename__ = "chain_dispatcher_chain"
 
@@ -146,6 +150,10 @@ class ChainRow(Base):
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime())
     context: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
     request: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
+    uid: Mapped[str | None] = mapped_column(Uuid(as_uuid=False))
+    runs: Mapped[int] = mapped_column(Integer, default=1, server_default=text("1"))
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    entered_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
 
     __table_args__ = (
         UniqueConstraint("chain_type", "resource_key"),
@@ -204,7 +212,6 @@ class EventRow(Base):
         ),
         Index("ix_chain_dispatcher_event_chain", "chain_id", "id"),
         Index("ix_chain_dispatcher_event_created", "created_at", "id"),
-        CheckConstraint("action IN ({})".format(", ".join(f"'{action}'" for action in EventAction)), name="action"),
         {"sqlite_autoincrement": True},
     )
 
@@ -215,6 +222,13 @@ class DeliveryRow(Base):
     `attempt` counts the attempts begun. `publish_after` is when the relay looks at the row: for a pending one the
     moment from which its message counts as lost, for a running one the end of its lease; NULL when the relay
     has nothing to do. `unknown` says that an attempt died and its effect may or may not have taken place.
+
+    `begins` counts the begins and never goes back, as `attempt` does when an attempt is given back; NULL in deliveries
+    from before revision 0002. `waits_for` is what a pending delivery waits for (a `WaitsFor`; NULL: only for a worker),
+    `waits_reason` the same for people, `has_place` whether it has a place in the line of a rate limit. `waits_since` is
+    when the wait (or the lease) began, by the database's clock. `rest_until` is the rest that the plan asked for.
+    `request` is the request that the plan took, without its context and kwargs, which have columns of their own.
+    `lapse_seen_at` is when a relay first saw that the lease had expired.
     """
 
     __tablename__ = "chain_dispatcher_delivery"
@@ -240,13 +254,23 @@ class DeliveryRow(Base):
     last_error: Mapped[str | None] = mapped_column(Prose())
     kwargs: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
     context: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
+    begins: Mapped[int | None] = mapped_column(Integer)
+    waits_for: Mapped[str | None] = mapped_column(_name(16))
+    waits_reason: Mapped[str | None] = mapped_column(Prose())
+    waits_since: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    has_place: Mapped[bool] = mapped_column(default=False, server_default=false())
+    rest_until: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    request: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
+    lapse_seen_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
 
     __table_args__ = (
         UniqueConstraint("chain_id", "chain_version"),
         Index(
+            # `waits_since` stands last, so that waits which began in the future are found in the index alone.
             "ix_chain_dispatcher_delivery_relay",
             "publish_after",
             "id",
+            "waits_since",
             postgresql_where=text("publish_after IS NOT NULL"),
             sqlite_where=text("publish_after IS NOT NULL"),
         ),
@@ -266,7 +290,6 @@ class DeliveryRow(Base):
             postgresql_where=text("finished_at IS NOT NULL"),
             sqlite_where=text("finished_at IS NOT NULL"),
         ),
-        CheckConstraint("status IN ({})".format(", ".join(f"'{status}'" for status in DeliveryStatus)), name="status"),
     )
 
 
@@ -295,9 +318,44 @@ class TypeRow(Base):
     estimated_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
 
 
+class SuppressionRow(Base):
+    """A resource for which nothing may begin: in one chain type, or in every type (`chain_type` is empty)."""
+
+    __tablename__ = "chain_dispatcher_suppression"
+
+    resource_type: Mapped[str] = mapped_column(_name(MAX_RESOURCE_TYPE), primary_key=True)
+    resource_id: Mapped[str] = mapped_column(_name(MAX_RESOURCE_ID), primary_key=True)
+    chain_type: Mapped[str] = mapped_column(_name(), primary_key=True)
+    reason: Mapped[str | None] = mapped_column(Prose())
+    requested_by: Mapped[str | None] = mapped_column(_name(MAX_REQUESTED_BY))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime())
+
+
+class ActionRow(Base):
+    """What an operator did to a chain type or a resource: who, why and when. (Acts on chains are events.)"""
+
+    __tablename__ = "chain_dispatcher_action"
+
+    id: Mapped[int] = mapped_column(_BIG_ID, primary_key=True, autoincrement=True)
+    subject_kind: Mapped[str] = mapped_column(_name(16))
+    subject: Mapped[str] = mapped_column(_name(MAX_SUBJECT))
+    action: Mapped[str] = mapped_column(_name(32))
+    requested_by: Mapped[str | None] = mapped_column(_name(MAX_REQUESTED_BY))
+    reason: Mapped[str | None] = mapped_column(Prose())
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime())
+
+    __table_args__ = (
+        Index("ix_chain_dispatcher_action_subject", "subject_kind", "subject", "id"),
+        Index("ix_chain_dispatcher_action_created", "created_at", "id"),
+        {"sqlite_autoincrement": True},
+    )
+
+
 # The tables of the classes. Statements use these and not the ORM, because the ORM is slow and adds nothing there.
 CHAIN: Final = cast("Table", ChainRow.__table__)
 RESOURCE: Final = cast("Table", ResourceRow.__table__)
 EVENT: Final = cast("Table", EventRow.__table__)
 DELIVERY: Final = cast("Table", DeliveryRow.__table__)
 TYPE: Final = cast("Table", TypeRow.__table__)
+SUPPRESSION: Final = cast("Table", SuppressionRow.__table__)
+ACTION: Final = cast("Table", ActionRow.__table__)

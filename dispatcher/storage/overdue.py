@@ -5,11 +5,11 @@ from sqlalchemy.engine import Connection
 
 from dispatcher.bounds import MAX_ERROR
 from dispatcher.domain.records import DeliveryRecord
-from dispatcher.states import DeliveryStatus
+from dispatcher.states import DeliveryStatus, WaitsFor
 from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import DELIVERY
 from dispatcher.storage.rows import delivery_columns, delivery_of
-from dispatcher.storage.statements import is_running, one_row, when_enabled
+from dispatcher.storage.statements import is_running, one_row, waits, waits_for
 
 
 def claim_overdue(
@@ -27,7 +27,9 @@ def claim_overdue(
     lost = [delivery.id for delivery in found if delivery.status == DeliveryStatus.PENDING]
     if lost:
         connection.execute(
-            update(DELIVERY).where(DELIVERY.c.id.in_(lost)).values(publish_after=clock_plus(grace_seconds))
+            update(DELIVERY)
+            .where(DELIVERY.c.id.in_(lost))
+            .values(publish_after=clock_plus(grace_seconds), waits_since=clock_plus(0))
         )
     return found
 
@@ -45,7 +47,11 @@ def late(connection: Connection, *, seconds: float, limit: int) -> list[str]:
 
 def look_later(connection: Connection, delivery: DeliveryRecord, *, seconds: float) -> None:
     """Hide a running delivery that this process cannot settle from the relay for `seconds`."""
-    connection.execute(update(DELIVERY).where(is_running(delivery)).values(publish_after=clock_plus(seconds)))
+    connection.execute(
+        update(DELIVERY)
+        .where(is_running(delivery))
+        .values(publish_after=clock_plus(seconds), waits_since=clock_plus(0))
+    )
 
 
 def lease_expired(connection: Connection, delivery: DeliveryRecord) -> bool:
@@ -66,10 +72,9 @@ def mark_unknown(
         .values(
             status=DeliveryStatus.PENDING,
             unknown=True,
-            lease_until=None,
-            next_attempt_at=clock_plus(seconds),
-            publish_after=when_enabled(clock_plus(seconds + grace_seconds)),
             last_error=error[:MAX_ERROR],
+            **waits_for(WaitsFor.RETRY),
+            **waits(seconds, grace_seconds=grace_seconds),
         )
     )
     return one_row(done)

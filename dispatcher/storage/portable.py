@@ -25,6 +25,7 @@ from dispatcher.domain.records import (
     Write,
     Written,
     by_kind,
+    new_uid,
 )
 from dispatcher.domain.resources import Resource, resource_key
 from dispatcher.states import NEW, DeliveryStatus, EventAction
@@ -34,7 +35,15 @@ from dispatcher.storage.database import Database
 from dispatcher.storage.history import add_events
 from dispatcher.storage.models import CHAIN, DELIVERY, RESOURCE
 from dispatcher.storage.rows import MACHINE_NOW, chain_columns, chains_of, delivery_columns, delivery_of
-from dispatcher.storage.statements import grouped, insert_many, insert_or_ignore, moved_values, new_id
+from dispatcher.storage.statements import (
+    grouped,
+    insert_many,
+    insert_or_ignore,
+    leased,
+    moved_values,
+    new_chain,
+    new_id,
+)
 from dispatcher.storage.store import Limit
 
 
@@ -185,7 +194,15 @@ def _write_locked(
 
 
 def _move(connection: Connection, moves: Sequence[Move], not_woken: Mapping[int, bool], *, now: datetime) -> None:
-    groups = grouped(moves, lambda move: (move.to_state, move.next_update_at, move.due_at, not_woken[move.record.id]))
+    groups = grouped(
+        moves,
+        lambda move: (
+            move.to_state,
+            move.next_update_at,
+            move.due_at,
+            move.takes_request and not_woken[move.record.id],
+        ),
+    )
     for (to_state, next_update_at, due_at, consumed), group in groups.items():
         connection.execute(
             update(CHAIN)
@@ -260,6 +277,7 @@ def _plan(
         DELIVERY,
         [deliveries.values_of(plan, ids[plan.record.id]) for plan in planned],
         planned_at=clock_plus(0),
+        waits_since=clock_plus(0),
         **_standing(timing),
     )
     owed = (
@@ -267,7 +285,8 @@ def _plan(
         .where(DELIVERY.c.chain_id == CHAIN.c.id, DELIVERY.c.chain_version == CHAIN.c.version + 1)
         .scalar_subquery()
     )
-    for consumed, group in grouped(planned, lambda plan: not_woken[plan.record.id]).items():
+    groups = grouped(planned, lambda plan: plan.takes_request and not_woken[plan.record.id])
+    for consumed, group in groups.items():
         connection.execute(
             update(CHAIN)
             .where(CHAIN.c.id.in_(sorted(plan.record.id for plan in group)))
@@ -306,12 +325,14 @@ def _standing(timing: Timing) -> dict[str, Any]:
         return {
             "status": DeliveryStatus.PENDING,
             "attempt": 0,
+            "begins": 0,
             "next_attempt_at": clock_plus(0),
             "publish_after": clock_plus(timing.publish_seconds),
         }
     return {
         "status": DeliveryStatus.RUNNING,
         "attempt": 1,
+        "begins": 1,
         "publish_after": clock_plus(timing.lease_seconds),
         "lease_until": clock_plus(timing.lease_seconds),
     }
@@ -348,8 +369,8 @@ def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float
         .values(
             status=DeliveryStatus.RUNNING,
             attempt=DELIVERY.c.attempt + 1,
-            lease_until=clock_plus(lease_seconds),
-            publish_after=clock_plus(lease_seconds),
+            begins=DELIVERY.c.begins + 1,
+            **leased(lease_seconds),
         )
     )
     rows: dict[str, list[RowMapping]] = defaultdict(list)
@@ -381,19 +402,18 @@ def _begun_of(rows: Sequence[RowMapping]) -> Begun:
 
 def _finish(connection: Connection, finished: Sequence[Finished], *, now: datetime) -> set[str]:
     by_id = {end.delivery.id: end for end in finished}
-    ours = set(
-        connection.execute(
-            select(DELIVERY.c.id)
-            .where(
-                tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_(
-                    [(end.delivery.id, end.delivery.attempt) for end in finished]
-                ),
-                DELIVERY.c.status == DeliveryStatus.RUNNING,
-            )
-            .order_by(DELIVERY.c.id)
-            .with_for_update()
-        ).scalars()
+    running = connection.execute(
+        select(DELIVERY.c.id, DELIVERY.c.begins)
+        .where(
+            tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_(
+                [(end.delivery.id, end.delivery.attempt) for end in finished]
+            ),
+            DELIVERY.c.status == DeliveryStatus.RUNNING,
+        )
+        .order_by(DELIVERY.c.id)
+        .with_for_update()
     )
+    ours = {row.id for row in running if row.begins == by_id[row.id].delivery.begins}
     rows = connection.execute(
         select(CHAIN.c.id, CHAIN.c.version, CHAIN.c.pending_delivery_id)
         .where(
@@ -465,10 +485,8 @@ def _create_many(
     missing = [key for key in by_key if key not in found]
     made: dict[str, int] = {}
     if missing:
-        rows = [{"resource_key": key} for key in sorted(missing)]
-        statement = insert_or_ignore(connection, CHAIN).values(
-            chain_type=type_name, state=NEW, due_at=due_at, created_at=now, updated_at=now
-        )
+        rows = [{"resource_key": key, "uid": new_uid()} for key in sorted(missing)]
+        statement = insert_or_ignore(connection, CHAIN).values(new_chain(type_name, due_at=due_at, now=now))
         if connection.dialect.insert_returning:
             made = {
                 key: chain_id

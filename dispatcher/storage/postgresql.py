@@ -67,7 +67,7 @@ _CHAIN: Final = f"""{chain_list("c")},
 # What a move writes into a chain's row, from a row `m` with the new state, rest and due time.
 _MOVED: Final = """state = m.to_state, version = c.version + 1, moves = c.moves + 1, pending_delivery_id = NULL,
     failures = 0, next_update_at = m.next_update_at, due_at = CASE WHEN NOT c.disabled THEN m.due_at END,
-    updated_at = %(now)s"""
+    updated_at = %(now)s, entered_at = %(now)s"""
 
 _READ: Final = f"""
 SELECT
@@ -129,9 +129,9 @@ WITH i AS (
     (SELECT %(from_states)s::text[]), (SELECT %(delivery_ids)s::uuid[]), (SELECT %(keys)s::uuid[]),
     (SELECT %(names)s::text[]), (SELECT %(final_states)s::text[]), (SELECT %(callbacks)s::text[]),
     (SELECT %(max_attempts)s::int[]), (SELECT %(kwargs)s::text[]), (SELECT %(contexts)s::text[]),
-    (SELECT %(by)s::text[]))
+    (SELECT %(requests)s::text[]), (SELECT %(rests)s::timestamptz[]), (SELECT %(by)s::text[]))
   AS t (id, version, wake, from_state, delivery_id, idempotency_key, transition, final_state, callback,
-    max_attempts, kwargs, context, requested_by)
+    max_attempts, kwargs, context, request, rest_until, requested_by)
   LIMIT (SELECT cardinality(%(ids)s::bigint[]))
 ), planned AS (
   UPDATE chain_dispatcher_chain c
@@ -142,11 +142,12 @@ WITH i AS (
   RETURNING i.*
 ), owed AS (
   INSERT INTO chain_dispatcher_delivery (id, idempotency_key, chain_id, chain_version, transition, from_state,
-    final_state, callback, status, attempt, max_attempts, requested_by, kwargs, context, planned_at, next_attempt_at,
-    publish_after, lease_until)
+    final_state, callback, status, attempt, begins, max_attempts, requested_by, kwargs, context, request, rest_until,
+    planned_at, waits_since, next_attempt_at, publish_after, lease_until)
   SELECT delivery_id, idempotency_key, id, version + 1, transition, from_state, final_state, callback,
     CASE WHEN l.seconds IS NULL THEN 'pending' ELSE 'running' END, CASE WHEN l.seconds IS NULL THEN 0 ELSE 1 END,
-    max_attempts, requested_by, kwargs::json, context::json, clock_timestamp(),
+    CASE WHEN l.seconds IS NULL THEN 0 ELSE 1 END, max_attempts, requested_by, kwargs::json, context::json,
+    request::json, rest_until, clock_timestamp(), clock_timestamp(),
     CASE WHEN l.seconds IS NULL THEN clock_timestamp() END,
     clock_timestamp() + make_interval(secs => coalesce(l.seconds, %(publish_seconds)s::float8)),
     clock_timestamp() + make_interval(secs => l.seconds)
@@ -179,7 +180,8 @@ SELECT id FROM old"""
 # `publish_after` is asked in a CASE, because the planner would otherwise search the relay's index instead of the key.
 _BEGIN: Final = f"""
 UPDATE chain_dispatcher_delivery d
-SET status = 'running', attempt = d.attempt + 1,
+SET status = 'running', attempt = d.attempt + 1, begins = d.begins + 1, waits_since = clock_timestamp(),
+  lapse_seen_at = NULL,
   lease_until = clock_timestamp() + make_interval(secs => %(lease_seconds)s::float8),
   publish_after = clock_timestamp() + make_interval(secs => %(lease_seconds)s::float8)
 FROM (
@@ -198,16 +200,17 @@ _DIVISION_BY_ZERO: Final = "22012"
 _FINISH: Final = f"""
 WITH i AS (
   SELECT * FROM unnest(
-    (SELECT %(ids)s::uuid[]), (SELECT %(attempts)s::int[]), (SELECT %(rests)s::timestamptz[]),
-    (SELECT %(dues)s::timestamptz[]))
-  AS t (id, attempt, next_update_at, due_at)
+    (SELECT %(ids)s::uuid[]), (SELECT %(attempts)s::int[]), (SELECT %(begins)s::int[]),
+    (SELECT %(rests)s::timestamptz[]), (SELECT %(dues)s::timestamptz[]))
+  AS t (id, attempt, begins, next_update_at, due_at)
   LIMIT (SELECT cardinality(%(ids)s::uuid[]))
 ), closed AS (
   UPDATE chain_dispatcher_delivery d
   SET status = 'delivered', finished_at = clock_timestamp(), lease_until = NULL, next_attempt_at = NULL,
-    publish_after = NULL, kwargs = NULL, context = NULL
+    publish_after = NULL, waits_for = NULL, waits_reason = NULL, waits_since = NULL, has_place = false,
+    kwargs = NULL, context = NULL, request = NULL
   FROM i, chain_dispatcher_chain c
-  WHERE d.id = i.id AND d.attempt = i.attempt AND d.status = 'running'
+  WHERE d.id = i.id AND d.attempt = i.attempt AND d.begins IS NOT DISTINCT FROM i.begins AND d.status = 'running'
     AND c.id = d.chain_id AND c.pending_delivery_id = d.id
   RETURNING d.id, d.chain_id, d.transition, d.from_state, d.final_state AS to_state, d.requested_by, i.next_update_at,
     i.due_at
@@ -297,6 +300,7 @@ class PostgresqlStore:
         parameters = {
             "ids": [end.delivery.id for end in finished],
             "attempts": [end.delivery.attempt for end in finished],
+            "begins": [end.delivery.begins for end in finished],
             "rests": [end.next_update_at for end in finished],
             "dues": [end.due_at for end in finished],
             "now": now,
@@ -337,6 +341,7 @@ def _write_moves(run: _Run, moves: Sequence[Move], *, now: datetime) -> set[int]
         _MOVE,
         {
             **_read_as(move.record for move in moves),
+            "wakes": _wakes(moves),
             "from_states": [move.record.state for move in moves],
             "to_states": [move.to_state for move in moves],
             "rests": [move.next_update_at for move in moves],
@@ -382,15 +387,18 @@ def _write_plans(
         _PLAN,
         {
             **_read_as(plan.record for plan in planned),
+            "wakes": _wakes(planned),
             "from_states": [plan.record.state for plan in planned],
             "delivery_ids": ids,
-            "keys": [idempotency_key(plan.record.id, plan.record.moves, plan.transition) for plan in planned],
+            "keys": [idempotency_key(plan.record, plan.transition) for plan in planned],
             "names": [plan.transition for plan in planned],
             "final_states": [plan.final_state for plan in planned],
             "callbacks": [plan.callback for plan in planned],
             "max_attempts": [plan.max_attempts for plan in planned],
             "kwargs": [_json(plan.kwargs) for plan in planned],
             "contexts": [_json(plan.context) for plan in planned],
+            "requests": [_json(plan.taken_request) for plan in planned],
+            "rests": [plan.rest_until for plan in planned],
             "by": [plan.requested_by for plan in planned],
             "now": now,
             "publish_seconds": timing.publish_seconds,
@@ -412,3 +420,11 @@ def _read_as(records: Iterable[ChainRecord]) -> dict[str, list[int]]:
         "versions": [record.version for record in read],
         "wakes": [record.wake for record in read],
     }
+
+
+_NO_WAKE: Final = -1
+
+
+def _wakes(writes: Iterable[Move | PlannedDelivery]) -> list[int]:
+    """The wakes as they were read: where the row has another one, its request stays. So it does where none is taken."""
+    return [write.record.wake if write.takes_request else _NO_WAKE for write in writes]

@@ -60,6 +60,11 @@ def chain_of(row: Values, resources: Iterable[Sequence[str]]) -> ChainRecord:
     values = {name: row[label] for name, label in _CHAIN_LABELS}
     values["request"] = Request.from_json(values["request"])
     values["resources"] = tuple(sorted((kind, identity) for kind, identity in resources))
+    # A program from before revision 0002 creates chains without these.
+    if values["started_at"] is None:
+        values["started_at"] = values["created_at"]
+    if values["entered_at"] is None:
+        values["entered_at"] = values["updated_at"]
     return ChainRecord(**_in_utc(values, CHAIN))
 
 

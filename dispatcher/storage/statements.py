@@ -13,7 +13,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import DeliveryRecord
-from dispatcher.states import DeliveryStatus
+from dispatcher.states import NEW, DeliveryStatus, WaitsFor
 from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import CHAIN, DELIVERY, Base
 
@@ -61,6 +61,19 @@ def unless_disabled(due_at: datetime | None) -> Any:
     return None if due_at is None else case((~CHAIN.c.disabled, literal(due_at, CHAIN.c.due_at.type)))
 
 
+def new_chain(type_name: str, *, due_at: datetime | None, now: datetime) -> dict[str, Any]:
+    """The columns that all new chains of a type have in common."""
+    return {
+        "chain_type": type_name,
+        "state": NEW,
+        "due_at": due_at,
+        "created_at": now,
+        "updated_at": now,
+        "started_at": now,
+        "entered_at": now,
+    }
+
+
 def moved_values(
     state: str, *, next_update_at: datetime | None, due_at: datetime | None, now: datetime, request: Any
 ) -> dict[str, Any]:
@@ -75,6 +88,35 @@ def moved_values(
         "due_at": unless_disabled(due_at),
         "request": request,
         "updated_at": now,
+        "entered_at": now,
+    }
+
+
+def waits(seconds: float, *, grace_seconds: float = 0) -> dict[str, Any]:
+    """The columns of a pending delivery whose next attempt may begin in `seconds`, by the database's clock.
+
+    If it has not begun `grace_seconds` later, its message counts as lost.
+    """
+    return {
+        "next_attempt_at": clock_plus(seconds),
+        "publish_after": when_enabled(clock_plus(seconds + grace_seconds)),
+        "waits_since": clock_plus(0),
+        "lease_until": None,
+    }
+
+
+def waits_for(what: WaitsFor | None, *, reason: str | None = None, has_place: bool = False) -> dict[str, Any]:
+    """The columns that say what a pending delivery waits for; None: only for a worker."""
+    return {"waits_for": what, "waits_reason": reason, "has_place": has_place}
+
+
+def leased(seconds: float) -> dict[str, Any]:
+    """The columns of a running delivery whose lease ends in `seconds`, by the database's clock."""
+    return {
+        "lease_until": clock_plus(seconds),
+        "publish_after": clock_plus(seconds),
+        "waits_since": clock_plus(0),
+        "lapse_seen_at": None,
     }
 
 
@@ -89,9 +131,11 @@ def is_due(now: datetime) -> ColumnElement[bool]:
 
 
 def is_running(delivery: DeliveryRecord) -> Any:
+    """Whether this very begin of the delivery still runs: `attempt` goes back when it is given back, `begins` never."""
     return and_(
         DELIVERY.c.id == delivery.id,
         DELIVERY.c.attempt == delivery.attempt,
+        DELIVERY.c.begins.is_not_distinct_from(delivery.begins),
         DELIVERY.c.status == DeliveryStatus.RUNNING,
     )
 

@@ -44,12 +44,14 @@ class Store(Protocol):
         open delivery. Guard of a rest: these, and the `wake` that was read, because an enqueue that came since must not
         lose its wake-up.
 
-        - *Move*: state, version + 1, moves + 1, failures 0, rest and due time; one `state_transition` event.
+        - *Move*: state, version + 1, moves + 1, failures 0, rest and due time, `entered_at`; one `state_transition`
+          event.
         - *Plan*: a delivery (begun at once where `timing` has a lease), version + 1, failures 0, not due; one `planned`
           event.
         - *Rest*: due time and failures, and one event where it has one; the version stays.
 
-        A move and a plan take the request out of the row, unless an enqueue came since the read.
+        A move and a plan take the request out of the row, unless an enqueue came since the read, or the write says that
+        it takes none. The delivery of a plan remembers the request that it took.
 
         `limits` names chain types with a limit of plans per hour (moves count as plans). Their rows are locked first,
         in the order of the mapping. What goes beyond a limit, or belongs to a paused type, is `Written.refused`; a type
@@ -76,15 +78,16 @@ class Store(Protocol):
 
         Guard: the delivery is pending, its last attempt is the one before, its `next_attempt_at` is reached by the
         database's clock, its `publish_after` is set (it is NULL while the chain is disabled), its chain waits for it
-        and is not disabled. The rows in `Begun` are those after the write: running, with the new attempt and lease.
+        and is not disabled. The rows in `Begun` are those after the write: running, with the new attempt and lease, and
+        one more of `begins`. What the delivery waited for before stands there as it was.
         """
 
     def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
         """Record delivered attempts and move their chains; the ids of the deliveries that were recorded.
 
-        Guard: the delivery is running, has this attempt, and its chain waits for it. The delivery is closed, the chain
-        moves to the delivery's `final_state`, and the history gets one `state_transition`. A request in the row is
-        kept, except where the new state is terminal (no due time is given).
+        Guard: the delivery is running, has this attempt and this number of `begins`, and its chain waits for it. The
+        delivery is closed, the chain moves to the delivery's `final_state`, and the history gets one
+        `state_transition`. A request in the row is kept, except where the new state is terminal (no due time is given).
         """
 
     def create_many(

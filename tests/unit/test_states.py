@@ -10,6 +10,7 @@ from dispatcher.states import (
     DeliveryStatus,
     EventAction,
     Outcome,
+    WaitsFor,
 )
 
 
@@ -44,6 +45,10 @@ def test_the_event_actions_are_a_closed_set():
     )
 
 
+def test_what_a_delivery_waits_for_is_a_closed_set():
+    assert set(WaitsFor) == words("retry, rate, hours, asked, paused, suppressed, definition")
+
+
 def test_the_outcomes_of_an_execution_are_a_closed_set():
     assert set(Outcome) == words(
         "moved, planned, none, terminal, locked, stale, resting, disabled, pending, no_callback, unknown_definition, "
@@ -56,5 +61,5 @@ def test_the_outcomes_of_an_attempt_contain_the_documented_ones():
 
 
 def test_words_are_written_as_they_are_stored():
-    members = [*DeliveryStatus, *CallbackKind, *EventAction, *Outcome, *AttemptOutcome]
+    members = [*DeliveryStatus, *WaitsFor, *CallbackKind, *EventAction, *Outcome, *AttemptOutcome]
     assert [member for member in members if f"{member}" != member.name.lower()] == []

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import redis
 
-from dispatcher.coordination.limiter import RateLimiter, Refusal, had_place
+from dispatcher.coordination.limiter import RateLimiter, Refusal
 from dispatcher.coordination.locks import ChainLocks
 from dispatcher.rates import RateLimit
 from tests.integration import shop
@@ -154,7 +154,7 @@ def test_a_full_line_gives_no_places(make_limiter: Make) -> None:
     limiter = make_limiter(clock=clock)
     refusals = [refusal for _ in range(40) if (refusal := ask(limiter, PER_HOUR)) is not None]
 
-    placed = [refusal for refusal in refusals if had_place(refusal.reason)]
+    placed = [refusal for refusal in refusals if refusal.has_place]
     assert len(placed) == 18, "six hours of the line, at 95 per cent of three an hour"
     left = refusals[18:]
     assert {refusal.reason for refusal in left} == {"the line of rate limit 3/h is full"}
@@ -208,7 +208,7 @@ def run(
         again = moment + refusal.seconds
         if refusal.seconds > COUNTDOWN:
             again = (again // RELAY_SECONDS + 1) * RELAY_SECONDS
-        heapq.heappush(waiting, (again + drawn.random() / 5, number, had_place(refusal.reason)))
+        heapq.heappush(waiting, (again + drawn.random() / 5, number, refusal.has_place))
     return fleet
 
 
@@ -265,7 +265,7 @@ def test_without_a_lock_server_each_process_counts_for_itself(
 def test_the_line_of_a_process_on_its_own_becomes_full_too(make_limiter: Make) -> None:
     limiter = make_limiter(None)
     refusals = [refusal for _ in range(40) if (refusal := ask(limiter, PER_HOUR)) is not None]
-    assert sum(had_place(refusal.reason) for refusal in refusals) == 18
+    assert sum(refusal.has_place for refusal in refusals) == 18
 
 
 def test_a_server_that_is_away_is_waited_for_and_not_for_ever(
@@ -277,7 +277,7 @@ def test_a_server_that_is_away_is_waited_for_and_not_for_ever(
 
     for _ in range(10):
         refusal = ask(limiter, PER_HOUR)
-        assert refusal is not None and not had_place(refusal.reason) and 15 <= refusal.seconds <= 30
+        assert refusal is not None and not refusal.has_place and 15 <= refusal.seconds <= 30
     assert caplog.text.count("does not count calls for rate limits") == 1, "not asked again for some seconds"
     assert "127.0.0.1" not in caplog.text
 

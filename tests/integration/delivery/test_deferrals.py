@@ -52,12 +52,13 @@ def test_what_is_over_the_limit_of_all_workers_waits_without_using_up_an_attempt
     assert (len(sink), results[3].detail, results[3].retry_seconds) == (3, "rate limit 3/h", None)
     deferred = shop.delivery_of(workers[0], chains[3])
     assert (deferred.status, deferred.attempt, deferred.lease_until) == ("pending", 0, None)
-    assert deferred.last_error == "deferred: rate limit 3/h" and is_the_relay_s(deferred)
+    assert (deferred.waits_for, deferred.waits_reason, deferred.has_place) == ("rate", "rate limit 3/h", True)
+    assert deferred.last_error is None and is_the_relay_s(deferred)
     last = shop.delivery_of(workers[0], chains[4])
     assert deferred.next_attempt_at is not None and last.next_attempt_at is not None
     assert last.next_attempt_at - deferred.next_attempt_at > timedelta(minutes=15), "each has its own turn"
     assert shop.take_messages(broker_url, shop.CALLBACKS) == [], "the row waits, not the broker"
-    assert chains[3].explain()["delivery"]["last_error"] == "deferred: rate limit 3/h"
+    assert chains[3].explain()["delivery"]["waits_reason"] == "rate limit 3/h"
 
     shop.wait_over(workers[0], deferred)
     assert shop.attempt(workers[1], deferred).outcome == "deferred", "the hour is not over"
@@ -153,7 +154,7 @@ def test_a_failure_stays_known_while_the_next_attempt_waits(make_dispatcher: sho
         assert shop.attempt(dispatcher, delivery, 2).outcome == "deferred"
 
     row = shop.delivery_of(dispatcher, chain)
-    assert (row.attempt, row.last_error) == (1, "deferred: rate limit 1/h; before: OSError: no")
+    assert (row.attempt, row.waits_for, row.last_error) == (1, "rate", "OSError: no")
 
 
 def test_an_unknown_effect_is_not_asked_about_before_its_turn(make_dispatcher: shop.Make) -> None:
@@ -170,7 +171,8 @@ def test_an_unknown_effect_is_not_asked_about_before_its_turn(make_dispatcher: s
     assert shop.attempt(dispatcher, delivery, 2).outcome == "deferred" and not asked
     waiting = shop.delivery_of(dispatcher, chain)
     assert waiting.unknown and waiting.attempt == 1
-    assert (waiting.last_error or "").startswith("deferred: delivery hours 08:00-20:00 UTC; before: attempt 1 ended")
+    assert (waiting.waits_for, waiting.waits_reason) == ("hours", "delivery hours 08:00-20:00 UTC")
+    assert (waiting.last_error or "").startswith("attempt 1 ended")
 
     clock.now = NOON
     shop.wait_over(dispatcher, delivery)
@@ -187,10 +189,9 @@ def test_a_lock_server_that_is_away_defers_for_a_while(make_dispatcher: shop.Mak
     result = shop.attempt(dispatcher, shop.planned(dispatcher, chain))
 
     assert result.outcome == "deferred" and 15 <= result.retry_seconds <= 30
-    assert (
-        shop.delivery_of(dispatcher, chain).last_error
-        == "deferred: Redis, which counts the calls for the rate limit, does not answer"
-    )
+    row = shop.delivery_of(dispatcher, chain)
+    assert (row.waits_for, row.has_place, row.last_error) == ("rate", False, None)
+    assert row.waits_reason == "Redis, which counts the calls for the rate limit, does not answer"
 
 
 def test_a_chain_that_is_disabled_while_its_delivery_waits_is_left_alone(make_dispatcher: shop.Make) -> None:
@@ -234,7 +235,8 @@ def test_outside_its_hours_a_delivery_waits_in_its_row_until_they_begin(
 
     assert (result.outcome, result.retry_seconds, len(sink)) == ("deferred", None, 0)
     row = shop.delivery_of(dispatcher, chain)
-    assert (row.status, row.attempt, row.last_error) == ("pending", 0, f"deferred: delivery hours {hours} UTC")
+    assert (row.status, row.attempt, row.last_error) == ("pending", 0, None)
+    assert (row.waits_for, row.waits_reason, row.has_place) == ("hours", f"delivery hours {hours} UTC", False)
     assert is_the_relay_s(row) and row.next_attempt_at is not None
     assert row.next_attempt_at.time() in DeliveryHours.parse(hours), "never a moment before"
     assert shop.take_messages(broker_url, shop.CALLBACKS) == []
@@ -310,8 +312,8 @@ def test_a_dead_delivery_that_is_retried_waits_for_its_hours_too(make_dispatcher
     chain.retry_delivery()
 
     assert shop.attempt(dispatcher, delivery, 2).outcome == "deferred"
-    reason = "deferred: delivery hours 08:00-20:00 UTC; before: PermanentFailure: no address"
-    assert shop.delivery_of(dispatcher, chain).last_error == reason
+    row = shop.delivery_of(dispatcher, chain)
+    assert (row.waits_for, row.last_error) == ("hours", "PermanentFailure: no address")
 
 
 def test_a_delivery_whose_group_ran_out_of_time_keeps_its_place_and_what_failed_before(
@@ -326,15 +328,17 @@ def test_a_delivery_whose_group_ran_out_of_time_keeps_its_place_and_what_failed_
 
     dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Remind", "reminded")]}, callback=take_an_hour))
     deliveries = [shop.planned(dispatcher, shop.new_chain(dispatcher, number)) for number in range(2)]
-    reason = "deferred: rate limit 3/h; before: OSError: no"
+    waited = {"waits_for": "rate", "waits_reason": "rate limit 3/h", "has_place": True, "last_error": "OSError: no"}
     for delivery in deliveries:
-        shop.change_delivery(dispatcher, delivery.id, last_error=reason)
+        shop.change_delivery(dispatcher, delivery.id, **waited)
 
     dispatcher.deliver([Owed(delivery.id, 1) for delivery in deliveries])
 
     rows = [row for delivery in deliveries for row in dispatcher.find_deliveries(chain_id=delivery.chain_id)]
     assert sorted((row.status, row.attempt) for row in rows) == [("delivered", 1), ("pending", 0)]
-    assert {row.last_error for row in rows} == {reason}
+    assert {row.last_error for row in rows} == {"OSError: no"}
+    (waiting,) = [row for row in rows if row.status == "pending"]
+    assert {name: getattr(waiting, name) for name in waited} == waited
 
 
 def test_a_deferral_whose_commit_reported_an_error_is_read_back(

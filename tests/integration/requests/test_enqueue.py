@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -234,12 +234,75 @@ def test_a_request_to_a_terminal_chain_ends(make_dispatcher: shop.Make) -> None:
     assert dispatcher.sweep()["due"] == 0
 
 
-def test_an_in_process_move_consumes_the_request_that_it_saw(make_dispatcher: shop.Make) -> None:
-    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind], "reminded": [shop.Never]}))
+@pytest.mark.parametrize("callback", [shop.Sink(), shop.Raises(OSError("no")), None])
+def test_an_in_process_execution_neither_reads_nor_takes_another_s_request(
+    make_dispatcher: shop.Make, callback: Any
+) -> None:
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(
+        shop.cart(
+            {NEW: [shop.Remind, shop.Never], "reminded": [shop.transition("Later", "later")]}, callbacks={"send": sink}
+        )
+    )
+    chain = shop.new_chain(dispatcher)
+    chain.enqueue(initial_context={"a": 1}, callback="send", callback_kwargs={"k": 2}, requested_by="the shop")
+    asked = shop.row_of(dispatcher, chain.id).request
+
+    with suppress(OSError):
+        chain.execute(callback=callback)
+
+    row = shop.row_of(dispatcher, chain.id)
+    assert row.request == asked and row.due_at is not None, "it is still to be answered"
+    assert "a" not in (callback.calls[0].context if isinstance(callback, shop.Sink) else {})
+    shop.attempt(dispatcher, shop.planned(dispatcher, chain))
+    assert [(call.context["a"], call.kwargs) for call in sink.calls] == [(1, {"k": 2})]
+
+
+def test_a_last_look_that_cancels_puts_the_request_back(make_dispatcher: shop.Make) -> None:
+    """With the name of its callback, which the delivery's row does not have where the transition has one of its own."""
+    sink, valid = shop.Sink(), [True]
+    own = shop.transition("Own", "owned", lambda _: valid[0], callback=lambda self: None)
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [own, shop.transition("Other", "other", lambda _: not valid[0])]}, callbacks={"send": sink}),
+    )
+    chain = shop.new_chain(dispatcher)
+    chain.enqueue(initial_context={"a": 1}, callback="send", callback_kwargs={"k": 2}, requested_by="the shop")
+    asked = shop.row_of(dispatcher, chain.id).request
+    delivery = shop.planned(dispatcher, chain)
+    assert (delivery.callback, shop.row_of(dispatcher, chain.id).request) == ("own", None)
+
+    valid[0] = False
+    assert shop.attempt(dispatcher, delivery).outcome == "cancelled"
+
+    assert shop.row_of(dispatcher, chain.id).request == asked
+    closed = dispatcher.find_deliveries(chain_id=chain.id)[0]
+    assert (closed.context, closed.kwargs, closed.request) == (None, None, None)
+    shop.attempt(dispatcher, shop.planned(dispatcher, chain))
+    assert [(call.name, call.context["a"], call.kwargs) for call in sink.calls] == [("Other", 1, {"k": 2})]
+
+
+def test_a_request_is_not_put_back_before_a_newer_one(make_dispatcher: shop.Make) -> None:
+    valid = [True]
+    remind = shop.transition("Remind", "reminded", lambda _: valid[0])
+    dispatcher = make_dispatcher(shop.cart({NEW: [remind]}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    chain.enqueue(initial_context={"request": "older"})
+    delivery = shop.planned(dispatcher, chain)
+    chain.enqueue(initial_context={"request": "newer"})
+
+    valid[0] = False
+    assert shop.attempt(dispatcher, delivery).outcome == "cancelled"
+
+    assert shop.row_of(dispatcher, chain.id).request["context"] == {"request": "newer"}
+
+
+def test_a_person_who_cancels_a_delivery_cancels_its_request(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
     chain = shop.new_chain(dispatcher)
     chain.enqueue(initial_context={"a": 1})
+    shop.planned(dispatcher, chain)
 
-    chain.execute(callback=shop.Sink())
+    chain.refresh().cancel_delivery("me")
 
     assert shop.row_of(dispatcher, chain.id).request is None
 

@@ -63,7 +63,10 @@ def _plain(value: object) -> str:
 
 
 def statements_of(database: Database) -> dict[str, list[str]]:
-    """The lines of each statement that made one of our tables or indexes in SQLite, in any order."""
+    """The parts of each statement that made one of our tables or indexes in SQLite, in any order.
+
+    A column that was added later stands after the constraints there, and a table that was copied has its name quoted.
+    """
     master = Table(
         "sqlite_master", MetaData(), Column("name", String), Column("tbl_name", String), Column("sql", String)
     )
@@ -71,7 +74,19 @@ def statements_of(database: Database) -> dict[str, list[str]]:
         master.c.tbl_name.in_(Base.metadata.tables), master.c.sql.is_not(None)
     )
     with database.read() as connection:
-        return {name: sorted(line.strip(" ,\t") for line in sql.splitlines()) for name, sql in connection.execute(ours)}
+        return {name: _parts_of(sql.replace(f'"{name}"', name)) for name, sql in connection.execute(ours)}
+
+
+def _parts_of(statement: str) -> list[str]:
+    """What stands before the outer parentheses, and each thing between their commas, sorted."""
+    parts, depth = [""], 0
+    for character in " ".join(statement.split()):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 1 and character in "(,":
+            parts.append("")
+        else:
+            parts[-1] += character
+    return sorted(part.strip() for part in parts)
 
 
 class TestUpgrade:

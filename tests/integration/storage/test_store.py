@@ -1,9 +1,10 @@
 """Every store keeps the contract of `storage.store`, on each database that it can run on."""
 
 import random
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -22,10 +23,11 @@ from dispatcher.domain.records import (
     Rest,
     Timing,
     Write,
+    idempotency_key,
 )
 from dispatcher.domain.resources import clean_resources
 from dispatcher.errors import ChainMissing
-from dispatcher.states import CLOSED_STATUSES, DONE, NEW, DeliveryStatus, EventAction
+from dispatcher.states import CLOSED_STATUSES, DONE, NEW, DeliveryStatus, EventAction, WaitsFor
 from dispatcher.storage import chain_types, chains, clock, deliveries, history, overdue
 from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.runner import upgrade
@@ -186,6 +188,13 @@ class TestWrite:
         assert (delivery.status, delivery.attempt, delivery.next_attempt_at) == ("running", 1, None)
         assert abs(delivery.lease_until - delivery.publish_after) < timedelta(seconds=1)
         assert timedelta(seconds=74) < delivery.lease_until - delivery.planned_at < timedelta(seconds=76)
+
+    @pytest.mark.parametrize("make", [move, plan])
+    def test_another_s_request_can_be_left_in_its_row(self, bench: Bench, make: Callable[..., Write]) -> None:
+        record = bench.chain()
+        bench.store.write_request(record.id, Request({"n": 1}))
+        bench.store.write([make(bench.read(record.id), takes_request=False)], now=NOW, timing=PENDING)
+        assert bench.read(record.id).request == Request({"n": 1})
 
     def test_a_rest_keeps_the_version(self, bench: Bench) -> None:
         record = bench.chain()
@@ -463,6 +472,126 @@ class TestFinish:
         after = bench.read(begun.chain.id)
         assert (after.state, after.due_at) == ("reminded", None)
 
+    def test_leaves_out_an_earlier_begin_of_the_same_attempt(self, bench: Bench) -> None:
+        """It was given back, and begun again with the same number: the process of the first begin is too late."""
+        first = bench.begun()
+        bench.database.write(lambda connection: deliveries.give_back(connection, first.delivery))
+        (second,) = bench.store.begin([Owed(first.delivery.id, 1)], lease_seconds=75)
+        assert second.delivery.attempt == first.delivery.attempt
+        late = first.delivery
+        writes: dict[str, Callable[[Any], Any]] = {
+            "renew": lambda connection: deliveries.renew_lease(connection, late, lease_seconds=1),
+            "give back": lambda connection: deliveries.give_back(connection, late),
+            "postpone": lambda connection: deliveries.postpone(
+                connection, late, what=WaitsFor.HOURS, reason="night", seconds=9
+            ),
+            "retry": lambda connection: deliveries.retry(connection, late, seconds=9, grace_seconds=9, error="down"),
+            "stop": lambda connection: deliveries.stop(
+                connection, late, status=DeliveryStatus.DEAD, error="down", now=NOW
+            ),
+            "cancel": lambda connection: deliveries.close_and_stay(connection, late, now=NOW, reason="no"),
+            "call off": lambda connection: deliveries.call_off(connection, late, now=NOW, reason="no"),
+            "skip": lambda connection: deliveries.skip(connection, late, next_update_at=None, due_at=None, now=NOW),
+        }
+        assert bench.store.finish([Finished(late, None, NOW)], now=NOW) == set()
+        assert {how: bench.database.write(write) or False for how, write in writes.items()} == dict.fromkeys(
+            writes, False
+        )
+        assert bench.store.finish([Finished(second.delivery, None, NOW)], now=NOW) == {late.id}
+
+    def test_knows_a_delivery_from_before_begins_were_counted_by_its_attempt(self, bench: Bench) -> None:
+        delivery = bench.planned()
+        bench.database.write(
+            lambda connection: connection.execute(
+                update(DELIVERY).where(DELIVERY.c.id == delivery.id).values(begins=None)
+            )
+        )
+        (begun,) = bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75)
+        assert (begun.delivery.attempt, begun.delivery.begins) == (1, None)
+        assert bench.store.finish([Finished(begun.delivery, None, NOW)], now=NOW) == {delivery.id}
+
+
+class TestIdentity:
+    def test_every_chain_has_a_uid_of_its_own_and_its_keys_come_from_it(self, bench: Bench) -> None:
+        made = [
+            chain_id
+            for chain_id, _ in bench.store.create_many(TYPE, [[("cart", "a")], [("cart", "b")]], now=None, due=True)
+        ]
+        made.append(bench.store.request_chain(TYPE, [("cart", "c")], Request(), due=True))
+        records = [bench.read(chain_id) for chain_id in made]
+        assert len({record.uid for record in records} - {None}) == 3
+        keys = {idempotency_key(record, "Remind") for record in records}
+        bench.store.write([plan(record) for record in records], now=NOW, timing=PENDING)
+        assert {bench.delivery(record.id).idempotency_key for record in records} == keys
+        assert keys.isdisjoint({idempotency_key(replace(record, uid=None), "Remind") for record in records})
+
+    def test_a_chain_from_before_it_had_a_uid_keeps_the_key_by_its_id(self, bench: Bench) -> None:
+        record = bench.chain()
+        bench.change(record, uid=None, started_at=None, entered_at=None)
+        old = bench.read(record.id)
+        assert (old.uid, old.started_at, old.entered_at) == (None, old.created_at, old.updated_at)
+        bench.store.write([plan(old)], now=NOW, timing=PENDING)
+        key = str(uuid.uuid5(uuid.UUID("6c7e1f0a-6f3c-5f0e-9d53-7b8a3c1e2d40"), f"{old.id}:0:Remind"))
+        assert bench.delivery(old.id).idempotency_key == key
+
+    def test_says_since_when_a_chain_is_in_its_state(self, bench: Bench) -> None:
+        record = bench.chain()
+        bench.store.write([plan(record)], now=NOW + HOUR, timing=PENDING)
+        assert bench.read(record.id).entered_at == record.entered_at, "a plan is no move"
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+        bench.store.finish([Finished(begun.delivery, None, NOW)], now=NOW + 2 * HOUR)
+        moved = bench.read(record.id)
+        assert (moved.started_at, moved.entered_at, moved.runs) == (record.started_at, NOW + 2 * HOUR, 1)
+        bench.store.write([move(moved)], now=NOW + 3 * HOUR, timing=PENDING)
+        assert bench.read(record.id).entered_at == NOW + 3 * HOUR
+
+
+def call_off(bench: Bench, begun: Begun) -> datetime | None:
+    return bench.database.write(
+        lambda connection: deliveries.call_off(connection, begun.delivery, now=NOW, reason="no")
+    )
+
+
+class TestCallOff:
+    """A delivery that its last look has cancelled."""
+
+    def test_the_first_makes_the_chain_due_and_the_next_ones_later_and_later(self, bench: Bench) -> None:
+        record, waits = bench.chain(), []
+        for _ in range(4):
+            bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+            due_at = call_off(bench, begun)
+            after = bench.read(record.id)
+            assert after.due_at == due_at and after.failures == len(waits)
+            waits.append((due_at - NOW).total_seconds())
+        assert waits[0] == 0 and 40 <= waits[1] <= 60 and waits[1] < waits[2] < waits[3]
+
+    def test_another_visit_of_a_state_begins_anew(self, bench: Bench) -> None:
+        record = bench.chain()
+        for visit in range(2):
+            bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+            due_at = call_off(bench, begun)
+            assert due_at == NOW, visit
+            bench.store.write([move(bench.read(record.id))], now=NOW, timing=PENDING)
+
+    @pytest.mark.parametrize("newer", [None, Request({"n": 2})])
+    def test_puts_the_request_back_unless_a_newer_one_is_there(self, bench: Bench, newer: Request | None) -> None:
+        record = bench.chain()
+        asked = Request({"n": 1}, "send", {"k": [1, None]}, "me")
+        bench.store.write_request(record.id, asked)
+        read = bench.read(record.id)
+        bench.store.write([plan(read, context=asked.context, kwargs=asked.kwargs)], now=NOW, timing=PENDING)
+        assert bench.read(record.id).request is None
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+        if newer is not None:
+            bench.store.write_request(record.id, newer)
+        call_off(bench, begun)
+        assert bench.read(record.id).request == (newer or asked)
+        with bench.database.read() as connection:
+            closed = deliveries.read(connection, begun.delivery.id)
+        assert closed is not None and (closed.status, closed.request) == ("cancelled", None)
+
 
 class TestCreateMany:
     def test_says_for_each_set_whether_it_was_made_here(self, bench: Bench) -> None:
@@ -517,6 +646,9 @@ class RandomHistory:
         self._now = NOW
         self._database.clock = lambda: self._now
         self._ids = [bench.chain(due=self._random.random() < 0.5).id for _ in range(12)]
+        for number, chain_id in enumerate(self._ids):  # else the keys would differ between two histories
+            uid = update(CHAIN).where(CHAIN.c.id == chain_id).values(uid=str(uuid.UUID(int=number)))
+            self._database.write(lambda connection, uid=uid: connection.execute(uid))
         self._running: list[Begun] = []
 
     def run(self) -> dict[str, list[Any]]:
@@ -552,7 +684,15 @@ class RandomHistory:
             kind = self._random.choice(("move", "rest", "plan"))
             if kind == "move":
                 state = self._random.choice((NEW, "paid", "open", DONE))
-                writes.append(move(record, state, next_update_at=self._moment(), due_at=self._moment()))
+                writes.append(
+                    move(
+                        record,
+                        state,
+                        next_update_at=self._moment(),
+                        due_at=self._moment(),
+                        takes_request=self._random.random() < 0.7,
+                    )
+                )
             elif kind == "rest":
                 event = self._random.choice((None, EventAction.NO_CALLBACK, EventAction.GUARD_FAILED))
                 clear, failures = self._random.random() < 0.5, self._random.randrange(3)
@@ -560,7 +700,14 @@ class RandomHistory:
                     rest(record, due_at=self._moment(), clear_request=clear, failures=failures, event=event, detail="x")
                 )
             else:
-                writes.append(plan(record, max_attempts=self._random.randint(1, 5)))
+                writes.append(
+                    plan(
+                        record,
+                        max_attempts=self._random.randint(1, 5),
+                        rest_until=self._moment(),
+                        takes_request=self._random.random() < 0.7,
+                    )
+                )
         self._store.write(writes, now=self._now, timing=PENDING)
 
     def _request(self) -> None:
@@ -585,7 +732,7 @@ class RandomHistory:
         self._random.shuffle(self._running)
         ended, self._running = self._running[:3], self._running[3:]
         ended.sort(key=lambda attempt: attempt.chain.id)
-        how = self._random.choice(("finish", "finish", "retry", "postpone", "cancel", "skip", "stop", "unknown"))
+        how = self._random.choice(("finish", "finish", *OTHER_ENDS))
         if how == "finish":
             self._store.finish(
                 [Finished(attempt.delivery, self._moment(), self._moment()) for attempt in ended], now=self._now
@@ -635,7 +782,7 @@ class RandomHistory:
             values = asdict(record)
             values["pending_delivery_id"] = place.get(record.pending_delivery_id or "")
             shown.append(values)
-        machine = {"next_attempt_at", "publish_after", "lease_until", "planned_at", "finished_at"}
+        machine = {"next_attempt_at", "publish_after", "lease_until", "planned_at", "finished_at", "waits_since"}
         return {
             "chains": shown,
             "deliveries": [
@@ -650,13 +797,20 @@ class RandomHistory:
         }
 
 
+OTHER_ENDS = ("retry", "postpone", "give back", "cancel", "call off", "skip", "stop", "unknown")
+
+
 def end_otherwise(connection: Any, attempt: Begun, how: str, *, now: datetime, due_at: datetime | None) -> None:
     """End an attempt in one of the ways that are no finish."""
     delivery = attempt.delivery
     if how == "retry":
         deliveries.retry(connection, delivery, seconds=-1, grace_seconds=60, error="down")
     elif how == "postpone":
-        deliveries.postpone(connection, delivery, seconds=-1, reason="waits")
+        deliveries.postpone(connection, delivery, what=WaitsFor.RATE, reason="waits", seconds=-1, has_place=True)
+    elif how == "give back":
+        deliveries.give_back(connection, delivery)
+    elif how == "call off":
+        deliveries.call_off(connection, delivery, now=now, reason="not valid any more")
     elif how == "cancel":
         deliveries.close_and_stay(connection, delivery, now=now, reason="not valid any more")
     elif how == "skip":
