@@ -42,6 +42,8 @@ def safe_text(value: object, limit: int) -> str:
 
 def bounded_text(text: str, limit: int) -> str:
     """At most `limit` characters of a text, with control characters escaped."""
+    if len(text) <= limit and text.isprintable():
+        return text
     cut = text[: limit + 1]
     if not cut.isprintable():
         cut = "".join(map(_printable, cut))
@@ -50,6 +52,8 @@ def bounded_text(text: str, limit: int) -> str:
 
 def safe_reasons(reasons: Iterable[object]) -> tuple[str, ...]:
     """The first reasons of a candidate as texts; a last line says that there are more. Raises what a text raises."""
+    if reasons == []:  # nearly always, for a winner
+        return ()
     texts = [bounded_text(str(reason), MAX_REASON) for reason in islice(reasons, MAX_REASONS + 1)]
     if len(texts) > MAX_REASONS:
         texts[MAX_REASONS:] = [f"... more than {MAX_REASONS} reasons"]
@@ -66,6 +70,8 @@ def bounded(moment: datetime) -> datetime:
 
     (pandas' `NaT` is a datetime to Python, but is neither before nor after any other.)
     """
+    if EARLIEST <= moment <= LATEST:
+        return moment
     found = min(max(moment, EARLIEST), LATEST)
     if not EARLIEST <= found <= LATEST:
         raise TypeError(f"{safe_text(repr(moment), 150)} is no moment")
@@ -74,6 +80,8 @@ def bounded(moment: datetime) -> datetime:
 
 def refuse_unstarted(value: object, what: str) -> None:
     """Raise `TypeError` for a coroutine or a generator: nothing runs it, so its code has not even begun."""
+    if value is None or type(value) is bool:
+        return
     if inspect.iscoroutine(value):
         value.close()  # or Python would warn that it was never awaited
         raise TypeError(f"{what} gave a coroutine, which nothing awaits")
@@ -84,7 +92,7 @@ def refuse_unstarted(value: object, what: str) -> None:
 def refuse_awaitable(value: object, what: str) -> None:
     """Raise `TypeError` for an answer that would have to be awaited or iterated first: it is always truthy."""
     refuse_unstarted(value, what)
-    if inspect.isawaitable(value):
+    if type(value) is not bool and inspect.isawaitable(value):
         raise TypeError(f"{what} gave an awaitable, which nothing awaits")
 
 
