@@ -126,6 +126,18 @@ class UnknownDefinition(ChainError):
     reason = "uses a name that this configuration does not know"
 
 
+class UnreadableRow(DispatcherError):
+    """The JSON in a column of a row cannot be used; `problem` says why. Another tool or version has written it."""
+
+    def __init__(self, column: str, problem: str) -> None:
+        super().__init__(column, problem)
+        self.column = column
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"the row's {self.column} cannot be read: {self.problem}"
+
+
 class EnqueueNotPublished(DispatcherError):
     """No message could be published.
 

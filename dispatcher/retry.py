@@ -5,13 +5,19 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
+
+from dispatcher.bounds import refuse_unstarted, safe_text
+from dispatcher.errors import ends_process
 
 MAX_ATTEMPTS: Final = 1_000_000
 """The most attempts that may be configured: it is stored as a 32-bit number."""
 
 MAX_WAIT_SECONDS: Final = 100 * 365 * 86400
 """The longest wait that may be configured. It is bounded so that adding it to a date cannot overflow."""
+
+MAX_OWN_WAIT_SECONDS: Final = 30 * 86400
+"""The longest wait that a `delay()` of a user's own may give, in seconds; a longer one is cut to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,45 @@ class RetryPolicy:
             growth = sys.float_info.max
         seconds = min(self.base_seconds * growth, self.cap_seconds)
         return timedelta(seconds=seconds * (1 - self.jitter + 2 * self.jitter * random()))
+
+
+@dataclass(frozen=True, slots=True)
+class RetryWait:
+    """How long to wait before the next attempt. `problem` is given where the policy's own answer could not be taken."""
+
+    seconds: float
+    problem: BaseException | None = None
+
+
+def retry_wait(transition: Any, attempt: int, random: Callable[[], float]) -> RetryWait:
+    """The wait that the policy of a transition class gives after attempt number `attempt` failed. Runs user code.
+
+    A subclass of `RetryPolicy` may have a `delay()` of its own. If it raises, or gives no timedelta or a negative one,
+    the default policy's wait is taken; a wait above `MAX_OWN_WAIT_SECONDS` is cut.
+    """
+    try:
+        policy = transition.retry
+        answer = policy.delay(attempt, random)
+        refuse_unstarted(answer, "delay()")
+        if not isinstance(answer, timedelta):
+            raise TypeError(f"delay() gave {safe_text(repr(answer), 150)}, which is not a timedelta")
+        seconds = timedelta.total_seconds(answer)
+        if seconds < 0:
+            raise ValueError(f"delay() gave {seconds:g} s, which is negative")
+        if seconds > MAX_OWN_WAIT_SECONDS and type(policy).delay is not RetryPolicy.delay:
+            return RetryWait(
+                MAX_OWN_WAIT_SECONDS, ValueError(f"delay() gave {seconds:g} s, more than {MAX_OWN_WAIT_SECONDS} s")
+            )
+        return RetryWait(seconds)
+    except BaseException as error:  # user code: the next attempt must be written all the same
+        if ends_process(error):
+            raise
+        return RetryWait(RetryPolicy().delay(attempt, random).total_seconds(), error)
+
+
+def back_off(chain_id: int, failures: int) -> timedelta:
+    """The wait of a chain that could not be evaluated `failures` times in a row: always the same for both numbers."""
+    return growing_interval(failures, spread=spread_of(chain_id, failures))
 
 
 def growing_interval(

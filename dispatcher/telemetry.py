@@ -54,6 +54,8 @@ class Action(StrEnum):
     REQUEST_NOT_PUBLISHED = "request_not_published"
     RESOURCE_ERASED = "resource_erased"
     REST_IGNORED = "rest_ignored"
+    RETRY_DELAY_IGNORED = "retry_delay_ignored"
+    SETTLE_FAILED = "settle_failed"
     STATE_WOKEN = "state_woken"
     SWEPT = "swept"
     TASK_FAILED = "task_failed"
@@ -73,6 +75,8 @@ ERRORS: Final = frozenset(
         Action.GUARD_FAILED,
         Action.ORPHAN_DELIVERY,
         Action.REST_IGNORED,
+        Action.RETRY_DELAY_IGNORED,
+        Action.SETTLE_FAILED,
         Action.TASK_FAILED,
         Action.TYPE_PAUSED,
     }

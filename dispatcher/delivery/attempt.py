@@ -14,7 +14,7 @@ from dispatcher.domain.config import Callback, ChainType
 from dispatcher.domain.contexts import load_contexts, merged_context
 from dispatcher.domain.evaluation import GuardFailed, Plan, evaluate
 from dispatcher.domain.records import Begun, DeliveryRecord
-from dispatcher.errors import ends_process
+from dispatcher.errors import UnreadableRow, ends_process
 from dispatcher.transition import Transition
 
 
@@ -64,6 +64,13 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class CannotBeRead:
+    """The row of the chain or of its delivery cannot be read: nothing was called."""
+
+    error: UnreadableRow
+
+
+@dataclass(frozen=True, slots=True)
 class StillUnknown:
     """The effect of an earlier attempt stays unknown, and the chain type says that a person decides."""
 
@@ -81,7 +88,7 @@ class TakenOver:
 Loaded: TypeAlias = Mapping[str, Any] | BaseException
 """What `load_context` gave for a chain, or what it raised."""
 
-End: TypeAlias = Called | Verified | NotValid | Failed | StillUnknown | NoneLeft | TakenOver
+End: TypeAlias = Called | Verified | NotValid | Failed | CannotBeRead | StillUnknown | NoneLeft | TakenOver
 """How an attempt ended."""
 
 

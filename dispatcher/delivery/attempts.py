@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from sqlalchemy.exc import DBAPIError
 
-from dispatcher.delivery.attempt import Attempt, Called, Failed, make_attempt
+from dispatcher.delivery.attempt import Attempt, Called, CannotBeRead, Failed, make_attempt
 from dispatcher.delivery.ends import Ends
 from dispatcher.delivery.pacing import Pacing
 from dispatcher.domain.callbacks import resolve_callback
@@ -19,6 +19,7 @@ from dispatcher.domain.config import DispatcherConfig
 from dispatcher.domain.contexts import load_contexts
 from dispatcher.domain.records import Begun, Owed, valid_id
 from dispatcher.domain.results import AttemptResult
+from dispatcher.domain.unreadable import unreadable
 from dispatcher.errors import ServiceUnavailable
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.settings import Settings
@@ -119,6 +120,9 @@ class Attempts:
         except KeyError as error:
             return self._ends.unknown_definition(begun, error.args[0], now, finish_by)
         attempt = Attempt(begun, chain_type, transition_class, callback, now, finish_by)
+        problem = unreadable(begun.chain.context, delivery.context, delivery.kwargs, delivery.request)
+        if problem is not None:
+            return self._ends.record(attempt, CannotBeRead(problem))
         try:
             deferral = self._pacing.deferral(chain_type, begun, now)
         except Exception as error:  # noqa: BLE001 - whatever it is, the attempt must not stay begun

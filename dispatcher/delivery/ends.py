@@ -14,6 +14,7 @@ from dispatcher.bounds import describe
 from dispatcher.delivery.attempt import (
     Attempt,
     Called,
+    CannotBeRead,
     End,
     Failed,
     NoneLeft,
@@ -25,7 +26,7 @@ from dispatcher.delivery.attempt import (
 from dispatcher.delivery.pacing import Deferral
 from dispatcher.delivery.recording import note_problem, recorded
 from dispatcher.domain.config import ChainType
-from dispatcher.domain.decisions import due_after_move, rest_after_call, rest_of_plan
+from dispatcher.domain.decisions import due_after_move, rest_after_call, rest_of_plan, seconds_to_retry
 from dispatcher.domain.evaluation import Plan
 from dispatcher.domain.records import Begun, DeliveryRecord, Finished
 from dispatcher.domain.results import AttemptResult, reasons_text
@@ -156,6 +157,8 @@ class Ends:
                 return self._cancelled(attempt, plan)
             case Failed(error):
                 return self._failed(attempt, error)
+            case CannotBeRead(error):  # waiting does not heal a row, so neither retries nor `on_dead` may decide
+                return self._stopped(attempt, DeliveryStatus.HELD, str(error), error=error)
             case StillUnknown():
                 return self._stopped(attempt, DeliveryStatus.HELD, "the effect of an earlier attempt is unknown")
             case NoneLeft():
@@ -231,7 +234,7 @@ class Ends:
         if isinstance(error, PermanentFailure) or delivery.attempt >= delivery.max_attempts:
             return self._out_of_attempts(attempt, reason, error=error)
         _log_failure(attempt, error)
-        seconds = attempt.transition_class.retry.delay(delivery.attempt, self._random).total_seconds()
+        seconds = seconds_to_retry(delivery, attempt.transition_class, self._random)
         by_celery = seconds <= MAX_COUNTDOWN
         grace = self._settings.queued_seconds if by_celery else 0.0
 

@@ -13,12 +13,17 @@ from dispatcher.bounds import describe
 from dispatcher.domain.config import ChainType
 from dispatcher.domain.evaluation import GuardFailed, Plan, evaluate
 from dispatcher.domain.records import ChainRecord
+from dispatcher.domain.unreadable import unreadable
 from dispatcher.errors import UnknownDefinition, ends_process
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The result of evaluating one chain: a plan, or the error of a guard, of a loader, or of an unknown name."""
+    """The result of evaluating one chain: a plan, or an error.
+
+    `GuardFailed` is the error of a guard or of a loader, `UnreadableRow` that of a row, `UnknownDefinition` that of a
+    name.
+    """
 
     plan: Plan | None
     error: Exception | None = None
@@ -76,6 +81,9 @@ def evaluate_record(
         failure = GuardFailed("load_context", describe(loaded))
         failure.__cause__ = loaded
         return Evaluated(None, failure)
+    problem = unreadable(record.context, asked)
+    if problem is not None:
+        return Evaluated(None, problem)
     if record.request is not None and asked is record.request.context:
         asked = deepcopy(asked)
     context = merged_context(loaded, record.context, asked)

@@ -1,6 +1,7 @@
 """Decides what to write for a chain that was evaluated. Pure: the executor and the delivery carry it out."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Final
@@ -12,8 +13,8 @@ from dispatcher.domain.contexts import Evaluated
 from dispatcher.domain.evaluation import GuardFailed, Plan, rest_of
 from dispatcher.domain.records import ChainRecord, DeliveryRecord, Move, PlannedDelivery, Request, Rest
 from dispatcher.domain.results import ChainResult
-from dispatcher.errors import UnknownDefinition, ends_process
-from dispatcher.retry import growing_interval, spread_of
+from dispatcher.errors import UnknownDefinition, UnreadableRow, ends_process
+from dispatcher.retry import back_off, retry_wait
 from dispatcher.states import EventAction, Outcome
 from dispatcher.telemetry import Action, emit
 from dispatcher.transition import Transition, as_utc
@@ -167,12 +168,33 @@ def rest_of_plan(delivery: DeliveryRecord, transition_class: type[Transition] | 
     return as_utc(asked) if isinstance(asked, date) else None
 
 
+def seconds_to_retry(delivery: DeliveryRecord, transition: type[Transition], random: Callable[[], float]) -> float:
+    """How long the next attempt waits after the delivery's last one failed. A policy that fails is logged."""
+    wait = retry_wait(transition, delivery.attempt, random)
+    if wait.problem is not None:
+        emit(
+            logger,
+            Action.RETRY_DELAY_IGNORED,
+            "chain %s: the retry policy of %s failed after attempt %s; the next one waits for %.0f s",
+            delivery.chain_id,
+            delivery.transition,
+            delivery.attempt,
+            wait.seconds,
+            error=wait.problem,
+            chain_id=delivery.chain_id,
+            delivery_id=delivery.id,
+            attempt=delivery.attempt,
+            transition=delivery.transition,
+        )
+    return wait.seconds
+
+
 def _failed(record: ChainRecord, error: Exception | None, now: datetime) -> Decision:
     failures = record.failures + 1
-    is_guard = isinstance(error, GuardFailed)
+    is_guard = isinstance(error, GuardFailed | UnreadableRow)
     rest = Rest(
         record=record,
-        due_at=now + growing_interval(failures, spread=spread_of(record.id, failures)),
+        due_at=now + back_off(record.id, failures),
         failures=failures,
         event=(EventAction.GUARD_FAILED if is_guard else EventAction.UNKNOWN_DEFINITION) if failures == 1 else None,
         detail=str(error),

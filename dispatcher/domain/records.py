@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any, Final, TypeAlias
 
 from dispatcher.domain.resources import Resource
+from dispatcher.domain.unreadable import Unreadable
 from dispatcher.states import NEW, CallbackKind, EventAction
 from dispatcher.transition import ChainSnapshot
 
@@ -40,6 +41,8 @@ class Request:
         """The request from the JSON object in a chain's row; None if the row has no request."""
         if raw is None:
             return None
+        if isinstance(raw, Unreadable):
+            return cls(context=raw, kwargs=raw)
         return cls(raw.get("context"), raw.get("callback"), raw.get("kwargs"), raw.get("requested_by"))
 
 
@@ -60,7 +63,7 @@ class ChainRecord:
     failures: int
     created_at: datetime
     updated_at: datetime
-    context: dict[str, Any] | None
+    context: Mapping[str, Any] | None
     request: Request | None
     uid: str | None
     runs: int
@@ -124,15 +127,15 @@ class DeliveryRecord:
     finished_at: datetime | None
     requested_by: str | None
     last_error: str | None
-    kwargs: dict[str, Any] | None
-    context: dict[str, Any] | None
+    kwargs: Mapping[str, Any] | None
+    context: Mapping[str, Any] | None
     begins: int | None
     waits_for: str | None
     waits_reason: str | None
     waits_since: datetime | None
     has_place: bool
     rest_until: datetime | None
-    request: dict[str, Any] | None
+    request: Mapping[str, Any] | None
     lapse_seen_at: datetime | None
 
     @property

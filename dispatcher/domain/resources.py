@@ -68,7 +68,7 @@ def checked_json(what: str, values: Mapping[str, Any] | None) -> dict[str, Any] 
             raise NotSerializable(what, key, str(error)) from error
         if len(text) > MAX_JSON_BYTES:
             raise NotSerializable(what, key, f"is larger than {MAX_JSON_BYTES:,} bytes")
-        if _depth(checked[key]) >= MAX_JSON_DEPTH:
+        if depth_of(checked[key]) >= MAX_JSON_DEPTH:
             raise NotSerializable(what, key, f"is more than {MAX_JSON_DEPTH} levels deep")
         if "\\u0000" in text or not is_text(json.dumps({key: checked[key]}, ensure_ascii=False)):
             raise NotSerializable(what, key, "text must not contain NUL or lone surrogates")
@@ -89,7 +89,7 @@ def same_json(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def _depth(value: Any) -> int:
+def depth_of(value: Any) -> int:
     """How many objects and lists lie in each other at the deepest place; 0 for a number or a text."""
     depth, level = 0, [value]
     while level := [inner for outer in level for inner in _inside(outer)]:

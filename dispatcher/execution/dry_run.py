@@ -15,6 +15,7 @@ from dispatcher.domain.evaluation import GuardFailed, Plan
 from dispatcher.domain.records import ChainRecord, Request, unsaved_record
 from dispatcher.domain.resources import Resource
 from dispatcher.domain.results import ChainResult, reasons_text
+from dispatcher.errors import UnreadableRow
 from dispatcher.execution.paused import PausedTypes
 from dispatcher.states import Outcome
 from dispatcher.storage import chains
@@ -48,7 +49,7 @@ class DryRun:
         """Evaluate one chain, log the transition that would be planned, and return the result. Writes nothing.
 
         With `chain_id=None` it evaluates an unsaved chain in NEW with these resources. Raises `GuardFailed` if a guard
-        raises an error.
+        raises an error, and `UnreadableRow` if the chain's context or request cannot be read.
         """
         with self._database.read() as connection:
             now = self._database.now(connection)
@@ -68,7 +69,7 @@ class DryRun:
             asked = Request(context, callback, None, None)
         chain_type = self._config.by_type.get(record.chain_type)
         evaluated = _evaluate(record, chain_type, asked.context, now)
-        if isinstance(evaluated.error, GuardFailed):
+        if isinstance(evaluated.error, GuardFailed | UnreadableRow):
             raise evaluated.error
         if evaluated.plan is None or chain_type is None:
             result = ChainResult(chain_id, Outcome.UNKNOWN_DEFINITION, record.state, detail=str(evaluated.error))
@@ -87,10 +88,10 @@ class DryRun:
         context: Mapping[str, Any] | None = None,
         callback: str | None = None,
     ) -> ChainResult:
-        """Like `plan`, but does not raise `GuardFailed`: the error is logged, and the outcome is `GUARD_FAILED`."""
+        """Like `plan`, but an error that it raises is logged, and the outcome is `GUARD_FAILED`."""
         try:
             return self.plan(chain_id, type_name=type_name, resources=resources, context=context, callback=callback)
-        except GuardFailed as error:
+        except (GuardFailed, UnreadableRow) as error:
             emit(
                 logger,
                 Action.DRY_RUN_FAILED,

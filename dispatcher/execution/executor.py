@@ -21,10 +21,11 @@ from dispatcher.domain.decisions import TYPE_PAUSED, Decision, decide, standing_
 from dispatcher.domain.evaluation import GuardFailed
 from dispatcher.domain.records import ChainRecord, Owed, Request, Rest, Timing, Written
 from dispatcher.domain.results import ChainResult
+from dispatcher.errors import UnreadableRow
 from dispatcher.execution.paused import PausedTypes
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import CHAINS_QUEUE
-from dispatcher.retry import growing_interval, spread_of
+from dispatcher.retry import back_off
 from dispatcher.settings import Settings
 from dispatcher.states import EventAction, Outcome
 from dispatcher.storage.database import Database
@@ -86,7 +87,7 @@ class Executor:
     ) -> ChainResult:
         """Execute one chain in this process; with a callback its delivery is begun, and the caller makes the attempt.
 
-        Raises `GuardFailed`.
+        Raises `GuardFailed`, or `UnreadableRow` if the chain's context cannot be read.
         """
         held = self._locks.acquire([chain_id])
         if chain_id in held.locked:
@@ -132,7 +133,7 @@ class Executor:
             asked = record.request or Request()
             if call is not None:
                 asked = Request(context, None, None, requested_by)
-                if isinstance(evaluated.error, GuardFailed):
+                if isinstance(evaluated.error, GuardFailed | UnreadableRow):
                     raise evaluated.error
             chain_type = self._config.by_type.get(record.chain_type)
             decisions.append(decide(record, chain_type, evaluated, asked, now=now, call=call))
@@ -194,7 +195,7 @@ class Executor:
         rests = {
             record.id: Rest(
                 record=record,
-                due_at=now + growing_interval(record.failures + 1, spread=spread_of(record.id, record.failures)),
+                due_at=now + back_off(record.id, record.failures + 1),
                 failures=record.failures + 1,
                 event=EventAction.GUARD_FAILED if record.failures == 0 else None,
                 detail=f"{held.crashes[record.id]} evaluations ended with their process",

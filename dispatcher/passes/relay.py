@@ -2,23 +2,26 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
 
 from dispatcher.domain.config import DispatcherConfig
 from dispatcher.domain.records import DeliveryRecord, Owed
+from dispatcher.errors import ends_process
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import CALLBACKS_QUEUE, RELAY
 from dispatcher.passes.turns import Turns, pass_seconds
-from dispatcher.passes.unknown_effects import Settlement, settle_unknown
+from dispatcher.passes.unknown_effects import Definition, Settlement, define, settle_unknown
 from dispatcher.settings import Settings
 from dispatcher.states import DeliveryStatus
-from dispatcher.storage import chains, overdue
-from dispatcher.storage.database import Database
+from dispatcher.storage import overdue
+from dispatcher.storage.database import Database, alone, ends_transaction
+from dispatcher.storage.overdue import Waiting
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
@@ -27,12 +30,25 @@ _PAGE: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
-class _Page:
-    """One page of overdue deliveries: how many were found, which are to be published, what was settled."""
+class _Claimed:
+    """One page of overdue deliveries: which have lost their message, which run beyond their lease, and their types."""
 
-    found: int
-    owed: list[Owed]
-    settled: list[Settlement]
+    lost: list[DeliveryRecord]
+    running: list[DeliveryRecord]
+    chains: dict[int, Waiting]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there may be more."""
+        return len(self.lost) + len(self.running) >= _PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """An attempt that could not be settled."""
+
+    delivery: DeliveryRecord
+    error: BaseException
 
 
 class Relay:
@@ -58,70 +74,106 @@ class Relay:
     def relay(self, *, tick: bool) -> dict[str, Any]:
         """Publish deliveries whose message was lost, and settle those whose worker died: `{"relayed", "settled"}`.
 
+        `"failed"` counts those that could not be settled, if there are any; each is logged, and tried again later.
         With `tick=True` only the first caller within the interval does anything (`{"claimed": False}` for the others).
         A delivery that cannot be published stays owed, and a later relay publishes it.
         """
         if tick and not self._turns.claim(RELAY, self._settings.relay_seconds):
             return {"claimed": False}
         stop_at = time.monotonic() + pass_seconds(self._settings.relay_seconds)
-        relayed = settled = 0
+        relayed = settled = failed = 0
         try:
             room = self._settings.max_backlog - self._publisher.backlog(CALLBACKS_QUEUE)
         except PublishFailed as error:  # settling needs no broker, so it continues
             _log_not_published(error)
             room = None
         while time.monotonic() < stop_at:
-            page = self._database.write(partial(self._page, pending=room is not None and room > 0))
-            settled += len(page.settled)
-            for settlement in page.settled:
+            page = self._database.write(partial(self._claim, pending=room is not None and room > 0))
+            settlements, failures = self._settle(page)
+            for settlement in settlements:
                 _log_settlement(settlement)
+            for failure in failures:
+                _log_failure(failure)
+            settled += len(settlements)
+            failed += len(failures)
+            owed = [Owed(delivery.id, delivery.attempt + 1) for delivery in page.lost]
+            owed += [settlement.owed for settlement in settlements if settlement.owed is not None]
             try:
-                if page.owed and room is not None:
-                    self._publisher.deliver(page.owed)
-                    relayed += len(page.owed)
-                    room -= len(page.owed)
+                if owed and room is not None:
+                    self._publisher.deliver(owed)
+                    relayed += len(owed)
+                    room -= len(owed)
             except PublishFailed as error:
                 _log_not_published(error)
                 room = None
-            if page.found < _PAGE:
+            if not page.is_full or not (page.lost or settlements):
                 break
-        level = None if relayed or settled else logging.DEBUG
-        result = {"relayed": relayed, "settled": settled}
-        emit(logger, Action.RELAYED, "relay: %s", result, level=level, relayed=relayed, settled=settled)
+        result: dict[str, Any] = {"relayed": relayed, "settled": settled, **({"failed": failed} if failed else {})}
+        level = None if any(result.values()) else logging.DEBUG
+        emit(logger, Action.RELAYED, "relay: %s", result, level=level, **result)
         return result
 
-    def _page(self, connection: Connection, *, pending: bool) -> _Page:
+    def _claim(self, connection: Connection, *, pending: bool) -> _Claimed:
         grace = self._settings.queued_seconds
         found = overdue.claim_overdue(connection, limit=_PAGE, grace_seconds=grace, pending=pending)
+        lost = [delivery for delivery in found if delivery.status == DeliveryStatus.PENDING]
         running = [delivery for delivery in found if delivery.status == DeliveryStatus.RUNNING]
-        owed = [
-            Owed(delivery.id, delivery.attempt + 1) for delivery in found if delivery.status == DeliveryStatus.PENDING
-        ]
-        settled = self._settle(connection, running)
-        owed += [settlement.owed for settlement in settled if settlement.owed is not None]
-        return _Page(len(found), owed, settled)
+        chains = overdue.waiting_chains(connection, [delivery.chain_id for delivery in running]) if running else {}
+        return _Claimed(lost, running, chains)
 
-    def _settle(self, connection: Connection, running: Sequence[DeliveryRecord]) -> list[Settlement]:
-        if not running:
-            return []
+    def _settle(self, page: _Claimed) -> tuple[list[Settlement], list[_Failed]]:
+        """Settle the running deliveries of a page, each for itself. A failed one is hidden from the next relays."""
+        if not page.running:
+            return [], []
+        definitions: dict[str, Definition] = {}
+        failures: list[_Failed] = []
+        for delivery in page.running:
+            chain = page.chains.get(delivery.chain_id)
+            chain_type = None if chain is None else self._config.by_type.get(chain.chain_type)
+            try:
+                definitions[delivery.id] = define(delivery, chain_type, self._random)
+            except BaseException as error:  # user code: the other deliveries must be settled all the same
+                if ends_process(error):
+                    raise
+                failures.append(_Failed(delivery, error))
+        settlements, more = self._database.write(partial(self._write, page.running, definitions))
+        return settlements, failures + more
+
+    def _write(
+        self, running: Sequence[DeliveryRecord], definitions: Mapping[str, Definition], connection: Connection
+    ) -> tuple[list[Settlement], list[_Failed]]:
         grace = self._settings.queued_seconds
+        expired = overdue.lock_expired(connection, running)
+        chains = overdue.waiting_chains(connection, [delivery.chain_id for delivery in running])
         now = self._database.now(connection)
-        records = chains.read_many(connection, [delivery.chain_id for delivery in running])
-        settled = []
+        settlements: list[Settlement] = []
+        failures: list[_Failed] = []
         for delivery in sorted(running, key=lambda delivery: delivery.chain_id):
-            record = records.get(delivery.chain_id)
-            chain_type = self._config.by_type.get(record.chain_type) if record is not None else None
-            if record is None:  # deleted by hand: no foreign key keeps it
-                overdue.look_later(connection, delivery, seconds=grace)
-                settled.append(Settlement(delivery, orphan=True))
-            elif chain_type is None:  # a type of another version of the code: its workers settle it
-                overdue.look_later(connection, delivery, seconds=grace)
-                settled.append(Settlement(delivery))
-            else:
-                settled.append(
-                    settle_unknown(connection, delivery, chain_type, now=now, grace_seconds=grace, random=self._random)
-                )
-        return settled
+            if delivery.id not in expired:
+                continue
+            definition = definitions.get(delivery.id)
+            if definition is None:
+                self._set_aside(connection, delivery)
+                continue
+            chain = chains.get(delivery.chain_id)
+            settle = partial(settle_unknown, connection, delivery, chain, definition, now=now, grace_seconds=grace)
+            try:
+                settlements.append(alone(connection, settle))
+            except Exception as error:  # whatever it is, the other deliveries must be settled all the same
+                if ends_transaction(error):
+                    raise
+                failures.append(_Failed(delivery, error))
+                self._set_aside(connection, delivery)
+        return settlements, failures
+
+    def _set_aside(self, connection: Connection, delivery: DeliveryRecord) -> None:
+        """Hide a delivery from the next relays. One that cannot even be hidden is found, and logged, each time."""
+        hide = partial(overdue.look_later, connection, delivery, seconds=self._settings.queued_seconds)
+        try:
+            alone(connection, hide)
+        except DBAPIError as error:
+            if ends_transaction(error):
+                raise
 
 
 def _log_settlement(settlement: Settlement) -> None:
@@ -152,6 +204,21 @@ def _log_settlement(settlement: Settlement) -> None:
             attempt=delivery.attempt,
             transition=delivery.transition,
         )
+
+
+def _log_failure(failure: _Failed) -> None:
+    delivery = failure.delivery
+    emit(
+        logger,
+        Action.SETTLE_FAILED,
+        "chain %s: attempt %s of %s ended with its process and cannot be settled; a later relay will try again",
+        delivery.chain_id,
+        delivery.attempt,
+        delivery.transition,
+        error=failure.error,
+        chain_id=delivery.chain_id,
+        delivery_id=delivery.id,
+    )
 
 
 def _log_not_published(error: PublishFailed) -> None:

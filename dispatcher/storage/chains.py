@@ -15,12 +15,13 @@ from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import ChainRecord, DuePosition, Request, new_uid
 from dispatcher.domain.resources import Resource, resource_key, same_json
+from dispatcher.domain.unreadable import json_object, unreadable
 from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending
 from dispatcher.states import NEW, EventAction
 from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.history import add_event, add_event_at_version
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT, RESOURCE
-from dispatcher.storage.rows import MACHINE_NOW, chain_columns, chains_of
+from dispatcher.storage.rows import MACHINE_NOW, chain_columns, chains_of, json_text
 from dispatcher.storage.statements import at_once, insert_or_ignore, is_due, moved_values, new_chain, one_row
 
 _PARAMETERS: Final = 1000
@@ -179,7 +180,9 @@ def write_request(connection: Connection, chain_id: int, request: Request, *, no
     """
     # Locking statements read the newest row; the caller's own transaction may have an old snapshot.
     row = connection.execute(
-        select(CHAIN.c.version, CHAIN.c.request).where(CHAIN.c.id == chain_id).with_for_update()
+        select(CHAIN.c.version, json_text(CHAIN.c.request).label("request"))
+        .where(CHAIN.c.id == chain_id)
+        .with_for_update()
     ).one_or_none()
     if row is None:
         raise ChainMissing(chain_id)
@@ -189,7 +192,8 @@ def write_request(connection: Connection, chain_id: int, request: Request, *, no
         .where(CHAIN.c.id == chain_id)
         .values(wake=CHAIN.c.wake + 1, request=request.to_json(), due_at=case((free, at_once(now))))
     )
-    if row.request is not None and not same_json(row.request, request.to_json()):
+    earlier = json_object(row.request, "request")
+    if earlier is not None and (unreadable(earlier) or not same_json(earlier, request.to_json())):
         add_event(
             connection, chain_id, row.version, EventAction.REQUEST_REPLACED, requested_by=request.requested_by, now=now
         )

@@ -163,6 +163,27 @@ class Database:
             raise
 
 
+def alone(connection: Connection, work: Callable[[], Result]) -> Result:
+    """What `work()` returns, within a transaction. If it raises, what it has written is undone, and nothing else is.
+
+    After a conflict or a lost connection nothing can be undone alone: see `ends_transaction`.
+    """
+    savepoint = connection.begin_nested()
+    try:
+        result = work()
+        savepoint.commit()
+    except Exception as error:
+        if not ends_transaction(error):
+            savepoint.rollback()
+        raise
+    return result
+
+
+def ends_transaction(error: Exception) -> bool:
+    """Whether an error concerns the whole transaction: it has to be rerun, or its connection is lost."""
+    return isinstance(error, DBAPIError) and (error.connection_invalidated or is_conflict(error))
+
+
 def commit(step: Callable[[], Result]) -> Result:
     """Call `step`, which commits, and return its result. All commits pass here, so that tests can make them fail."""
     return step()

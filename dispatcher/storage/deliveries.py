@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 
 from dispatcher.bounds import MAX_ERROR
 from dispatcher.domain.records import DeliveryRecord, PlannedDelivery, idempotency_key
-from dispatcher.retry import growing_interval, spread_of
+from dispatcher.retry import back_off
 from dispatcher.states import (
     CLOSED_STATUSES,
     OPEN_STATUSES,
@@ -222,7 +222,7 @@ def call_off(connection: Connection, delivery: DeliveryRecord, *, now: datetime,
             DELIVERY.c.callback != CallbackKind.LOCAL,
         )
     ).scalar_one()
-    due_at = now + growing_interval(before, spread=spread_of(delivery.chain_id, before)) if before else now
+    due_at = now + back_off(delivery.chain_id, before) if before else now
     taken = delivery.taken_request
     request = CHAIN.c.request if taken is None else func.coalesce(CHAIN.c.request, literal(taken, CHAIN.c.request.type))
     done = _close_and_stay(

@@ -1,25 +1,38 @@
 """What the relay looks at: deliveries whose message was lost or whose lease has ended. Nothing here commits."""
 
-from sqlalchemy import ColumnElement, select, update
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, select, tuple_, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.bounds import MAX_ERROR
 from dispatcher.domain.records import DeliveryRecord
 from dispatcher.states import DeliveryStatus, WaitsFor
 from dispatcher.storage.clock import clock_plus
-from dispatcher.storage.models import DELIVERY
-from dispatcher.storage.rows import delivery_columns, delivery_of
+from dispatcher.storage.models import CHAIN, DELIVERY
+from dispatcher.storage.rows import delivery_of, light_delivery_columns
 from dispatcher.storage.statements import is_running, one_row, waits, waits_for
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What settling asks of the chain of a delivery. It is read without any JSON."""
+
+    chain_type: str
+    pending_delivery_id: str | None
+    disabled: bool
 
 
 def claim_overdue(
     connection: Connection, *, limit: int, grace_seconds: float, pending: bool = True
 ) -> list[DeliveryRecord]:
-    """The deliveries that the relay must look at, oldest first; another relay gets them only after `grace_seconds`.
+    """The deliveries that the relay must look at, oldest first, without kwargs and context, which it does not need.
 
-    A pending delivery has lost its message (left out with `pending=False`); a running delivery has outlived its lease.
+    A pending delivery has lost its message (left out with `pending=False`); another relay gets it only after
+    `grace_seconds`. A running delivery has outlived its lease.
     """
-    query = select(*delivery_columns()).where(_overdue())
+    query = select(*light_delivery_columns()).where(_overdue())
     if not pending:
         query = query.where(DELIVERY.c.status == DeliveryStatus.RUNNING, DELIVERY.c.finished_at.is_(None))
     query = query.order_by(DELIVERY.c.publish_after, DELIVERY.c.id).limit(limit).with_for_update(skip_locked=True)
@@ -45,8 +58,18 @@ def late(connection: Connection, *, seconds: float, limit: int) -> list[str]:
     return list(connection.execute(query.order_by(DELIVERY.c.publish_after).limit(limit)).scalars())
 
 
+def waiting_chains(connection: Connection, chain_ids: Sequence[int]) -> dict[int, Waiting]:
+    """The chains with these ids, by id; missing ones are left out."""
+    rows = connection.execute(
+        select(CHAIN.c.id, CHAIN.c.chain_type, CHAIN.c.pending_delivery_id, CHAIN.c.disabled).where(
+            CHAIN.c.id.in_(chain_ids)
+        )
+    )
+    return {row.id: Waiting(row.chain_type, row.pending_delivery_id, row.disabled) for row in rows}
+
+
 def look_later(connection: Connection, delivery: DeliveryRecord, *, seconds: float) -> None:
-    """Hide a running delivery that this process cannot settle from the relay for `seconds`."""
+    """Hide a running delivery that could not be settled from the relay for `seconds`."""
     connection.execute(
         update(DELIVERY)
         .where(is_running(delivery))
@@ -54,12 +77,17 @@ def look_later(connection: Connection, delivery: DeliveryRecord, *, seconds: flo
     )
 
 
-def lease_expired(connection: Connection, delivery: DeliveryRecord) -> bool:
-    """Whether this attempt still runs and its lease has ended; locks the row."""
-    row = connection.execute(
-        select(DELIVERY.c.id).where(is_running(delivery), DELIVERY.c.lease_until <= clock_plus(0)).with_for_update()
-    ).one_or_none()
-    return row is not None
+def lock_expired(connection: Connection, running: Sequence[DeliveryRecord]) -> set[str]:
+    """The ids of those of these attempts that still run and whose lease has ended, locked in the order of their ids.
+
+    A row that somebody else has locked is left out: its attempt is just being ended.
+    """
+    query = select(DELIVERY.c.id).where(
+        tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_([(delivery.id, delivery.attempt) for delivery in running]),
+        DELIVERY.c.status == DeliveryStatus.RUNNING,
+        DELIVERY.c.lease_until <= clock_plus(0),
+    )
+    return set(connection.execute(query.order_by(DELIVERY.c.id).with_for_update(skip_locked=True)).scalars())
 
 
 def mark_unknown(

@@ -1,13 +1,18 @@
-"""How rows become values: the columns to read are the fields of the values, and everything is decoded by name."""
+"""How rows become values: the columns to read are the fields of the values, and everything is decoded by name.
+
+JSON is read as text and decoded here, row by row. A driver would decode while it fetches, so that one row that cannot
+be decoded would take all others of its statement with it.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
 
-from sqlalchemy import Column, ColumnElement, RowMapping, Table, Uuid
+from sqlalchemy import JSON, Column, ColumnElement, RowMapping, Table, Text, Uuid, cast
 
 from dispatcher.domain.records import ChainEvent, ChainRecord, DeliveryRecord, Request
 from dispatcher.domain.resources import Resource
+from dispatcher.domain.unreadable import json_object
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT, UtcDateTime
 
 Values: TypeAlias = Mapping[str, Any] | RowMapping
@@ -18,6 +23,11 @@ CHAIN_FIELDS: Final = tuple(name for name in ChainRecord.__dataclass_fields__ if
 
 DELIVERY_FIELDS: Final = tuple(DeliveryRecord.__dataclass_fields__)
 """The columns of a delivery that are read."""
+
+_PAYLOAD: Final = ("kwargs", "context", "request")
+
+LIGHT_DELIVERY_FIELDS: Final = tuple(name for name in DELIVERY_FIELDS if name not in _PAYLOAD)
+"""These columns without those for the callback."""
 
 EVENT_FIELDS: Final = tuple(ChainEvent.__dataclass_fields__)
 """The columns of an event that are read."""
@@ -32,17 +42,27 @@ _CHAIN_LABELS: Final = tuple((name, f"{CHAIN_PREFIX}{name}") for name in CHAIN_F
 
 def chain_columns() -> list[ColumnElement[Any]]:
     """The columns to select for `chain_of`."""
-    return [CHAIN.c[name].label(label) for name, label in _CHAIN_LABELS]
+    return [json_text(CHAIN.c[name]).label(label) for name, label in _CHAIN_LABELS]
 
 
-def delivery_columns() -> list[Column[Any]]:
+def delivery_columns() -> list[ColumnElement[Any]]:
     """The columns to select for `delivery_of`."""
-    return [DELIVERY.c[name] for name in DELIVERY_FIELDS]
+    return [json_text(DELIVERY.c[name]).label(name) for name in DELIVERY_FIELDS]
+
+
+def light_delivery_columns() -> list[Column[Any]]:
+    """The columns to select for a `delivery_of` that has no kwargs and no context."""
+    return [DELIVERY.c[name] for name in LIGHT_DELIVERY_FIELDS]
 
 
 def event_columns() -> list[Column[Any]]:
     """The columns to select for `event_of`."""
     return [EVENT.c[name] for name in EVENT_FIELDS]
+
+
+def json_text(column: Column[Any]) -> ColumnElement[Any]:
+    """A JSON column as its text; any other column as it is."""
+    return cast(column, Text) if isinstance(column.type, JSON) else column
 
 
 def chain_list(alias: str) -> str:
@@ -58,7 +78,8 @@ def delivery_list(alias: str) -> str:
 def chain_of(row: Values, resources: Iterable[Sequence[str]]) -> ChainRecord:
     """The chain in a row of `chain_columns` or `chain_list`, with its resources."""
     values = {name: row[label] for name, label in _CHAIN_LABELS}
-    values["request"] = Request.from_json(values["request"])
+    values["context"] = json_object(values["context"], "context")
+    values["request"] = Request.from_json(json_object(values["request"], "request"))
     values["resources"] = tuple(sorted((kind, identity) for kind, identity in resources))
     # A program from before revision 0002 creates chains without these.
     if values["started_at"] is None:
@@ -69,8 +90,11 @@ def chain_of(row: Values, resources: Iterable[Sequence[str]]) -> ChainRecord:
 
 
 def delivery_of(row: Values) -> DeliveryRecord:
-    """The delivery in a row of `delivery_columns` or `delivery_list`."""
-    return DeliveryRecord(**_in_utc({name: row[name] for name in DELIVERY_FIELDS}, DELIVERY))
+    """The delivery in a row of `delivery_columns` or `delivery_list`; of `light_delivery_columns`: without payload."""
+    values = {name: row[name] for name in LIGHT_DELIVERY_FIELDS}
+    for name in _PAYLOAD:
+        values[name] = json_object(row.get(name), name)
+    return DeliveryRecord(**_in_utc(values, DELIVERY))
 
 
 def event_of(row: Values) -> ChainEvent:
@@ -107,5 +131,5 @@ def _in_utc(values: dict[str, Any], table: Table) -> dict[str, Any]:
 
 
 def _raw(table: Table, name: str, alias: str) -> str:
-    cast = "::text" if isinstance(table.c[name].type, Uuid) else ""
-    return f"{alias}.{name}{cast}"
+    as_text = "::text" if isinstance(table.c[name].type, JSON | Uuid) else ""
+    return f"{alias}.{name}{as_text}"

@@ -2,12 +2,22 @@
 
 import math
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy, growing_interval, spread_of
+from dispatcher.retry import (
+    MAX_OWN_WAIT_SECONDS,
+    MAX_WAIT_SECONDS,
+    RetryPolicy,
+    RetryWait,
+    back_off,
+    growing_interval,
+    retry_wait,
+    spread_of,
+)
 
 MIDDLE = 0.5
 """The random number at which jitter changes nothing."""
@@ -136,3 +146,71 @@ def test_the_spread_of_a_chain_and_failure_is_always_the_same_and_covers_the_ran
     assert drawn == [spread_of(chain_id, 1) for chain_id in range(1000)]
     assert min(drawn) < 0.02 and max(drawn) > 0.98
     assert all(0 <= spread < 1 for spread in drawn)
+
+
+def test_the_back_off_of_a_chain_is_the_growing_interval_spread_by_its_id_and_failures():
+    assert back_off(7, 3) == growing_interval(3, spread=spread_of(7, 3)) == back_off(7, 3)
+    assert back_off(7, 3) != back_off(8, 3)
+
+
+class Answers(RetryPolicy):
+    """A policy whose `delay()` gives `answer`, or raises it."""
+
+    answer: object = None
+
+    def delay(self, attempt, random):
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer() if callable(self.answer) else self.answer
+
+
+def answering(answer):
+    return SimpleNamespace(
+        retry=type("Own", (Answers,), {"answer": staticmethod(answer) if callable(answer) else answer})()
+    )
+
+
+async def promise():
+    return timedelta(0)
+
+
+class Lying(timedelta):
+    """A wait that calls itself short."""
+
+    def total_seconds(self):
+        return math.nan
+
+
+def test_the_wait_is_what_the_policy_gives():
+    assert retry_wait(SimpleNamespace(retry=RetryPolicy(jitter=0)), 2, middle) == RetryWait(30)
+    assert retry_wait(answering(timedelta(hours=5)), 2, middle) == RetryWait(5 * 3600)
+    assert retry_wait(answering(Lying(seconds=7)), 2, middle) == RetryWait(7)
+
+
+def test_a_configured_cap_of_a_year_is_kept():
+    policy = RetryPolicy(base_seconds=365 * 86400, cap_seconds=365 * 86400, jitter=0)
+    assert retry_wait(SimpleNamespace(retry=policy), 1, middle) == RetryWait(365 * 86400)
+
+
+@pytest.mark.parametrize(
+    "answer", [OSError("no network"), SystemExit(1), None, 10.0, math.nan, timedelta(seconds=-5), promise]
+)
+def test_a_policy_that_gives_no_wait_waits_as_the_default_policy_and_says_why(answer):
+    wait = retry_wait(answering(answer), 2, middle)
+    assert wait.seconds == 30 and wait.problem is not None
+    if isinstance(answer, BaseException):
+        assert wait.problem is answer
+
+
+def test_a_transition_without_a_policy_waits_as_the_default_policy():
+    assert isinstance(retry_wait(SimpleNamespace(), 1, middle).problem, AttributeError)
+
+
+def test_a_wait_of_a_year_is_cut():
+    wait = retry_wait(answering(timedelta(days=365)), 1, middle)
+    assert wait.seconds == MAX_OWN_WAIT_SECONDS and "31536000 s" in str(wait.problem).replace("3.1536e+07", "31536000")
+
+
+def test_a_policy_is_no_reason_to_live_on_when_the_process_must_end():
+    with pytest.raises(KeyboardInterrupt):
+        retry_wait(answering(KeyboardInterrupt()), 1, middle)
