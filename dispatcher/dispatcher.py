@@ -318,7 +318,10 @@ class Dispatcher:
             raise self._services.publisher.unavailable(error) from error
 
     def relay(self, *, tick: bool = False) -> dict[str, Any]:
-        """Publish deliveries whose message was lost, and settle those whose worker died: `{"relayed", "settled"}`."""
+        """Publish deliveries whose message was lost, and settle those whose worker died: `{"relayed", "settled"}`.
+
+        `"failed"` counts those that could not be settled, if there are any; they are logged, and tried again later.
+        """
         self._ready()
         if self.settings.dry_run:
             return {"relayed": 0, "settled": 0, "dry_run": True}

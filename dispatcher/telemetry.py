@@ -1,6 +1,7 @@
 """Log events: `emit` writes a log line with its `extra`, and calls the listeners (metrics, traces)."""
 
 import logging
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,7 +12,8 @@ from dispatcher.errors import ends_process
 
 _logger = logging.getLogger(__name__)
 
-_MAX_ERROR_TEXT: Final = 10_000
+_MAX_ERROR_TEXT: Final = 4_000
+_MAX_TRACEBACK: Final = 20_000
 
 
 class Action(StrEnum):
@@ -169,17 +171,62 @@ def listen(listener: Listener) -> Callable[[], None]:
 
 
 def _bounded(error: BaseException) -> BaseException:
-    """`error`; where its text is too long for a log, or raises, a stand-in with its type's name and its traceback."""
+    """`error`, or a stand-in where it would be too long for a log.
+
+    First each text is cut, also those of the errors that it came from. If the traceback is still too long, its middle
+    is left out.
+    """
+    shown = _with_short_texts(error)
+    text = "".join(traceback.format_exception(shown))
+    if len(text) <= _MAX_TRACEBACK:
+        return shown
+    half = _MAX_TRACEBACK // 2
+    left_out = f"\n... {len(text) - 2 * half} characters are left out ...\n"
+    return _stand_in(error, f"a long traceback:\n{text[:half]}{left_out}{text[-half:]}")
+
+
+def _with_short_texts(error: BaseException) -> BaseException:
+    """`error`, or stand-ins for it and the errors that it came from, where one of their texts is too long."""
+    chain: dict[int, BaseException] = {}  # by identity, because an error may call itself equal to another
+    link: BaseException | None = error
+    while link is not None and id(link) not in chain:
+        chain[id(link)] = link
+        link = _origin(link)
+    if not any(map(_too_long, chain.values())):
+        return error
+    origin: BaseException | None = None
+    for link in reversed(chain.values()):
+        shown = _stand_in(link, safe_text(link, _MAX_ERROR_TEXT)).with_traceback(link.__traceback__)
+        shown.__cause__ = origin if link.__cause__ is not None else None
+        shown.__context__, shown.__suppress_context__ = origin, link.__suppress_context__
+        origin = shown
+    assert origin is not None  # the chain has the error itself
+    return origin
+
+
+def _origin(error: BaseException) -> BaseException | None:
+    """The error from which this one came, as a traceback shows it."""
+    if error.__cause__ is not None or error.__suppress_context__:
+        return error.__cause__
+    return error.__context__
+
+
+def _too_long(error: BaseException) -> bool:
+    """Whether the text of an error is too long for a log, or raises."""
     try:
-        if len(str(error)) <= _MAX_ERROR_TEXT:
-            return error
+        return len(str(error)) > _MAX_ERROR_TEXT
     except BaseException as problem:  # user code: the error's own __str__
         if ends_process(problem):
             raise
+        return True
+
+
+def _stand_in(error: BaseException, text: str) -> BaseException:
+    """An error with the name of this error's type and another text."""
     kind = type(error)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    stand_in: BaseException = type(kind.__name__, (Exception,), names)(safe_text(error, _MAX_ERROR_TEXT))
-    return stand_in.with_traceback(error.__traceback__)
+    stand_in: BaseException = type(kind.__name__, (Exception,), names)(text)
+    return stand_in
 
 
 def _call(listener: Listener, event: LogEvent) -> None:

@@ -18,6 +18,28 @@ BELOW_INFO = {"debug", "isEnabledFor", "getChild", "setLevel"}
 logger = logging.getLogger("dispatcher.test")
 
 
+class Mute(Exception):  # noqa: N818 - it is about its text
+    """An error whose text raises."""
+
+    def __str__(self):
+        raise self.args[0] if self.args else RuntimeError("no text")
+
+
+def fail(text):
+    raise RuntimeError(text)
+
+
+def raised(work, cause=None):
+    """The error that `work` raises, as it is caught."""
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - it is the result
+        if cause is not None:
+            error.__cause__ = cause
+        return error
+    raise AssertionError("nothing was raised")
+
+
 @pytest.fixture
 def told() -> Iterator[list[LogEvent]]:
     events: list[LogEvent] = []
@@ -93,6 +115,67 @@ class TestEmit:
         emit(logger, Action.ATTEMPT_DEAD, "dead", error=error)
         assert "ValueError: no such address" in caplog.text
         assert told[0].error is error
+
+    def test_an_ordinary_error_is_logged_as_it_is(self, caplog):
+        error = raised(lambda: int("x"), cause=KeyError("cart"))
+        emit(logger, Action.ATTEMPT_DEAD, "dead", error=error)
+        assert caplog.records[0].exc_info[1] is error
+        assert "KeyError: 'cart'" in caplog.text and "direct cause" in caplog.text
+
+    @pytest.mark.parametrize("as_cause", [True, False], ids=["cause", "context"])
+    def test_an_endless_text_is_cut_also_in_what_an_error_came_from(self, caplog, as_cause):
+        first = ValueError("first " + "x" * 10_000_000 + " first")
+        error = raised(lambda: fail("second " + "y" * 10_000_000 + " second"), cause=first if as_cause else None)
+        if not as_cause:
+            error.__context__ = first
+        emit(logger, Action.ATTEMPT_DEAD, "dead", error=error)
+        assert len(caplog.text) < 25_000
+        assert caplog.text.index("ValueError: first xxx") < caplog.text.index("direct cause" if as_cause else "During")
+        assert "RuntimeError: second yyy" in caplog.text and "in fail" in caplog.text
+        assert error.args[0].endswith(" second"), "the error itself is left alone"
+
+    def test_what_an_error_hides_stays_hidden(self, caplog):
+        error = raised(lambda: fail("y" * 100_000))
+        error.__context__, error.__suppress_context__ = KeyError("hidden"), True
+        emit(logger, Action.ATTEMPT_DEAD, "dead", error=error)
+        assert "hidden" not in caplog.text and "RuntimeError: yyy" in caplog.text
+
+    def test_an_error_that_came_from_itself_ends(self, caplog):
+        error = raised(lambda: fail("y" * 100_000))
+        other = ValueError("z" * 100_000)
+        error.__cause__, other.__context__ = other, error
+        emit(logger, Action.ATTEMPT_DEAD, "dead", error=error)
+        assert "RuntimeError: yyy" in caplog.text and "ValueError: zzz" in caplog.text
+
+    def test_an_endless_traceback_keeps_its_beginning_and_its_end(self, caplog):
+        def ping(left):
+            return pong(left)
+
+        def pong(left):
+            return ping(left - 1) if left else fail("at last")
+
+        emit(logger, Action.ATTEMPT_DEAD, "dead", error=raised(lambda: ping(200)))
+        assert len(caplog.text) < 25_000
+        beginning, _, end = caplog.text.partition("characters are left out")
+        assert "Traceback (most recent call last)" in beginning and "in raised" in beginning
+        assert "in fail" in end and end.strip().endswith("RuntimeError: at last")
+
+    def test_an_endless_chain_of_errors_keeps_its_beginning_and_its_end(self, caplog):
+        error = ValueError("the first")
+        for number in range(2000):
+            error = raised(lambda number=number: fail(f"error {number}"), cause=error)
+        emit(logger, Action.ATTEMPT_DEAD, "dead", error=error)
+        assert len(caplog.text) < 25_000
+        assert "RuntimeError: error 1999" in caplog.text and "characters are left out" in caplog.text
+
+    def test_an_error_whose_text_raises_is_described(self, caplog):
+        error = raised(lambda: fail("y"), cause=Mute())
+        emit(logger, Action.ATTEMPT_DEAD, "dead", error=error)
+        assert "<Mute, whose text raises RuntimeError>" in caplog.text and "RuntimeError: y" in caplog.text
+
+    def test_a_text_does_not_keep_the_process_from_ending(self):
+        with pytest.raises(KeyboardInterrupt):
+            emit(logger, Action.ATTEMPT_DEAD, "dead", error=Mute(KeyboardInterrupt()))
 
     def test_no_level_is_both(self):
         assert not ERRORS & WARNINGS
