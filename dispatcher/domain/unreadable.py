@@ -31,13 +31,13 @@ class Unreadable(Mapping[str, Any]):
         raise self.error
 
 
-def json_object(text: str | None, column: str) -> Mapping[str, Any] | None:
+def json_object(text: Any, column: str) -> Mapping[str, Any] | None:
     """The JSON object in the text of a column, or None for NULL; `Unreadable` where there is no usable object."""
     if text is None:
         return None
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:  # SQLite keeps a number as a number
         return Unreadable(UnreadableRow(column, describe(error)))
     if value is None:
         return None

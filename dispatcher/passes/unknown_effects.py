@@ -32,7 +32,7 @@ class Settlement:
 class Definition:
     """What this process's configuration says of a delivery: its chain type, if known, and its transition.
 
-    `retry_seconds` is given where the next attempt would have to wait for its turn.
+    `retry_seconds` is given where a next attempt follows after the wait of the transition's policy.
     """
 
     chain_type: ChainType | None
@@ -44,10 +44,10 @@ class Definition:
 def define(delivery: DeliveryRecord, chain_type: ChainType | None, random: Callable[[], float]) -> Definition:
     """The definition of a delivery. Runs user code, so no connection may be in use."""
     known = None if chain_type is None else chain_type.by_name.get(delivery.transition)
-    if known is None or is_local(delivery):
+    if chain_type is None or known is None or is_local(delivery):
         return Definition(chain_type, known=known is not None)
     can_verify = delivery.attempt <= delivery.max_attempts and callable(getattr(known, "verify", None))
-    retries = not can_verify and delivery.attempt < delivery.max_attempts
+    retries = not can_verify and chain_type.on_unknown == "retry" and delivery.attempt < delivery.max_attempts
     seconds = seconds_to_retry(delivery, known, random) if retries else None
     return Definition(chain_type, known=True, can_verify=can_verify, retry_seconds=seconds)
 

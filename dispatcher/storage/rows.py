@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
 
-from sqlalchemy import JSON, Column, ColumnElement, RowMapping, Table, Text, Uuid, cast
+from sqlalchemy import JSON, Column, ColumnElement, RowMapping, Table, Text, Uuid
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 from dispatcher.domain.records import ChainEvent, ChainRecord, DeliveryRecord, Request
 from dispatcher.domain.resources import Resource
@@ -60,9 +63,26 @@ def event_columns() -> list[Column[Any]]:
     return [EVENT.c[name] for name in EVENT_FIELDS]
 
 
+class _JsonText(FunctionElement[str]):
+    """The text of a JSON column."""
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(_JsonText)
+def _in_sql(element: _JsonText, compiler: SQLCompiler, **options: Any) -> str:
+    return compiler.process(element.clauses, **options)  # a text already, or the driver gives it as one
+
+
+@compiles(_JsonText, "postgresql")
+def _in_postgresql(element: _JsonText, compiler: SQLCompiler, **options: Any) -> str:
+    return f"CAST({compiler.process(element.clauses, **options)} AS TEXT)"
+
+
 def json_text(column: Column[Any]) -> ColumnElement[Any]:
     """A JSON column as its text; any other column as it is."""
-    return cast(column, Text) if isinstance(column.type, JSON) else column
+    return _JsonText(column) if isinstance(column.type, JSON) else column
 
 
 def chain_list(alias: str) -> str:

@@ -17,6 +17,7 @@ from sqlalchemy import JSON, Row, Text, cast, insert, literal, select, text, upd
 
 from dispatcher import NEW, Chain, Dispatcher, RetryPolicy, Transition
 from dispatcher.domain.records import Owed
+from dispatcher.errors import UnreadableRow
 from dispatcher.storage.database import Database
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT
 from tests.integration import shop
@@ -160,6 +161,19 @@ def test_a_json_null_is_nothing(make_dispatcher: shop.Make) -> None:
     write_raw(dispatcher, CHAIN, chains[0].id, "request", "null")
 
     assert [result.outcome for result in dispatcher.execute_chains([chains[0].id])] == ["moved"]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_call_in_process_says_that_the_row_cannot_be_read(
+    make_dispatcher: shop.Make, bad: str, dry_run: bool
+) -> None:
+    dispatcher, chains = moving(make_dispatcher)
+    write_raw(dispatcher, CHAIN, chains[0].id, "context", bad)
+
+    with pytest.raises(UnreadableRow, match="the row's context cannot be read"):
+        chains[0].execute(dry_run=dry_run)
+
+    assert chains[1].execute()["outcome"] == "moved"
 
 
 @pytest.mark.parametrize("levels", [60, 99])

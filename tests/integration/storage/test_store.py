@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import JSON, Text, cast, literal, select, update
 
 from dispatcher.domain.records import (
     Begun,
@@ -26,6 +26,7 @@ from dispatcher.domain.records import (
     idempotency_key,
 )
 from dispatcher.domain.resources import clean_resources
+from dispatcher.domain.unreadable import Unreadable
 from dispatcher.errors import ChainMissing
 from dispatcher.states import CLOSED_STATUSES, DONE, NEW, DeliveryStatus, EventAction, WaitsFor
 from dispatcher.storage import chain_types, chains, clock, deliveries, history, overdue
@@ -365,6 +366,23 @@ class TestBegin:
         assert abs(begun.delivery.lease_until - begun.machine_now - timedelta(seconds=75)) < timedelta(seconds=5)
         assert begun.delivery.publish_after is not None
         assert abs(begun.delivery.publish_after - begun.delivery.lease_until) < timedelta(seconds=1)
+
+    def test_begins_a_row_whose_json_cannot_be_used_with_the_others(self, bench: Bench) -> None:
+        planned = [bench.planned() for _ in range(3)]
+        for table, row_id in ((DELIVERY, planned[0].id), (CHAIN, planned[1].chain_id)):
+            bad: Any = literal("[1]", Text())  # which also MariaDB's own check lets pass
+            bad = cast(bad, JSON) if bench.database.dialect == "postgresql" else bad
+            statement = update(table).where(table.c.id == row_id).values(context=bad)
+            bench.database.write(lambda connection, statement=statement: connection.execute(statement))
+
+        begun = bench.store.begin([Owed(delivery.id, 1) for delivery in planned], lease_seconds=75)
+
+        assert [row.delivery.id for row in begun] == sorted(delivery.id for delivery in planned)
+        by_id = {row.delivery.id: row for row in begun}
+        assert isinstance(by_id[planned[0].id].delivery.context, Unreadable)
+        assert isinstance(by_id[planned[1].id].chain.context, Unreadable)
+        assert isinstance(bench.read(planned[1].chain_id).context, Unreadable)
+        assert by_id[planned[2].id].delivery.kwargs == {"template": "a"}
 
     def test_begins_each_attempt_once(self, bench: Bench) -> None:
         owed = [Owed(bench.planned().id, 1) for _ in range(6)]

@@ -35,11 +35,12 @@ def test_an_object_may_be_as_deep_as_the_limit() -> None:
         ("", "JSONDecodeError"),
         ("[1]", "not an object but a list"),
         ("5", "not an object but a int"),
+        (5, "TypeError"),
         (nested(MAX_READ_DEPTH + 1), "more than 100 levels deep"),
         ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "RecursionError"),
     ],
 )
-def test_what_is_no_usable_object_raises_wherever_it_is_used(text: str, problem: str) -> None:
+def test_what_is_no_usable_object_raises_wherever_it_is_used(text: object, problem: str) -> None:
     value = json_object(text, "context")
     assert isinstance(value, Unreadable)
     for use in (
