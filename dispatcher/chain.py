@@ -11,7 +11,15 @@ from dispatcher.domain.evaluation import GuardFailed
 from dispatcher.domain.records import ChainEvent, ChainRecord, DeliveryRecord, unsaved_record
 from dispatcher.domain.resources import Resource
 from dispatcher.domain.results import ChainResult
-from dispatcher.errors import ChainDisabled, ChainLocked, ChainMissing, ChainNotDue, ConfigurationError, DeliveryPending
+from dispatcher.errors import (
+    ChainDisabled,
+    ChainLocked,
+    ChainMissing,
+    ChainNotDue,
+    ChainPaused,
+    ConfigurationError,
+    DeliveryPending,
+)
 from dispatcher.requests.checks import checked_requester, registered_name
 from dispatcher.services import Services
 from dispatcher.states import NEW, EventAction, Outcome
@@ -22,6 +30,7 @@ _RAISED: Final = {
     Outcome.LOCKED: ChainLocked,
     Outcome.RESTING: ChainNotDue,
     Outcome.DISABLED: ChainDisabled,
+    Outcome.PAUSED: ChainPaused,
     Outcome.PENDING: DeliveryPending,
     Outcome.MISSING: ChainMissing,
 }
@@ -133,8 +142,9 @@ class Chain:
 
         Returns `{"errors": {str(transition): [reasons]}, "dry_run": bool, "transition": transition.to_dict() or None,
         "chain": {"id", "state"}, "outcome": str}`. An error of a guard or of the callback is raised unchanged; the
-        chain has then not moved, and it is due. Raises `ChainLocked`, `ChainNotDue`, `ChainDisabled`, `DeliveryPending`
-        or `ChainMissing`; a dry run does not raise these, it returns them as its outcome.
+        chain has then not moved, and it is due. Raises `ChainLocked`, `ChainNotDue`, `ChainDisabled` (`ChainPaused` if
+        its chain type is paused), `DeliveryPending` or `ChainMissing`; a dry run does not raise these, it returns them
+        as its outcome.
         """
         services = self._services
         chain_type = services.config.get(self.chain_type)

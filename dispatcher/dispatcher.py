@@ -156,23 +156,17 @@ class Dispatcher:
         after_id: int = 0,
         limit: int = 50,
     ) -> "list[Chain]":
-        """Chains by type and state, or by one resource: at most `limit` with ids above `after_id`, in order of id."""
+        """Chains by type, state and one resource: at most `limit` with ids above `after_id`, in order of id."""
         self._ready()
         if not is_text(f"{chain_type}{state}"):  # no stored name contains such text
             return []
+        pair = clean_resources([resource])[0] if resource is not None else None
         with self.database.read() as connection:
-            if resource is not None:
-                (pair,) = clean_resources([resource])
-                ids = chains.list_by_resource(connection, pair, after_id=after_id, limit=limit)
-            else:
-                ids = chains.list_ids(connection, type_name=chain_type, state=state, after_id=after_id, limit=limit)
+            ids = chains.list_ids(
+                connection, type_name=chain_type, state=state, resource=pair, after_id=after_id, limit=limit
+            )
             records = chains.read_many(connection, ids)
-        found = [Chain(self._services, records[chain_id]) for chain_id in ids if chain_id in records]
-        return [
-            chain
-            for chain in found
-            if (chain_type is None or chain.chain_type == chain_type) and (state is None or chain.state == state)
-        ]
+        return [Chain(self._services, records[chain_id]) for chain_id in ids if chain_id in records]
 
     def find_deliveries(
         self,

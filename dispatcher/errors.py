@@ -108,6 +108,12 @@ class ChainDisabled(ChainError):
     reason = "is disabled"
 
 
+class ChainPaused(ChainDisabled):
+    """The chain's type is paused."""
+
+    reason = "is not executed, because its chain type is paused"
+
+
 class DeliveryPending(ChainError):
     """The chain waits for an open delivery, or an attempt at its delivery is running."""
 

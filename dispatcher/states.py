@@ -92,10 +92,12 @@ class Outcome(StrEnum):
     STALE = "stale"
     RESTING = "resting"
     DISABLED = "disabled"
+    PAUSED = "paused"
     PENDING = "pending"
     NO_CALLBACK = "no_callback"
     UNKNOWN_DEFINITION = "unknown_definition"
     GUARD_FAILED = "guard_failed"
+    OUT_OF_TIME = "out_of_time"
     MISSING = "missing"
     DRY_RUN = "dry_run"
 

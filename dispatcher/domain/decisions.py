@@ -21,10 +21,6 @@ from dispatcher.transition import Transition, as_utc
 
 logger = logging.getLogger(__name__)
 
-TYPE_PAUSED: Final = "its chain type is paused"
-"""The detail of a result whose chain type is paused."""
-
-
 _REST_AFTER_PROBLEM: Final = timedelta(days=1)
 
 

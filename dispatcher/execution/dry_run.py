@@ -10,7 +10,7 @@ from dispatcher.coordination.locks import ChainLocks
 from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, LocalCall, choose_for
 from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.domain.contexts import Evaluated, evaluate_record, load_contexts
-from dispatcher.domain.decisions import TYPE_PAUSED, standing_of
+from dispatcher.domain.decisions import standing_of
 from dispatcher.domain.evaluation import GuardFailed, Plan
 from dispatcher.domain.records import ChainRecord, Request, unsaved_record
 from dispatcher.domain.resources import Resource
@@ -61,9 +61,8 @@ class DryRun:
         standing = standing_of(record, now)
         if standing is None and chain_id is not None and self._locks.locked([chain_id]):
             standing = Outcome.LOCKED
-        paused = standing is None and record.chain_type in self._paused
-        if paused:
-            standing = Outcome.DISABLED
+        if standing is None and record.chain_type in self._paused:
+            standing = Outcome.PAUSED
         asked = record.request or Request()
         if context is not None or callback is not None:
             asked = Request(context, callback, None, None)
@@ -77,7 +76,7 @@ class DryRun:
             result = _result_of(record, chain_type, evaluated.plan, asked, local)
         _log_plan(record, result, standing)
         outcome = standing or (Outcome.DRY_RUN if result.transition else result.outcome)
-        return replace(result, outcome=outcome, detail=TYPE_PAUSED if paused else result.detail)
+        return replace(result, outcome=outcome)
 
     def plan_in_worker(
         self,

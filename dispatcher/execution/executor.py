@@ -17,11 +17,11 @@ from dispatcher.coordination.locks import ChainLocks, Held
 from dispatcher.domain.callbacks import LocalCall
 from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.domain.contexts import Evaluated, evaluate_record, load_contexts
-from dispatcher.domain.decisions import TYPE_PAUSED, Decision, decide, standing_of
+from dispatcher.domain.decisions import Decision, decide, standing_of
 from dispatcher.domain.evaluation import GuardFailed
 from dispatcher.domain.records import ChainRecord, Owed, Request, Rest, Timing, Written
 from dispatcher.domain.results import ChainResult
-from dispatcher.errors import UnreadableRow
+from dispatcher.errors import ServiceUnavailable, UnreadableRow
 from dispatcher.execution.paused import PausedTypes
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import CHAINS_QUEUE
@@ -29,13 +29,13 @@ from dispatcher.retry import back_off
 from dispatcher.settings import Settings
 from dispatcher.states import EventAction, Outcome
 from dispatcher.storage.database import Database
+from dispatcher.storage.statements import grouped
 from dispatcher.storage.store import Limit, Store
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
 _CRASHES_BEFORE_BACKOFF: Final = 3
-_OUT_OF_TIME: Final = "half of the lock's time was used up: published again"
 
 
 class Executor:
@@ -64,11 +64,11 @@ class Executor:
         """Execute these chains as a worker does; one result for each, in their order."""
         distinct = list(dict.fromkeys(chain_ids))
         held = self._locks.acquire(distinct)
-        again: list[Sequence[int]] = []
+        alone: list[int] = []
         try:
             if len(distinct) > 1 and held.crashes:  # any of these may kill the process: each is evaluated alone
-                again += [[chain_id] for chain_id in held.crashes]
-                held = self._locks.set_aside(held, list(held.crashes))
+                alone = list(held.crashes)
+                held = self._locks.set_aside(held, alone)
             results = self._execute_held(held, stop_at=time.monotonic() + self._settings.lock_seconds / 2)
         except Exception:
             self._locks.release(held)
@@ -76,9 +76,9 @@ class Executor:
         # Skipped when the process is being killed: the crash counter must stay raised, and the locks expire by
         # themselves.
         self._locks.release(held)
-        late = [result.chain_id for result in results if result.detail == _OUT_OF_TIME and result.chain_id is not None]
+        late = [result.chain_id for result in results if result.outcome == Outcome.OUT_OF_TIME]
         self._publish(results)
-        self._publish_again([*again, late] if late else again)
+        self._publish_again(alone, [chain_id for chain_id in late if chain_id is not None])
         by_id = {result.chain_id: result for result in results}
         return [by_id.get(chain_id, ChainResult(chain_id, Outcome.LOCKED)) for chain_id in distinct]
 
@@ -127,7 +127,7 @@ class Executor:
             waiting = self._back_off_crashers(waiting, held, now)
         evaluations = self._evaluate(waiting, context, now, stop_at)
         late = waiting[len(evaluations) :]
-        results += [ChainResult(record.id, Outcome.LOCKED, record.state, detail=_OUT_OF_TIME) for record in late]
+        results += [ChainResult(record.id, Outcome.OUT_OF_TIME, record.state) for record in late]
         decisions = []
         for record, evaluated in zip(waiting, evaluations, strict=False):  # those that are late come last
             asked = record.request or Request()
@@ -157,7 +157,7 @@ class Executor:
             if standing is not None:
                 results.append(ChainResult(chain_id, standing, record.state))
             elif record.chain_type in self._paused:
-                results.append(ChainResult(chain_id, Outcome.DISABLED, record.state, detail=TYPE_PAUSED))
+                results.append(ChainResult(chain_id, Outcome.PAUSED, record.state))
             else:
                 waiting.append(record)
         return waiting, results
@@ -239,12 +239,23 @@ class Executor:
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
-    def _publish_again(self, groups: Sequence[Sequence[int]]) -> None:
+    def _publish_again(self, alone: Sequence[int], together: Sequence[int]) -> None:
+        """Publish another execution of each chain of `alone`, and one of the rest for each queue."""
+        if not alone and not together:
+            return
         try:
-            for chain_ids in groups:
-                self._publisher.execute(chain_ids, queue=CHAINS_QUEUE)
-        except PublishFailed as error:
-            _log_not_published(sum(map(len, groups)), error)
+            records, _ = self._store.read([*alone, *together])
+            queues = {chain_id: self._queue_of(record.chain_type) for chain_id, record in records.items()}
+            groups = grouped((chain_id for chain_id in together if chain_id in queues), queues.__getitem__)
+            messages = [(queues[chain_id], [chain_id]) for chain_id in alone if chain_id in queues]
+            for queue, chain_ids in [*messages, *groups.items()]:
+                self._publisher.execute(chain_ids, queue=queue)
+        except (PublishFailed, ServiceUnavailable) as error:
+            _log_not_published(len(alone) + len(together), error)
+
+    def _queue_of(self, type_name: str) -> str:
+        chain_type = self._config.by_type.get(type_name)
+        return (chain_type.queue if chain_type is not None else None) or CHAINS_QUEUE
 
     def _publish(self, results: Sequence[ChainResult]) -> None:
         owed = [Owed(result.delivery_id, 1) for result in results if result.delivery_id is not None]
@@ -276,14 +287,14 @@ def _result_of(decision: Decision, written: Written) -> ChainResult:
         return decision.result
     record = decision.write.record
     if record.id in written.refused:
-        return ChainResult(record.id, Outcome.DISABLED, record.state, detail=TYPE_PAUSED)
+        return ChainResult(record.id, Outcome.PAUSED, record.state)
     if record.id not in written.deliveries:
         return ChainResult(record.id, Outcome.STALE, record.state)
     delivery_id = written.deliveries[record.id]
     return decision.result if delivery_id is None else replace(decision.result, delivery_id=delivery_id)
 
 
-def _log_not_published(count: int, error: PublishFailed) -> None:
+def _log_not_published(count: int, error: PublishFailed | ServiceUnavailable) -> None:
     emit(
         logger,
         Action.CHAINS_NOT_PUBLISHED,

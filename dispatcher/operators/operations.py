@@ -213,7 +213,7 @@ class Operations:
         """
 
         def work(connection: Connection) -> int:
-            ids = chains.list_by_resource(connection, resource, after_id=0, limit=None)
+            ids = chains.list_ids(connection, resource=resource, limit=None)
             batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
             found = [chain_id for batch in batches for chain_id in self._lock_for_erasing(connection, batch)]
             for start in range(0, len(found), _BATCH):

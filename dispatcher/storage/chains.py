@@ -90,25 +90,27 @@ def find_containing(connection: Connection, type_name: str, resources: Sequence[
 
 
 def list_ids(
-    connection: Connection, *, type_name: str | None, state: str | None, after_id: int, limit: int
+    connection: Connection,
+    *,
+    type_name: str | None = None,
+    state: str | None = None,
+    resource: Resource | None = None,
+    after_id: int = 0,
+    limit: int | None,
 ) -> list[int]:
-    """The ids above `after_id` of the chains of that type and state (None: any), ascending, at most `limit`."""
-    query = select(CHAIN.c.id).where(CHAIN.c.id > after_id)
+    """The ids above `after_id` of the chains of that type, state and resource (None: any), ascending."""
+    key = CHAIN.c.id
+    query = select(CHAIN.c.id)
+    if resource is not None:  # in the order of the resource's index, so that its chains are all that is read
+        key = RESOURCE.c.chain_id
+        query = query.join(RESOURCE, RESOURCE.c.chain_id == CHAIN.c.id).where(
+            RESOURCE.c.resource_type == resource[0], RESOURCE.c.resource_id == resource[1]
+        )
     if type_name is not None:
         query = query.where(CHAIN.c.chain_type == type_name)
     if state is not None:
         query = query.where(CHAIN.c.state == state)
-    return list(connection.execute(query.order_by(CHAIN.c.id).limit(limit)).scalars())
-
-
-def list_by_resource(connection: Connection, resource: Resource, *, after_id: int, limit: int | None) -> list[int]:
-    """The ids above `after_id` of the chains that have this resource, ascending, at most `limit`."""
-    query = (
-        select(RESOURCE.c.chain_id)
-        .where(RESOURCE.c.resource_type == resource[0], RESOURCE.c.resource_id == resource[1])
-        .where(RESOURCE.c.chain_id > after_id)
-    )
-    return list(connection.execute(query.order_by(RESOURCE.c.chain_id).limit(limit)).scalars())
+    return list(connection.execute(query.where(key > after_id).order_by(key).limit(limit)).scalars())
 
 
 def due_page(

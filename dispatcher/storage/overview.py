@@ -31,7 +31,7 @@ def statistics(connection: Connection, *, now: datetime) -> dict[str, Any]:
         "chains": chains_count,
         "due": int(due),
         "next_due_at": next_due_at,
-        "open_deliveries": by_status.get(DeliveryStatus.PENDING, 0) + by_status.get(DeliveryStatus.RUNNING, 0),
+        "open_deliveries": sum(by_status.get(status, 0) for status in OPEN_STATUSES),
         "deliveries": {str(status): by_status.get(status, 0) for status in DeliveryStatus},
     }
 

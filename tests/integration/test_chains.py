@@ -224,6 +224,29 @@ def test_chains_are_found_by_id_type_state_and_resource(make_dispatcher: shop.Ma
     assert dispatcher.find_chains(limit=1) == [first]
 
 
+def test_chains_of_a_resource_are_filtered_before_they_are_counted_against_the_limit(
+    make_dispatcher: shop.Make,
+) -> None:
+    customer = ("customer", "57844")
+    config = shop.cart({NEW: [shop.Remind], "reminded": []})
+    config["chains"].append({"chain_type": "basket", "transitions": {NEW: [shop.Remind], "reminded": []}})
+    dispatcher = make_dispatcher(config)
+    closed, open_ones, baskets = [], [], []
+    for number in range(9):
+        chain_type = "basket" if number == 8 else shop.CHAIN_TYPE
+        chain = dispatcher.get_or_create_resource_chain(chain_type, [customer, ("online_booking", f"b{number}")])
+        (closed if number < 5 else open_ones if number < 8 else baskets).append(chain)
+    for chain in closed:
+        shop.change_chain(dispatcher, chain.id, state="reminded")
+
+    assert dispatcher.find_chains(resource=customer, state=NEW, limit=4) == [*open_ones, *baskets]
+    assert dispatcher.find_chains(resource=customer, chain_type="basket", limit=1) == baskets
+    assert dispatcher.find_chains(resource=customer, chain_type=shop.CHAIN_TYPE, state=NEW, limit=2) == open_ones[:2]
+    after = dispatcher.find_chains(resource=customer, state=NEW, limit=4, after_id=open_ones[0].id)
+    assert after == [*open_ones[1:], *baskets]
+    assert dispatcher.find_chains(resource=("customer", "5784"), state=NEW) == []
+
+
 def test_a_deleted_chain_is_missing(make_dispatcher: shop.Make) -> None:
     dispatcher = make_dispatcher(CONFIG)
     chain = shop.new_chain(dispatcher)
@@ -565,7 +588,7 @@ def test_stats_count_chains_and_deliveries(make_dispatcher: shop.Make) -> None:
 
     assert said["chains"] == 4
     assert said["due"] == 2  # the new one, and the one that was delivered
-    assert said["open_deliveries"] == 1
+    assert said["open_deliveries"] == 2, "the pending one, and the dead one, for which its chain waits, too"
     assert {name: count for name, count in said["deliveries"].items() if count} == {
         "dead": 1,
         "delivered": 1,

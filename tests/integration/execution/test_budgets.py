@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, update
 
-from dispatcher import DONE, NEW, Chain, ChainDisabled, Dispatcher
+from dispatcher import DONE, NEW, Chain, ChainPaused, Dispatcher
 from dispatcher.storage.models import TypeRow
 from tests.integration import shop
 
@@ -68,7 +68,7 @@ def test_concurrent_executors_plan_exactly_the_limit_and_then_the_type_is_paused
     ]
 
     assert made.count("planned") == number
-    assert set(made) <= {"planned", "disabled", "locked", "pending", "stale"}
+    assert set(made) <= {"planned", "paused", "locked", "pending", "stale"}
     first = executors[0]
     assert len(first.find_deliveries()) == number
     row = type_row(first)
@@ -88,7 +88,7 @@ def test_a_batch_is_planned_up_to_the_limit(make_dispatcher: shop.Make, size: in
 
     made = outcomes(dispatcher, chains)
 
-    assert made.count("planned") == size and made.count("disabled") == CHAINS - size
+    assert made.count("planned") == size and made.count("paused") == CHAINS - size
     assert len(dispatcher.find_deliveries()) == size
     assert type_row(dispatcher).paused == (size < CHAINS)
     shop.assert_consistent(dispatcher)
@@ -107,7 +107,7 @@ def test_moves_without_a_callback_use_the_budget_and_evaluations_that_learn_noth
     assert outcomes(dispatcher, [moved]) == ["moved"]
     assert type_row(dispatcher).window_plans == 1 and not type_row(dispatcher).paused
     assert outcomes(dispatcher, [unmoved]) == ["none"]
-    assert outcomes(dispatcher, [refused]) == ["disabled"]
+    assert outcomes(dispatcher, [refused]) == ["paused"]
     assert type_row(dispatcher).paused
 
 
@@ -168,17 +168,17 @@ def test_a_type_whose_budget_is_used_up_stands_still_until_a_person_resumes_it(
     with caplog.at_level(logging.ERROR, "dispatcher"):
         made = [outcomes(dispatcher, [chain])[0] for chain in chains]
 
-    assert made == ["planned", "planned", "disabled", "disabled", "disabled"]
+    assert made == ["planned", "planned", "paused", "paused", "paused"]
     (record,) = [record for record in caplog.records if getattr(record, "action", "") == "type_paused"]
     assert record.chain_type == shop.CHAIN_TYPE  # type: ignore[attr-defined]
     shop.take_messages(broker_url, shop.CHAINS)
 
     after = make_dispatcher(config)
     assert after.sweep()["due"] == 0 and shop.take_messages(broker_url, shop.CHAINS) == []
-    with pytest.raises(ChainDisabled, match="its chain type is paused"):
+    with pytest.raises(ChainPaused, match="its chain type is paused"):
         after.chain(chains[2].id or 0).execute()
     chains[3].enqueue(requested_by="shop")
-    assert outcomes(after, [chains[3]]) == ["disabled"]
+    assert outcomes(after, [chains[3]]) == ["paused"]
     assert shop.row_of(after, chains[3].id).request["requested_by"] == "shop"
     delivered = [shop.attempt(after, one).outcome for one in after.find_deliveries()]
     assert delivered == ["delivered", "delivered"], "what is owed already goes on"
@@ -191,7 +191,7 @@ def test_a_type_whose_budget_is_used_up_stands_still_until_a_person_resumes_it(
     assert (type_row(resumed).paused, type_row(resumed).paused_reason) == (False, None)
     assert resumed.sweep()["due"] == 5
     again = [outcomes(resumed, [chain])[0] for chain in chains[2:]]
-    assert again == ["planned", "planned", "disabled"], "the budget is new"
+    assert again == ["planned", "planned", "paused"], "the budget is new"
     shop.assert_consistent(resumed)
 
 
@@ -201,7 +201,7 @@ def test_an_application_s_own_execution_uses_the_budget_too(make_dispatcher: sho
     first, second = chains_of(dispatcher, 2)
 
     assert first.execute()["outcome"] == "moved"
-    with pytest.raises(ChainDisabled, match="its chain type is paused"):
+    with pytest.raises(ChainPaused, match="its chain type is paused"):
         second.execute()
 
     assert len(sink) == 1 and second.refresh().state == NEW
@@ -230,7 +230,7 @@ def test_an_hour_later_the_budget_begins_anew(make_dispatcher: shop.Make) -> Non
     assert type_row(dispatcher).window_plans == 2 and not type_row(dispatcher).paused
 
     change_type(dispatcher, window_at=datetime.now(UTC) - timedelta(minutes=59))
-    assert outcomes(dispatcher, [fifth]) == ["disabled"]
+    assert outcomes(dispatcher, [fifth]) == ["paused"]
 
 
 def test_a_share_is_of_an_estimate_that_is_refreshed_every_hour(make_dispatcher: shop.Make) -> None:
@@ -246,10 +246,10 @@ def test_a_share_is_of_an_estimate_that_is_refreshed_every_hour(make_dispatcher:
     change_type(dispatcher, estimated_at=datetime.now(UTC) - timedelta(minutes=61))
     assert outcomes(dispatcher, chains[2:4]) == ["planned", "planned"]
     assert type_row(dispatcher).chains_estimate == 8
-    assert outcomes(dispatcher, chains[4:5]) == ["disabled"]
+    assert outcomes(dispatcher, chains[4:5]) == ["paused"]
 
 
 def test_a_share_of_few_chains_is_at_least_one(make_dispatcher: shop.Make) -> None:
     dispatcher = make_dispatcher(limited("1%"))
 
-    assert outcomes(dispatcher, chains_of(dispatcher, 2)) == ["planned", "disabled"]
+    assert outcomes(dispatcher, chains_of(dispatcher, 2)) == ["planned", "paused"]

@@ -16,6 +16,7 @@ from dispatcher import (
     NEW,
     Chain,
     ChainDisabled,
+    ChainPaused,
     ConfigurationError,
     DeliveryPending,
     Dispatcher,
@@ -700,11 +701,13 @@ def test_a_paused_type_is_not_planned_by_anybody_until_it_is_resumed(
 
     dispatcher = make_dispatcher(config)  # knows at once what others notice within two seconds
     (result,) = dispatcher.execute_chains([chain.id])
-    assert (result.outcome, result.detail) == ("disabled", "its chain type is paused")
-    with pytest.raises(ChainDisabled, match="its chain type is paused"):
+    assert (result.outcome, result.detail) == ("paused", "")
+    with pytest.raises(ChainPaused, match="its chain type is paused"):
         dispatcher.chain(result.chain_id or 0).execute()
+    assert dispatcher.chain(result.chain_id or 0).execute(dry_run=True)["outcome"] == "paused"
+    assert dispatcher.chain(result.chain_id or 0).explain()["outcome"] == "paused"
     chain.enqueue(initial_context={"asked": 1}, requested_by="shop")
-    assert dispatcher.execute_chains([chain.id])[0].outcome == "disabled"
+    assert dispatcher.execute_chains([chain.id])[0].outcome == "paused"
     assert shop.row_of(dispatcher, chain.id).request["context"] == {"asked": 1}, "the request waits"
     shop.take_messages(broker_url, shop.CHAINS)
     assert dispatcher.sweep()["due"] == 1
