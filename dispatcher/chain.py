@@ -20,6 +20,7 @@ from dispatcher.errors import (
     ConfigurationError,
     DeliveryPending,
 )
+from dispatcher.operators.operations import SeenDelivery
 from dispatcher.requests.checks import checked_requester, registered_name
 from dispatcher.services import Services
 from dispatcher.states import NEW, EventAction, Outcome
@@ -114,6 +115,14 @@ class Chain:
         with self._services.database.read() as connection:
             return overview.listing(connection, chain_id=self._record.id, limit=1000)
 
+    @property
+    def open_delivery(self) -> DeliveryRecord | None:
+        """The delivery that the chain waited for when it was read, as it is now; None if there was none."""
+        if self._record.pending_delivery_id is None:
+            return None
+        with self._services.database.read() as connection:
+            return deliveries.read(connection, self._record.pending_delivery_id)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Chain) and other.id is not None and other.id == self.id
 
@@ -189,29 +198,35 @@ class Chain:
             best_effort=best_effort,
         )
 
-    def disable(self, requested_by: str | None = None) -> "Chain":
+    # The acts of operators. All raise `DryRunRefused` if `DISPATCHER_DRY_RUN` is set.
+
+    def disable(self, requested_by: str | None = None, *, reason: str | None = None) -> "Chain":
         """Stop new plans and attempts, and return this chain, read again. A running attempt still ends and moves it."""
-        self._services.operations.set_disabled(self._record.id, disabled=True, requested_by=requested_by)
+        operations = self._services.operations
+        operations.set_disabled(self._record.id, disabled=True, requested_by=requested_by, reason=reason)
         return self.refresh()
 
-    def enable(self, requested_by: str | None = None) -> "Chain":
+    def enable(self, requested_by: str | None = None, *, reason: str | None = None) -> "Chain":
         """Undo `disable`, and return this chain, read again. The chain is due, or its open delivery continues."""
-        self._services.operations.set_disabled(self._record.id, disabled=False, requested_by=requested_by)
+        operations = self._services.operations
+        operations.set_disabled(self._record.id, disabled=False, requested_by=requested_by, reason=reason)
         return self.refresh()
 
-    def reset(self, requested_by: str | None = None) -> "Chain":
-        """Put the chain back to NEW, and return it, read again. Its open delivery is cancelled.
+    def reset(self, requested_by: str | None = None, *, reason: str | None = None) -> "Chain":
+        """Put the chain back to NEW, and return it, read again.
 
-        Raises `DeliveryPending` while an attempt runs.
+        It acts on the chain, not on a delivery: whatever the chain waits for now is cancelled, also a delivery that was
+        planned after this object was read. Only a running attempt is not: then it raises `DeliveryPending`.
         """
         operations = self._services.operations
-        operations.put(self._record.id, NEW, EventAction.RESET, reason=None, requested_by=requested_by)
+        operations.put(self._record.id, NEW, EventAction.RESET, reason=reason, requested_by=requested_by)
         return self.refresh()
 
     def move_to(self, state: str, reason: str, requested_by: str | None = None) -> "Chain":
-        """Put the chain into a state of its chain type, and return it, read again. Its open delivery is cancelled.
+        """Put the chain into a state of its chain type, and return it, read again.
 
-        Raises `ConfigurationError` for an unknown state, `DeliveryPending` while an attempt runs.
+        As for `reset`, whatever the chain waits for now is cancelled. Raises `ConfigurationError` for an unknown state,
+        `DeliveryPending` while an attempt runs.
         """
         if state not in self._services.config.get(self.chain_type).states:
             raise ConfigurationError("unknown state", f"chain type {self.chain_type!r}, state {state!r}")
@@ -219,31 +234,30 @@ class Chain:
         operations.put(self._record.id, state, EventAction.MOVED, reason=reason, requested_by=requested_by)
         return self.refresh()
 
-    def retry_delivery(self, requested_by: str | None = None) -> "Chain":
-        """Attempt the chain's open delivery again at once, and return this chain, read again.
+    def retry_delivery(self, requested_by: str | None = None, *, reason: str | None = None) -> "Chain":
+        """Attempt the open delivery again at once, and return this chain, read again.
 
-        A dead or held delivery gets further attempts: `max_attempts` is raised, `attempt` is never lowered. Raises
-        `NoOpenDelivery`, or `DeliveryPending` while an attempt runs.
+        A dead or held delivery gets further attempts: `max_attempts` is raised, `attempt` is never lowered. It acts on
+        the delivery that the chain waited for when it was read; if it waits for another one now, that is left alone.
+        Raises `NoOpenDelivery`, `DeliveryChanged`, or `DeliveryPending` while an attempt runs.
         """
-        self._services.operations.retry_delivery(self._record.id, requested_by=checked_requester(requested_by))
+        self._services.operations.retry_delivery(self._seen(), requested_by=requested_by, reason=reason)
         return self.refresh()
 
     def cancel_delivery(self, requested_by: str | None = None, reason: str = "cancelled by hand") -> "Chain":
-        """Close the chain's open delivery as cancelled, and return this chain, read again.
+        """Close the open delivery as cancelled, and return this chain, read again.
 
-        The chain stays in its state and is due. Raises the errors of `retry_delivery`.
+        The chain stays in its state and is due. Chooses the delivery and raises errors as `retry_delivery`.
         """
-        requested_by = checked_requester(requested_by)
-        self._services.operations.cancel_delivery(self._record.id, reason=reason, requested_by=requested_by)
+        self._services.operations.cancel_delivery(self._seen(), reason=reason, requested_by=requested_by)
         return self.refresh()
 
     def skip_delivery(self, requested_by: str | None = None, reason: str = "skipped by hand") -> "Chain":
-        """Close the chain's open delivery as skipped, and return this chain, read again.
+        """Close the open delivery as skipped, and return this chain, read again.
 
-        The chain moves as if the delivery had succeeded. Raises the errors of `retry_delivery`.
+        The chain moves as if the delivery had succeeded. Chooses the delivery and raises errors as `retry_delivery`.
         """
-        requested_by = checked_requester(requested_by)
-        self._services.operations.skip_delivery(self._record.id, reason=reason, requested_by=requested_by)
+        self._services.operations.skip_delivery(self._seen(), reason=reason, requested_by=requested_by)
         return self.refresh()
 
     def explain(self) -> dict[str, Any]:
@@ -253,11 +267,7 @@ class Chain:
         """
         services = self._services
         self.refresh()
-        record = self._record
-        delivery = None
-        if record.pending_delivery_id is not None:
-            with services.database.read() as connection:
-                delivery = deliveries.read(connection, record.pending_delivery_id)
+        record, delivery = self._record, self.open_delivery
         result = services.dry_run.plan_in_worker(self.id, type_name=record.chain_type, resources=record.resources)
         winner = result.transition
         return {
@@ -281,6 +291,9 @@ class Chain:
         }
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _seen(self) -> SeenDelivery:
+        return SeenDelivery(self._record.id, self._record.pending_delivery_id)
 
     def _plan(self, call: LocalCall, context: Mapping[str, Any] | None) -> ChainResult:
         return self._services.dry_run.plan(

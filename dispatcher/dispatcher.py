@@ -1,8 +1,10 @@
 """`Dispatcher`: the class that applications, workers and the command line call."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Self
+from uuid import UUID
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, scoped_session
@@ -16,7 +18,7 @@ from dispatcher.domain.results import AttemptResult, ChainResult
 from dispatcher.errors import ConfigurationError
 from dispatcher.messages.publisher import CeleryApp, PublishFailed
 from dispatcher.operators.doctor import Finding
-from dispatcher.operators.operations import MapCounts
+from dispatcher.operators.operations import MapCounts, SeenDelivery
 from dispatcher.services import Clock, wire
 from dispatcher.settings import Settings, load_object
 from dispatcher.states import AttemptOutcome, DeliveryStatus
@@ -171,18 +173,27 @@ class Dispatcher:
     def find_deliveries(
         self,
         *,
+        delivery_ids: Sequence[str] | None = None,
         chain_id: int | None = None,
         chain_type: str | None = None,
         statuses: Sequence[DeliveryStatus] = (),
         limit: int = 100,
     ) -> list[DeliveryRecord]:
-        """Deliveries by chain, chain type and status, newest first, at most `limit`."""
+        """Deliveries by id, chain, chain type and status, newest first, at most `limit`."""
         self._ready()
         statuses = [DeliveryStatus(status) for status in statuses]
+        ids = _uuids(delivery_ids) if delivery_ids is not None else None
         if not is_text(f"{chain_type}"):  # no stored name contains such text
             return []
         with self.database.read() as connection:
-            return overview.listing(connection, chain_id=chain_id, type_name=chain_type, statuses=statuses, limit=limit)
+            return overview.listing(
+                connection,
+                delivery_ids=ids,
+                chain_id=chain_id,
+                type_name=chain_type,
+                statuses=statuses,
+                limit=limit,
+            )
 
     def stats(self) -> dict[str, Any]:
         """Counts `{"chains", "due", "next_due_at", "open_deliveries", "deliveries": {status: n}}`; reads all chains."""
@@ -322,30 +333,79 @@ class Dispatcher:
         return self._services.relay.relay(tick=tick)
 
     def prune(self, *, days: float | None = None, tick: bool = False) -> dict[str, Any]:
-        """Delete events and closed deliveries older than `days` (default: the setting): `{"events", "deliveries"}`."""
+        """Delete events and closed deliveries older than `days` (default: the setting): `{"events", "deliveries"}`.
+
+        If `DISPATCHER_DRY_RUN` is set, nothing is deleted, and it raises `DryRunRefused` unless beat calls it
+        (`tick=True`).
+        """
         self._ready()
+        if not tick:
+            self._services.operations.refuse_dry_run("prune")
         if self.settings.dry_run:
             return {"events": 0, "deliveries": 0, "dry_run": True}
         return self._services.pruner.prune(days=days, tick=tick)
 
     # --- operators ---------------------------------------------------------------------------------------------------
+    # All that write raise `DryRunRefused` if `DISPATCHER_DRY_RUN` is set.
 
-    def disable_resource(self, resource: tuple[str, str], requested_by: str | None = None) -> int:
+    def retry_delivery(
+        self, delivery: DeliveryRecord, *, requested_by: str | None = None, reason: str | None = None
+    ) -> None:
+        """Attempt a delivery again at once, if it is still as it was when it was read.
+
+        `delivery` is one that `find_deliveries` gave. If its chain does not wait for it any more, or if it has another
+        status now, nothing is written and `DeliveryChanged` is raised. Raises `DeliveryPending` while an attempt runs,
+        `ChainMissing` if its chain is erased. See `Chain.retry_delivery`.
+        """
+        self._ready()
+        self._services.operations.retry_delivery(_seen(delivery), requested_by=requested_by, reason=reason)
+
+    def cancel_delivery(
+        self, delivery: DeliveryRecord, *, requested_by: str | None = None, reason: str = "cancelled by hand"
+    ) -> None:
+        """Close a delivery as cancelled, if it is still as it was when it was read; its chain stays and is due.
+
+        Raises as `retry_delivery`.
+        """
+        self._ready()
+        self._services.operations.cancel_delivery(_seen(delivery), reason=reason, requested_by=requested_by)
+
+    def skip_delivery(
+        self, delivery: DeliveryRecord, *, requested_by: str | None = None, reason: str = "skipped by hand"
+    ) -> None:
+        """Close a delivery as skipped, if it is still as it was when it was read; its chain moves as if it succeeded.
+
+        Raises as `retry_delivery`.
+        """
+        self._ready()
+        self._services.operations.skip_delivery(_seen(delivery), reason=reason, requested_by=requested_by)
+
+    def disable_resource(
+        self, resource: tuple[str, str], requested_by: str | None = None, *, reason: str | None = None
+    ) -> int:
         """Disable every chain that has this resource now, in one transaction; gives how many changed.
 
         For example after an unsubscribe. A chain that is created later is not disabled.
         """
         self._ready()
         (pair,) = clean_resources([resource])
-        return self._services.operations.set_resource_disabled(pair, disabled=True, requested_by=requested_by)
+        return self._services.operations.set_resource_disabled(
+            pair, disabled=True, requested_by=requested_by, reason=reason
+        )
 
-    def enable_resource(self, resource: tuple[str, str], requested_by: str | None = None) -> int:
+    def enable_resource(
+        self, resource: tuple[str, str], requested_by: str | None = None, *, reason: str | None = None
+    ) -> int:
         """Enable every chain that has this resource; gives how many changed."""
         self._ready()
         (pair,) = clean_resources([resource])
-        return self._services.operations.set_resource_disabled(pair, disabled=False, requested_by=requested_by)
+        return self._services.operations.set_resource_disabled(
+            pair, disabled=False, requested_by=requested_by, reason=reason
+        )
 
-    def erase_resource(self, resource: tuple[str, str]) -> int:
+    def erase_resource(
+        self, resource: tuple[str, str], *, requested_by: str | None = None, reason: str | None = None
+    ) -> int:
         """Delete every chain that has this resource, with its history and deliveries; gives how many.
 
         It is for a request to be forgotten. While an attempt of one of these chains runs, it deletes nothing and
@@ -353,17 +413,17 @@ class Dispatcher:
         """
         self._ready()
         (pair,) = clean_resources([resource])
-        return self._services.operations.erase_resource(pair)
+        return self._services.operations.erase_resource(pair, requested_by=requested_by, reason=reason)
 
-    def pause(self, chain_type: str, reason: str) -> bool:
+    def pause(self, chain_type: str, reason: str, *, requested_by: str | None = None) -> bool:
         """Plan no more transitions of a chain type until `resume`; False if it was paused already."""
         self._ready()
-        return self._services.operations.set_paused(chain_type, paused=True, reason=reason)
+        return self._services.operations.set_paused(chain_type, paused=True, requested_by=requested_by, reason=reason)
 
-    def resume(self, chain_type: str) -> bool:
+    def resume(self, chain_type: str, *, requested_by: str | None = None, reason: str | None = None) -> bool:
         """End the pause of a chain type and begin a new plan budget; False if it was not paused."""
         self._ready()
-        return self._services.operations.set_paused(chain_type, paused=False, reason=None)
+        return self._services.operations.set_paused(chain_type, paused=False, requested_by=requested_by, reason=reason)
 
     def map_states(
         self,
@@ -372,6 +432,7 @@ class Dispatcher:
         to_state: str,
         *,
         requested_by: str | None = None,
+        reason: str | None = None,
         dry_run: bool = False,
     ) -> MapCounts:
         """Put every chain of a type from one state into another, in batches; a dry run only counts them."""
@@ -381,7 +442,8 @@ class Dispatcher:
             from_state,
             to_state,
             requested_by=requested_by,
-            dry_run=dry_run or self.settings.dry_run,
+            reason=reason,
+            dry_run=dry_run,
         )
 
     def find_types(self) -> list[TypeRecord]:
@@ -436,3 +498,16 @@ class Dispatcher:
 
     def _ready(self) -> None:
         self._services.migrated.require()
+
+
+def _seen(delivery: DeliveryRecord) -> SeenDelivery:
+    return SeenDelivery(delivery.chain_id, delivery.id, delivery.status)
+
+
+def _uuids(delivery_ids: Sequence[str]) -> list[str]:
+    """Those of these texts that are UUIDs, as the rows have them; no delivery has another id."""
+    found = []
+    for delivery_id in delivery_ids:
+        with suppress(ValueError):
+            found.append(str(UUID(delivery_id)))
+    return found

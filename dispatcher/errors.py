@@ -126,6 +126,36 @@ class NoOpenDelivery(ChainError):
     reason = "has no open delivery"
 
 
+class DeliveryChanged(DispatcherError):
+    """A delivery is not what it was when the caller saw it, or its chain does not wait for it; it was left alone.
+
+    `chain_id` and `delivery_id` name it, and `change` says what is different.
+    """
+
+    def __init__(self, chain_id: int, delivery_id: str, change: str) -> None:
+        super().__init__(chain_id, delivery_id, change)
+        self.chain_id = chain_id
+        self.delivery_id = delivery_id
+        self.change = change
+
+    def __str__(self) -> str:
+        return (
+            f"delivery {self.delivery_id} of chain {self.chain_id} is left alone, because {self.change}: "
+            "read it again, and decide about what is there now"
+        )
+
+
+class DryRunRefused(DispatcherError):
+    """`DISPATCHER_DRY_RUN` is set, so an operator's act was refused and nothing was written; `act` names it."""
+
+    def __init__(self, act: str) -> None:
+        super().__init__(act)
+        self.act = act
+
+    def __str__(self) -> str:
+        return f"refused to {self.act}, because DISPATCHER_DRY_RUN is set; nothing was written: unset it to do this"
+
+
 class UnknownDefinition(ChainError):
     """The name of a chain's type, state, transition or callback is not in this process's configuration."""
 

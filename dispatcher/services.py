@@ -97,7 +97,7 @@ def wire(
     pages = Pages(config=config, settings=settings, locks=locks, publisher=publisher)
     pacing = Pacing(limiter=RateLimiter(locks.client, prefix=settings.prefix), own_clock=clock is not None)
     ends = Ends(settings=settings, database=database, store=store, publisher=publisher, random=random.random)
-    operations = Operations(config=config, database=database)
+    operations = Operations(config=config, settings=settings, database=database)
     return Services(
         config=config,
         settings=settings,

@@ -1,13 +1,14 @@
 """The operators' commands: chains, deliveries, resources, chain types, and the doctor."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dispatcher.cli.deployment import open_dispatcher
 from dispatcher.cli.output import dry_run_option, json_option, moment, pairs, print_json, print_table
-from dispatcher.errors import DispatcherError
+from dispatcher.errors import DispatcherError, DryRunRefused, NoOpenDelivery
 from dispatcher.states import DeliveryStatus
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ _DECIDABLE = [str(status) for status in (DeliveryStatus.PENDING, DeliveryStatus.
 _SHOWN = 10_000
 
 by_option = click.option("--by", "requested_by", default="cli", show_default=True, help="Your name, for the history.")
-reason_option = click.option("--reason", required=True, help="The reason, for the history.")
+reason_option = click.option("--reason", help="The reason, for the history.")
+needed_reason_option = click.option("--reason", required=True, help="The reason, for the history.")
 yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
@@ -37,35 +39,38 @@ def add_operations(cli: click.Group, chains: click.Group) -> None:
 
 @click.command()
 @click.argument("chain_id", type=int)
+@reason_option
 @by_option
-def disable(chain_id: int, requested_by: str) -> None:
+def disable(chain_id: int, reason: str | None, requested_by: str) -> None:
     """Stop new plans and new attempts of a chain."""
-    _say(open_dispatcher().chain(chain_id).disable(requested_by), "is disabled")
+    _say(open_dispatcher().chain(chain_id).disable(requested_by, reason=reason), "is disabled")
 
 
 @click.command()
 @click.argument("chain_id", type=int)
+@reason_option
 @by_option
-def enable(chain_id: int, requested_by: str) -> None:
+def enable(chain_id: int, reason: str | None, requested_by: str) -> None:
     """Enable a disabled chain; it is due, or its open delivery continues."""
-    _say(open_dispatcher().chain(chain_id).enable(requested_by), "is enabled")
+    _say(open_dispatcher().chain(chain_id).enable(requested_by, reason=reason), "is enabled")
 
 
 @click.command()
 @click.argument("chain_id", type=int)
+@reason_option
 @by_option
 @yes_option
-def reset(chain_id: int, requested_by: str, yes: bool) -> None:
+def reset(chain_id: int, reason: str | None, requested_by: str, yes: bool) -> None:
     """Put a chain back to NEW; cancels its open delivery."""
     chain = open_dispatcher().chain(chain_id)
     _confirm(f"reset chain {chain_id}, which is in state {chain.state}?", yes=yes)
-    _say(chain.reset(requested_by), "is reset")
+    _say(chain.reset(requested_by, reason=reason), "is reset")
 
 
 @click.command()
 @click.argument("chain_id", type=int)
 @click.argument("state")
-@reason_option
+@needed_reason_option
 @by_option
 def move(chain_id: int, state: str, reason: str, requested_by: str) -> None:
     """Put a chain into another state; cancels its open delivery."""
@@ -76,10 +81,13 @@ def move(chain_id: int, state: str, reason: str, requested_by: str) -> None:
 @click.option("--type", "type_name", required=True, help="The chain type.")
 @click.option("--from", "from_state", required=True, help="The old state.")
 @click.option("--to", "to_state", required=True, help="The new state, which the configuration must have.")
+@reason_option
 @by_option
 @dry_run_option
 @yes_option
-def map_states(type_name: str, from_state: str, to_state: str, requested_by: str, dry_run: bool, yes: bool) -> None:  # noqa: PLR0917 - click passes them by name
+def map_states(  # noqa: PLR0917 - click passes them by name
+    type_name: str, from_state: str, to_state: str, reason: str | None, requested_by: str, dry_run: bool, yes: bool
+) -> None:
     """Put all chains of a type from one state into another."""
     dispatcher = open_dispatcher()
     planned = dispatcher.map_states(type_name, from_state, to_state, dry_run=True)
@@ -87,7 +95,7 @@ def map_states(type_name: str, from_state: str, to_state: str, requested_by: str
     if dry_run or not planned.mapped:
         return
     _confirm(f"put them into {to_state}?", yes=yes)
-    done = dispatcher.map_states(type_name, from_state, to_state, requested_by=requested_by)
+    done = dispatcher.map_states(type_name, from_state, to_state, requested_by=requested_by, reason=reason)
     click.echo(f"{done.mapped} mapped, {done.waiting} left because an attempt runs")
 
 
@@ -132,7 +140,9 @@ def list_deliveries(
     chain_id: int | None, statuses: Sequence[str], type_name: str | None, limit: int, as_json: bool
 ) -> None:
     """List deliveries, newest first."""
-    found = _find(open_dispatcher(), chain_id, statuses, type_name, limit)
+    found = open_dispatcher().find_deliveries(
+        chain_id=chain_id, chain_type=type_name, statuses=_statuses(statuses), limit=limit
+    )
     if as_json:
         print_json([_values(delivery) for delivery in found])
         return
@@ -156,88 +166,118 @@ def list_deliveries(
     )
 
 
-def _decision(verb: str, past: str, act: "Callable[[Chain, str, str], Any]", text: str) -> click.Command:
-    """A command that retries, cancels or skips the delivery of one chain, or all deliveries that the filters choose."""
+def _decision(verb: str, past: str, act: "Callable[[Dispatcher], Callable[..., None]]", text: str) -> None:
+    """Add a command that retries, cancels or skips deliveries: those named, a chain's, or all that the filters choose.
 
+    Each act gets the delivery as it was read, so that one which has changed meanwhile is left alone.
+    """
+
+    @click.argument("delivery_ids", metavar="[DELIVERY_ID]...", nargs=-1)
     @click.option("--chain", "chain_id", type=int, help="The open delivery of this chain.")
     @_filters(_DECIDABLE, _SHOWN)
+    @click.option(
+        "--reason",
+        default=None if verb == "retry" else f"{past} by hand",
+        show_default=True,
+        help="The reason, for the history.",
+    )
     @by_option
     @yes_option
     def decide(  # noqa: PLR0917 - click passes them by name
+        delivery_ids: Sequence[str],
         chain_id: int | None,
         statuses: Sequence[str],
         type_name: str | None,
         limit: int,
+        reason: str | None,
         requested_by: str,
         yes: bool,
-        reason: str = "",
     ) -> None:
-        if (chain_id is None) == (not statuses):
-            raise click.UsageError("give --chain for one delivery, or --status for several")
-        if chain_id is not None and type_name is not None:
-            raise click.UsageError("--type needs --status; it cannot be used with --chain")
+        if [bool(delivery_ids), chain_id is not None, bool(statuses)].count(True) != 1:
+            raise click.UsageError("give ids of deliveries, or --chain for a chain's, or --status for several")
+        if type_name is not None and not statuses:
+            raise click.UsageError("--type needs --status")
         dispatcher = open_dispatcher()
+        decide_one = partial(act(dispatcher), requested_by=requested_by, reason=reason)
         if chain_id is not None:
-            act(dispatcher.chain(chain_id), requested_by, reason)
-            click.echo(f"1 {past}")
+            delivery = dispatcher.chain(chain_id).open_delivery
+            if delivery is None:
+                raise NoOpenDelivery(chain_id)
+            decide_one(delivery)
+            click.echo(f"{_line(delivery)}\n1 {past}")
             return
-        found = _find(dispatcher, None, statuses, type_name, limit)
-        if not found:
-            click.echo("no such delivery")
-            return
-        _confirm(f"{verb} {_counted(found, limit)} deliveries?", yes=yes)
-        done = 0
-        for delivery in found:
-            try:
-                chosen = _find(dispatcher, delivery.chain_id, statuses, None, _SHOWN)
-                if delivery.id not in {match.id for match in chosen}:
-                    click.echo(f"dispatcher: delivery {delivery.id} has changed meanwhile", err=True)
-                    continue
-                act(dispatcher.chain(delivery.chain_id), requested_by, reason)
-                done += 1
-            except DispatcherError as error:  # it has changed just now: report it and continue with the others
-                click.echo(f"dispatcher: {error}", err=True)
+        if delivery_ids:
+            ids = list(dict.fromkeys(delivery_ids))
+            done, wanted = _decide_each(_named(dispatcher, ids), decide_one, shown=True), len(ids)
+        else:
+            found = dispatcher.find_deliveries(chain_type=type_name, statuses=_statuses(statuses), limit=limit)
+            if not found:
+                click.echo("no such delivery")
+                return
+            _confirm(f"{verb} {_counted(found, limit)} deliveries?", yes=yes)
+            done, wanted = _decide_each(found, decide_one, shown=False), len(found)
         click.echo(f"{done} {past}")
-        if done < len(found):
+        if done < wanted:
             raise SystemExit(1)
 
-    if verb != "retry":
-        decide = click.option(
-            "--reason", default=f"{past} by hand", show_default=True, help="The reason, for the history."
-        )(decide)
     decide.__doc__ = text
-    return deliveries.command(verb)(decide)
+    deliveries.command(verb)(decide)
 
 
 _decision(
     "retry",
     "retried",
-    lambda chain, requested_by, _: chain.retry_delivery(requested_by),
+    lambda dispatcher: dispatcher.retry_delivery,
     "Attempt deliveries again at once; dead and held deliveries get further attempts.",
 )
 _decision(
     "cancel",
     "cancelled",
-    lambda chain, requested_by, reason: chain.cancel_delivery(requested_by, reason),
+    lambda dispatcher: dispatcher.cancel_delivery,
     "Close deliveries as cancelled; their chains stay in their state and are evaluated again.",
 )
 _decision(
     "skip",
     "skipped",
-    lambda chain, requested_by, reason: chain.skip_delivery(requested_by, reason),
+    lambda dispatcher: dispatcher.skip_delivery,
     "Close deliveries as skipped; their chains move as if the callbacks had succeeded.",
 )
 
 
-def _find(
-    dispatcher: "Dispatcher", chain_id: int | None, statuses: Sequence[str], type_name: str | None, limit: int
-) -> "list[DeliveryRecord]":
-    return dispatcher.find_deliveries(
-        chain_id=chain_id,
-        chain_type=type_name,
-        statuses=[DeliveryStatus(status) for status in statuses],
-        limit=limit,
-    )
+def _decide_each(
+    found: "Iterable[DeliveryRecord]", decide_one: "Callable[[DeliveryRecord], None]", *, shown: bool
+) -> int:
+    """How many of these deliveries were decided; the others are named with the reason."""
+    done = 0
+    for delivery in found:
+        try:
+            decide_one(delivery)
+        except DryRunRefused:
+            raise
+        except DispatcherError as error:  # it has changed just now: report it and continue with the others
+            click.echo(f"dispatcher: {error}", err=True)
+            continue
+        done += 1
+        if shown:
+            click.echo(_line(delivery))
+    return done
+
+
+def _named(dispatcher: "Dispatcher", delivery_ids: Sequence[str]) -> "Iterator[DeliveryRecord]":
+    """The deliveries with these ids, as they are read now; ids that belong to none are named."""
+    for delivery_id in delivery_ids:
+        found = dispatcher.find_deliveries(delivery_ids=[delivery_id])
+        if not found:
+            click.echo(f"dispatcher: there is no delivery {delivery_id}", err=True)
+        yield from found
+
+
+def _line(delivery: "DeliveryRecord") -> str:
+    return f"delivery {delivery.id} of chain {delivery.chain_id}: {delivery.transition}, {delivery.status}"
+
+
+def _statuses(words: Sequence[str]) -> list[DeliveryStatus]:
+    return [DeliveryStatus(word) for word in words]
 
 
 def _values(delivery: "DeliveryRecord") -> dict[str, Any]:
@@ -262,29 +302,34 @@ _one_resource = click.argument(
 
 @resources.command("disable")
 @_one_resource
+@reason_option
 @by_option
-def disable_resource(resource: tuple[str, str], requested_by: str) -> None:
+def disable_resource(resource: tuple[str, str], reason: str | None, requested_by: str) -> None:
     """Disable every chain of a resource (an unsubscribe)."""
-    click.echo(f"{open_dispatcher().disable_resource(resource, requested_by)} chains disabled")
+    click.echo(f"{open_dispatcher().disable_resource(resource, requested_by, reason=reason)} chains disabled")
 
 
 @resources.command("enable")
 @_one_resource
+@reason_option
 @by_option
-def enable_resource(resource: tuple[str, str], requested_by: str) -> None:
+def enable_resource(resource: tuple[str, str], reason: str | None, requested_by: str) -> None:
     """Enable every chain of a resource."""
-    click.echo(f"{open_dispatcher().enable_resource(resource, requested_by)} chains enabled")
+    click.echo(f"{open_dispatcher().enable_resource(resource, requested_by, reason=reason)} chains enabled")
 
 
 @resources.command("erase")
 @_one_resource
+@reason_option
+@by_option
 @yes_option
-def erase_resource(resource: tuple[str, str], yes: bool) -> None:
+def erase_resource(resource: tuple[str, str], reason: str | None, requested_by: str, yes: bool) -> None:
     """Delete every chain of a resource, with its history and deliveries."""
     dispatcher = open_dispatcher()
     found = dispatcher.find_chains(resource=resource, limit=_SHOWN)
     _confirm(f"delete {_counted(found, _SHOWN)} chains for good?", yes=yes)
-    click.echo(f"{dispatcher.erase_resource(resource)} chains deleted")
+    count = dispatcher.erase_resource(resource, requested_by=requested_by, reason=reason)
+    click.echo(f"{count} chains deleted")
 
 
 # --- chain types -----------------------------------------------------------------------------------------------------
@@ -314,18 +359,21 @@ def list_types(as_json: bool) -> None:
 
 @chain_types.command()
 @click.argument("name")
-@reason_option
-def pause(name: str, reason: str) -> None:
+@needed_reason_option
+@by_option
+def pause(name: str, reason: str, requested_by: str) -> None:
     """Plan no more transitions of a chain type until it is resumed."""
-    changed = open_dispatcher().pause(name, reason)
+    changed = open_dispatcher().pause(name, reason, requested_by=requested_by)
     click.echo(f"{name} is paused" if changed else f"{name} was paused already")
 
 
 @chain_types.command()
 @click.argument("name")
-def resume(name: str) -> None:
+@reason_option
+@by_option
+def resume(name: str, reason: str | None, requested_by: str) -> None:
     """End the pause of a chain type, and begin a new plan budget."""
-    changed = open_dispatcher().resume(name)
+    changed = open_dispatcher().resume(name, requested_by=requested_by, reason=reason)
     click.echo(f"{name} is resumed" if changed else f"{name} was not paused")
 
 

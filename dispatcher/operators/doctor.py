@@ -84,8 +84,9 @@ class Doctor:
     def repair(self) -> tuple[list[Finding], list[Finding]]:
         """Repair the findings that are safe to repair: `(repaired findings, findings that are left)`.
 
-        Repeats until no such finding is left, or until a pass repairs nothing.
+        Repeats until no such finding is left, or until a pass repairs nothing. Raises `DryRunRefused`.
         """
+        self._operations.refuse_dry_run("repair the deployment")
         gone: list[Finding] = []
         left = self.examine()
         while any(finding.repair is not None for finding in left):

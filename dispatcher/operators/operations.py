@@ -1,5 +1,8 @@
 """`Operations`: what operators do to chains and deliveries, as guarded writes with an event each.
 
+An act on a delivery names the delivery that the operator saw. Under the locks of the rows it is compared with what is
+there now; another delivery in its place, or one that has changed, is left alone.
+
 If a chain and its delivery are both locked, the delivery is locked first, as at the end of every attempt. Otherwise an
 operator and a worker could deadlock.
 """
@@ -10,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
-from typing import Final
+from typing import Final, TypeVar
 
 from sqlalchemy.engine import Connection
 
@@ -18,14 +21,24 @@ from dispatcher.domain.config import DispatcherConfig
 from dispatcher.domain.decisions import due_after_move, rest_of_plan
 from dispatcher.domain.records import ChainRecord, DeliveryRecord, is_local
 from dispatcher.domain.resources import Resource, is_text
-from dispatcher.errors import ChainMissing, ConfigurationError, DeliveryPending, NoOpenDelivery
+from dispatcher.errors import (
+    ChainMissing,
+    ConfigurationError,
+    DeliveryChanged,
+    DeliveryPending,
+    DryRunRefused,
+    NoOpenDelivery,
+)
 from dispatcher.requests.checks import checked_requester
+from dispatcher.settings import Settings
 from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction
 from dispatcher.storage import chain_types, chains, deliveries, overview
 from dispatcher.storage.database import Database
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _BATCH: Final = 500
 _STOPPED: Final = (DeliveryStatus.DEAD, DeliveryStatus.HELD)
@@ -42,6 +55,18 @@ class MapCounts:
     waiting: int
 
 
+@dataclass(frozen=True, slots=True)
+class SeenDelivery:
+    """What an operator saw of the delivery that a chain waits for.
+
+    `delivery_id` is None where the chain waited for none. `status` is None where the operator has not seen it.
+    """
+
+    chain_id: int
+    delivery_id: str | None
+    status: str | None = None
+
+
 class _MapOutcome(Enum):
     """What a mapping of states did with one chain."""
 
@@ -55,35 +80,51 @@ class _MapOutcome(Enum):
 class Operations:
     """Operator actions of one deployment."""
 
-    def __init__(self, *, config: DispatcherConfig, database: Database) -> None:
+    def __init__(self, *, config: DispatcherConfig, settings: Settings, database: Database) -> None:
         self._config = config
+        self._settings = settings
         self._database = database
+
+    def refuse_dry_run(self, act: str) -> None:
+        """Raise `DryRunRefused` if `DISPATCHER_DRY_RUN` is set: everything that an operator writes asks this first."""
+        if self._settings.dry_run:
+            raise DryRunRefused(act)
+
+    def _write(self, act: str, work: Callable[[Connection], Result]) -> Result:
+        """What `work` gives, in one transaction; `act` says what it does, for a refusal."""
+        self.refuse_dry_run(act)
+        return self._database.write(work)
 
     # --- one chain ---------------------------------------------------------------------------------------------------
 
-    def set_disabled(self, chain_id: int, *, disabled: bool, requested_by: str | None) -> bool:
+    def set_disabled(self, chain_id: int, *, disabled: bool, requested_by: str | None, reason: str | None) -> bool:
         """Disable or enable a chain and its open delivery; False if that was so already."""
         requested_by = checked_requester(requested_by)
 
         def work(connection: Connection) -> bool:
             now = self._database.now(connection)
-            changed = chains.set_disabled(connection, chain_id, disabled=disabled, requested_by=requested_by, now=now)
+            changed = chains.set_disabled(
+                connection, chain_id, disabled=disabled, requested_by=requested_by, reason=reason, now=now
+            )
             if changed:
                 deliveries.follow_disabling(connection, [chain_id], disabled=disabled)
             return changed
 
-        return self._database.write(work)
+        return self._write(f"{_verb(disabled)} chain {chain_id}", work)
 
     def put(
         self, chain_id: int, state: str, action: EventAction, *, reason: str | None, requested_by: str | None
     ) -> None:
-        """Put a chain into a state and cancel its open delivery. Raises `DeliveryPending` while an attempt runs."""
+        """Put a chain into a state and cancel the delivery that it waits for, whichever that is.
+
+        Raises `DeliveryPending` while an attempt runs.
+        """
         requested_by = checked_requester(requested_by)
 
         def work(connection: Connection) -> None:
             self._put(connection, chain_id, state, action, reason=reason, requested_by=requested_by)
 
-        self._database.write(work)
+        self._write(f"put chain {chain_id} into state {state!r}", work)
 
     def _put(
         self,
@@ -120,19 +161,20 @@ class Operations:
         return True
 
     # --- the open delivery of a chain --------------------------------------------------------------------------------
+    # Each raises `NoOpenDelivery`, `DeliveryChanged` if it is not as it was seen, `DeliveryPending` while it runs.
 
-    def retry_delivery(self, chain_id: int, *, requested_by: str | None) -> str:
-        """Make the next attempt at a chain's open delivery due now; gives the delivery's id.
+    def retry_delivery(self, seen: SeenDelivery, *, requested_by: str | None, reason: str | None) -> None:
+        """Make the next attempt at an open delivery due now.
 
         A dead or held delivery gets further attempts; the number of attempts is never lowered. The delivery of an
         in-process `execute()` is cancelled and its chain is due, because no other process has its callback.
         """
+        requested_by = checked_requester(requested_by)
 
         def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
             if is_local(delivery):
-                deliveries.close_and_stay(
-                    connection, delivery, now=now, reason=_PLANNED_AGAIN, requested_by=requested_by
-                )
+                text = f"{_PLANNED_AGAIN}: {reason}" if reason else _PLANNED_AGAIN
+                deliveries.close_and_stay(connection, delivery, now=now, reason=text, requested_by=requested_by)
                 return
             chain_type = self._config.by_type.get(record.chain_type)
             transition = chain_type.by_name.get(delivery.transition) if chain_type is not None else None
@@ -147,20 +189,23 @@ class Operations:
                 disabled=record.disabled,
                 now=now,
                 requested_by=requested_by,
+                reason=reason,
             )
 
-        return self._on_delivery(chain_id, work)
+        self._on_delivery("retry", seen, work)
 
-    def cancel_delivery(self, chain_id: int, *, reason: str, requested_by: str | None) -> str:
-        """Close a chain's open delivery as cancelled; the chain stays and is due. Gives the delivery's id."""
+    def cancel_delivery(self, seen: SeenDelivery, *, reason: str, requested_by: str | None) -> None:
+        """Close an open delivery as cancelled; its chain stays and is due."""
+        requested_by = checked_requester(requested_by)
 
         def work(connection: Connection, _: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
             deliveries.close_and_stay(connection, delivery, now=now, reason=reason, requested_by=requested_by)
 
-        return self._on_delivery(chain_id, work)
+        self._on_delivery("cancel", seen, work)
 
-    def skip_delivery(self, chain_id: int, *, reason: str, requested_by: str | None) -> str:
-        """Close a chain's open delivery as skipped; the chain moves as if it had succeeded. Gives the delivery's id."""
+    def skip_delivery(self, seen: SeenDelivery, *, reason: str, requested_by: str | None) -> None:
+        """Close an open delivery as skipped; its chain moves as if it had succeeded."""
+        requested_by = checked_requester(requested_by)
 
         def work(connection: Connection, record: ChainRecord, delivery: DeliveryRecord, now: datetime) -> None:
             chain_type = self._config.get(record.chain_type)
@@ -175,42 +220,41 @@ class Operations:
                 detail=reason,
             )
 
-        return self._on_delivery(chain_id, work)
+        self._on_delivery("skip", seen, work)
 
     def _on_delivery(
-        self, chain_id: int, act: Callable[[Connection, ChainRecord, DeliveryRecord, datetime], None]
-    ) -> str:
-        def work(connection: Connection) -> str:
-            record, delivery = _lock(connection, chain_id)
-            _require_idle(record, delivery)
-            if delivery is None:
-                raise NoOpenDelivery(chain_id)
+        self, verb: str, seen: SeenDelivery, act: Callable[[Connection, ChainRecord, DeliveryRecord, datetime], None]
+    ) -> None:
+        def work(connection: Connection) -> None:
+            record, delivery = _lock_seen(connection, seen)
             act(connection, record, delivery, self._database.now(connection))
-            return delivery.id
 
-        return self._database.write(work)
+        self._write(f"{verb} the delivery of chain {seen.chain_id}", work)
 
     # --- a resource --------------------------------------------------------------------------------------------------
 
-    def set_resource_disabled(self, resource: Resource, *, disabled: bool, requested_by: str | None) -> int:
+    def set_resource_disabled(
+        self, resource: Resource, *, disabled: bool, requested_by: str | None, reason: str | None
+    ) -> int:
         """Disable or enable every chain that has this resource, in one transaction; gives how many changed."""
         requested_by = checked_requester(requested_by)
 
         def work(connection: Connection) -> int:
             now = self._database.now(connection)
             ids = chains.set_resource_disabled(
-                connection, resource, disabled=disabled, requested_by=requested_by, now=now
+                connection, resource, disabled=disabled, requested_by=requested_by, reason=reason, now=now
             )
             deliveries.follow_disabling(connection, ids, disabled=disabled)
             return len(ids)
 
-        return self._database.write(work)
+        return self._write(f"{_verb(disabled)} the chains of a resource", work)
 
-    def erase_resource(self, resource: Resource) -> int:
+    def erase_resource(self, resource: Resource, *, requested_by: str | None, reason: str | None) -> int:
         """Delete every chain that has this resource, with its history and deliveries; gives how many.
 
         While an attempt of one of these chains runs, deletes nothing and raises `DeliveryPending`.
         """
+        checked_requester(requested_by)
 
         def work(connection: Connection) -> int:
             ids = chains.list_ids(connection, resource=resource, limit=None)
@@ -220,7 +264,7 @@ class Operations:
                 chains.erase(connection, found[start : start + _BATCH])
             return len(found)
 
-        count = self._database.write(work)
+        count = self._write("erase the chains of a resource", work)
         emit(logger, Action.RESOURCE_ERASED, "%d chains of a resource are erased", count, chains=count)
         return count
 
@@ -239,15 +283,24 @@ class Operations:
 
     # --- a chain type ------------------------------------------------------------------------------------------------
 
-    def set_paused(self, type_name: str, *, paused: bool, reason: str | None) -> bool:
+    def set_paused(self, type_name: str, *, paused: bool, requested_by: str | None, reason: str | None) -> bool:
         """Pause a chain type (no transition of it is planned) or resume it; False if that was so already."""
         self._config.get(type_name)
-        return self._database.write(
-            lambda connection: chain_types.set_paused(connection, type_name, paused=paused, reason=reason)
+        checked_requester(requested_by)
+        return self._write(
+            f"{'pause' if paused else 'resume'} chain type {type_name}",
+            lambda connection: chain_types.set_paused(connection, type_name, paused=paused, reason=reason),
         )
 
     def map_states(
-        self, type_name: str, from_state: str, to_state: str, *, requested_by: str | None, dry_run: bool
+        self,
+        type_name: str,
+        from_state: str,
+        to_state: str,
+        *,
+        requested_by: str | None,
+        reason: str | None,
+        dry_run: bool,
     ) -> MapCounts:
         """Put every chain of a type from one state into another, in batches; a dry run only counts.
 
@@ -262,6 +315,8 @@ class Operations:
             raise ConfigurationError("is the old state; name another state", where)
         if not is_text(from_state):
             raise ConfigurationError("is not a state", f"chain type {type_name!r}, state {from_state!r}")
+        if not dry_run:
+            self.refuse_dry_run(f"map the chains of {type_name} from state {from_state!r} to {to_state!r}")
         mapped = waiting = after_id = 0
         while True:
             with self._database.read() as connection:
@@ -272,18 +327,22 @@ class Operations:
                 return MapCounts(mapped, waiting)
             after_id = ids[-1]
             for chain_id in ids:
-                outcome = _MapOutcome.MAPPED if dry_run else self._map_one(chain_id, from_state, to_state, requested_by)
+                outcome = _MapOutcome.MAPPED
+                if not dry_run:
+                    outcome = self._map_one(chain_id, from_state, to_state, requested_by=requested_by, reason=reason)
                 mapped += outcome is _MapOutcome.MAPPED
                 waiting += outcome is _MapOutcome.WAITING
 
-    def _map_one(self, chain_id: int, from_state: str, to_state: str, requested_by: str | None) -> _MapOutcome:
+    def _map_one(
+        self, chain_id: int, from_state: str, to_state: str, *, requested_by: str | None, reason: str | None
+    ) -> _MapOutcome:
         def work(connection: Connection) -> bool:
             return self._put(
                 connection,
                 chain_id,
                 to_state,
                 EventAction.MAPPED,
-                reason=f"from {from_state}",
+                reason=f"from {from_state}" + (f": {reason}" if reason else ""),
                 requested_by=requested_by,
                 from_state=from_state,
             )
@@ -317,9 +376,40 @@ def _lock(connection: Connection, chain_id: int) -> tuple[ChainRecord, DeliveryR
             return record, delivery
 
 
+def _lock_seen(connection: Connection, seen: SeenDelivery) -> tuple[ChainRecord, DeliveryRecord]:
+    """A chain and its open delivery, both locked, if it is the one that was seen. Raises as the acts on deliveries."""
+    delivery = None
+    if seen.delivery_id is not None:
+        delivery = deliveries.read(connection, seen.delivery_id, lock=True)
+    record = chains.read_one(connection, seen.chain_id, lock=True)
+    if seen.delivery_id is None:
+        waits = record.pending_delivery_id is not None
+        raise NoOpenDelivery(record.id, "none when it was read; it has one now: read it again" if waits else "")
+    if record.pending_delivery_id != seen.delivery_id:
+        raise DeliveryChanged(record.id, seen.delivery_id, _why_not_awaited(delivery))
+    _require_idle(record, delivery)
+    assert delivery is not None  # else it is not idle
+    if seen.status is not None and delivery.status != seen.status:
+        change = f"it is {delivery.status} now, and was {seen.status} when it was read"
+        raise DeliveryChanged(record.id, delivery.id, change)
+    return record, delivery
+
+
+def _why_not_awaited(delivery: DeliveryRecord | None) -> str:
+    if delivery is None:
+        return "it is deleted"
+    if delivery.status in OPEN_STATUSES:
+        return "its chain does not wait for it (see `dispatcher doctor`)"
+    return f"it is {delivery.status}"
+
+
 def _require_idle(record: ChainRecord, delivery: DeliveryRecord | None) -> None:
     """Raise `DeliveryPending` if an attempt runs, or if the delivery that the chain waits for is not open."""
     if delivery is not None and delivery.status == DeliveryStatus.RUNNING:
         raise DeliveryPending(record.id, "an attempt is running")
     if record.pending_delivery_id is not None and (delivery is None or delivery.status not in OPEN_STATUSES):
         raise DeliveryPending(record.id, "but that delivery is closed or missing: run `dispatcher doctor`")
+
+
+def _verb(disabled: bool) -> str:  # noqa: FBT001 - the only argument
+    return "disable" if disabled else "enable"

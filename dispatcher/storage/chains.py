@@ -226,7 +226,13 @@ def request_chain(
 
 
 def set_disabled(
-    connection: Connection, chain_id: int, *, disabled: bool, requested_by: str | None, now: datetime
+    connection: Connection,
+    chain_id: int,
+    *,
+    disabled: bool,
+    requested_by: str | None,
+    reason: str | None,
+    now: datetime,
 ) -> bool:
     """Disable or enable a chain; False when nothing had to change. Raises `ChainMissing`."""
     record = read_one(connection, chain_id, lock=True)
@@ -239,12 +245,27 @@ def set_disabled(
         .values(disabled=disabled, version=CHAIN.c.version + 1, due_at=None if waits else at_once(now), updated_at=now)
     )
     action = EventAction.DISABLED if disabled else EventAction.ENABLED
-    add_event(connection, chain_id, record.version + 1, action, value=record.state, requested_by=requested_by, now=now)
+    add_event(
+        connection,
+        chain_id,
+        record.version + 1,
+        action,
+        value=record.state,
+        requested_by=requested_by,
+        detail=reason,
+        now=now,
+    )
     return True
 
 
 def set_resource_disabled(
-    connection: Connection, resource: Resource, *, disabled: bool, requested_by: str | None, now: datetime
+    connection: Connection,
+    resource: Resource,
+    *,
+    disabled: bool,
+    requested_by: str | None,
+    reason: str | None,
+    now: datetime,
 ) -> list[int]:
     """Disable or enable every chain that has this resource; the ids of the chains that changed."""
     has_it = select(RESOURCE.c.chain_id).where(
@@ -269,7 +290,7 @@ def set_resource_disabled(
         )
     action = EventAction.DISABLED if disabled else EventAction.ENABLED
     for chain_id in ids:
-        add_event_at_version(connection, chain_id, action, requested_by=requested_by, now=now)
+        add_event_at_version(connection, chain_id, action, requested_by=requested_by, detail=reason, now=now)
     return ids
 
 

@@ -380,6 +380,7 @@ def reopen(
     disabled: bool,
     now: datetime,
     requested_by: str | None,
+    reason: str | None,
 ) -> None:
     """Open the next attempt of a delivery that does not run, at once; the relay publishes it.
 
@@ -403,7 +404,8 @@ def reopen(
         )
     )
     connection.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
-    _event(connection, delivery, EventAction.RETRIED, now=now, requested_by=requested_by, detail=delivery.last_error)
+    detail = reason or delivery.last_error
+    _event(connection, delivery, EventAction.RETRIED, now=now, requested_by=requested_by, detail=detail)
 
 
 # --- disagreements ---------------------------------------------------------------------------------------------------

@@ -47,13 +47,16 @@ def count_by_state(connection: Connection) -> dict[tuple[str, str], int]:
 def listing(
     connection: Connection,
     *,
+    delivery_ids: Sequence[str] | None = None,
     chain_id: int | None = None,
     statuses: Sequence[DeliveryStatus] = (),
     type_name: str | None = None,
     limit: int = 100,
 ) -> list[DeliveryRecord]:
-    """Deliveries by chain, status and chain type, newest first, at most `limit`."""
+    """Deliveries by id, chain, status and chain type, newest first, at most `limit`."""
     query = select(*delivery_columns())
+    if delivery_ids is not None:
+        query = query.where(DELIVERY.c.id.in_(delivery_ids))
     if chain_id is not None:
         query = query.where(DELIVERY.c.chain_id == chain_id)
     if statuses:

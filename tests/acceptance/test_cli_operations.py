@@ -41,9 +41,9 @@ class CommandLine:
         assert "Traceback" not in done.stderr
         return done.stdout.strip()
 
-    def problem(self, *arguments: str) -> str:
+    def problem(self, *arguments: str, **env: str) -> str:
         """The one line that the command fails with."""
-        done = self(*arguments)
+        done = self(*arguments, **env)
         assert done.returncode == 1 and done.stdout == "", f"{done.stdout}\n{done.stderr}"
         (line,) = done.stderr.splitlines()
         assert line.startswith("dispatcher: ")
@@ -135,8 +135,9 @@ def test_one_delivery_is_decided_by_its_chain(
     run: CommandLine, shop: Dispatcher, verb: str, past: str, status: str, state: str
 ) -> None:
     chain, other = dead(shop, 1), dead(shop, 2)
+    line = f"delivery {chain.deliveries[0].id} of chain {chain.id}: {chain.deliveries[0].transition}, dead"
 
-    assert run.says("deliveries", verb, "--chain", words(chain), "--by", "ada") == f"1 {past}"
+    assert run.says("deliveries", verb, "--chain", words(chain), "--by", "ada") == f"{line}\n1 {past}"
 
     assert (chain.deliveries[0].status, chain.refresh().state) == (status, state)
     event = next(event for event in chain.events if event.action == past)
@@ -170,6 +171,109 @@ def test_deliveries_chosen_by_a_filter_are_counted_and_asked_for(run: CommandLin
     assert others[0].deliveries[0].status == "pending"
 
 
+def test_a_delivery_that_changes_while_the_question_waits_is_left_alone(
+    run: CommandLine, shop: Dispatcher, here: Deployment
+) -> None:
+    changed, replaced, left = (dead(shop, number) for number in range(3))
+    seen = {chain.id: chain.deliveries[0].id for chain in (changed, replaced)}
+    command = [sys.executable, "-m", "dispatcher", "deliveries", "skip", "--status", "dead"]
+    with subprocess.Popen(
+        command,
+        cwd=here.directory,
+        env=here.env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as asked:
+        assert asked.stdin is not None and asked.stdout is not None
+        question = ""
+        while not question.endswith("skip 3 deliveries? [y/N]: "):
+            character = asked.stdout.read(1)
+            assert character, question
+            question += character
+        changed.refresh().retry_delivery("bob")
+        replaced.refresh().cancel_delivery("bob")
+        planned(shop, replaced)
+        said, problems = asked.communicate("y\n", timeout=60)
+
+    assert asked.returncode == 1 and said == "1 skipped\n"
+    lines = sorted(problems.splitlines())
+    assert lines == sorted(
+        f"dispatcher: delivery {seen[chain.id]} of chain {chain.id} is left alone, because {why}: "
+        "read it again, and decide about what is there now"
+        for chain, why in (
+            (changed, "it is pending now, and was dead when it was read"),
+            (replaced, "it is cancelled"),
+        )
+    )
+    assert [chain.refresh().state for chain in (changed, replaced, left)] == ["new", "new", "first_sent"]
+    assert changed.deliveries[0].status == replaced.deliveries[0].status == "pending"
+
+
+def test_under_a_dry_run_every_act_is_refused_in_one_line(run: CommandLine, shop: Dispatcher) -> None:
+    chain = dead(shop, 1)
+    number = words(chain)
+    before = [(event.action, event.created_at) for event in chain.events]
+    dry = {"DISPATCHER_DRY_RUN": "true"}
+    for arguments, act in {
+        ("chains", "disable", number): f"disable chain {number}",
+        ("chains", "enable", number): f"enable chain {number}",
+        ("chains", "reset", number, "--yes"): f"put chain {number} into state 'new'",
+        (
+            "chains",
+            "move",
+            number,
+            "first_sent",
+            "--reason",
+            "by letter",
+        ): f"put chain {number} into state 'first_sent'",
+        ("deliveries", "retry", "--chain", number): f"retry the delivery of chain {number}",
+        ("deliveries", "cancel", "--status", "dead", "--yes"): f"cancel the delivery of chain {number}",
+        ("deliveries", "skip", chain.deliveries[0].id): f"skip the delivery of chain {number}",
+        ("resources", "disable", "customer=57844"): "disable the chains of a resource",
+        ("resources", "enable", "customer=57844"): "enable the chains of a resource",
+        ("resources", "erase", "customer=57844", "--yes"): "erase the chains of a resource",
+        ("chain-types", "pause", "single", "--reason", "mail is down"): "pause chain type single",
+        ("chain-types", "resume", "single"): "resume chain type single",
+        ("prune", "--days", "1"): "prune",
+        ("doctor", "--repair"): "repair the deployment",
+    }.items():
+        assert run.problem(*arguments, **dry) == (
+            f"refused to {act}, because DISPATCHER_DRY_RUN is set; nothing was written: unset it to do this"
+        )
+    mapping = run("chains", "map", "--type", "single", "--from", "new", "--to", "first_sent", "--yes", **dry)
+    assert mapping.returncode == 1 and mapping.stdout == "1 chains of single are in state new\n"
+    (line,) = mapping.stderr.splitlines()
+    assert line.startswith("dispatcher: refused to map the chains of single from state 'new' to 'first_sent'")
+    assert [(event.action, event.created_at) for event in chain.events] == before
+
+
+def test_acts_tell_the_history_who_and_why(run: CommandLine, shop: Dispatcher) -> None:
+    chain = dead(shop, 1)
+    number, who = words(chain), ["--by", "ada", "--reason", "as agreed"]
+
+    for arguments in (
+        ["deliveries", "retry", "--chain", number],
+        ["chains", "disable", number],
+        ["chains", "enable", number],
+        ["chains", "reset", number, "--yes"],
+        ["resources", "disable", "customer=57844"],
+        ["resources", "enable", "customer=57844"],
+        ["chains", "map", "--type", "single", "--from", "new", "--to", "first_sent", "--yes"],
+        ["chain-types", "pause", "single"],
+        ["chain-types", "resume", "single"],
+    ):
+        run.says(*arguments, *who)
+
+    told = [event for event in chain.events if event.requested_by == "ada" and event.action != "cancelled"]
+    assert [event.action for event in told] == [
+        "retried", "disabled", "enabled", "reset", "disabled", "enabled", "mapped",
+    ]  # fmt: skip
+    assert {event.detail for event in told} == {"as agreed", "from new: as agreed"}
+    assert run.says("resources", "erase", "customer=57844", "--yes", *who) == "1 chains deleted"
+
+
 def test_a_running_delivery_is_never_decided(run: CommandLine, shop: Dispatcher, here: Deployment) -> None:
     fifo = make_fifo(here.directory)
     chain = chain_of(shop, 1, callback_fifo=str(fifo))
@@ -200,7 +304,9 @@ def test_a_running_delivery_is_never_decided(run: CommandLine, shop: Dispatcher,
         ["deliveries", "retry"],
         ["deliveries", "cancel", "--type", "single"],
         ["deliveries", "skip", "--chain", "1", "--status", "dead"],
-        ["deliveries", "retry", "--chain", "1", "--reason", "none"],
+        ["deliveries", "retry", "4711", "--status", "dead"],
+        ["deliveries", "retry", "4711", "--chain", "1"],
+        ["deliveries", "retry", "4711", "--type", "single"],
         ["deliveries", "cancel", "--status", "delivered"],
         ["deliveries", "list", "--status", "lost"],
         ["chains", "move", "1", "done"],

@@ -292,27 +292,32 @@ def calls(dispatcher: Dispatcher, chain: Chain) -> dict[str, Callable[[str], Any
         "disable": chain.disable,
         "enable": chain.enable,
         "reset": chain.reset,
+        "reasons": lambda text: chain.disable(reason=text).enable(reason=text).reset(reason=text),
         "state": lambda text: chain.move_to(text, "because"),
         "reason": lambda text: chain.move_to("won", text),
         "mover": lambda text: chain.move_to("won", "because", text),
-        "retry": chain.retry_delivery,
-        "cancel": lambda text: chain.cancel_delivery("me", text),
-        "skip": lambda text: chain.skip_delivery(text, text),
+        "retry": lambda text: chain.refresh().retry_delivery(text, reason=text),
+        "cancel": lambda text: chain.refresh().cancel_delivery("me", text),
+        "skip": lambda text: chain.refresh().skip_delivery(text, text),
         "execute": lambda text: chain.execute(initial_context={text: text}, callback=text),
         "executor": lambda text: chain.execute(callback=lambda _: None, requested_by=text),
         "find type": lambda text: dispatcher.find_chains(chain_type=text),
         "find state": lambda text: dispatcher.find_chains(state=text),
         "find resource": lambda text: dispatcher.find_chains(resource=("t", text)),
         "find deliveries": lambda text: dispatcher.find_deliveries(chain_type=text),
+        "find ids": lambda text: dispatcher.find_deliveries(delivery_ids=[text]),
         "find status": lambda text: dispatcher.find_deliveries(statuses=[text]),  # type: ignore[list-item]
         "plan": lambda text: dispatcher.plan_chain(None, chain_type=text, resources=[("t", text)]),
         "plan callback": lambda text: dispatcher.plan_chain(chain.id, callback=text, context={text: text}),
         "disable resource": lambda text: dispatcher.disable_resource(("t", text), text),
         "enable resource": lambda text: dispatcher.enable_resource((text, "1")),
+        "resource reason": lambda text: dispatcher.disable_resource(("t", text), reason=text),
+        "eraser": lambda text: dispatcher.erase_resource(("nothing", "has it"), requested_by=text, reason=text),
         "erase resource": lambda text: dispatcher.erase_resource(("nothing has it", text)),
         "pause": lambda text: dispatcher.pause(text, "because"),
         "pause reason": lambda text: dispatcher.pause(shop.CHAIN_TYPE, text),
         "resume": dispatcher.resume,
+        "resumer": lambda text: dispatcher.resume(shop.CHAIN_TYPE, requested_by=text, reason=text),
         "map": lambda text: dispatcher.map_states(shop.CHAIN_TYPE, text, "won"),
         "map to": lambda text: dispatcher.map_states(shop.CHAIN_TYPE, NEW, text),
         "mapper": lambda text: dispatcher.map_states(shop.CHAIN_TYPE, DONE, "won", requested_by=text),
@@ -417,7 +422,7 @@ def test_any_text_of_an_error_is_kept_and_ends_nothing(any_database_url: str, te
             delivery = shop.planned(dispatcher, chain)
             sink.effect = shop.Raises(PermanentFailure(text))
             assert shop.attempt(dispatcher, delivery).outcome == "dead"
-            chain.cancel_delivery("me")
+            chain.refresh().cancel_delivery("me")
             sink.effect = shop.Raises(RuntimeError(text))
             with pytest.raises(RuntimeError):
                 chain.execute()

@@ -51,8 +51,8 @@ def test_what_a_delivery_waits_for_is_a_closed_set():
 
 def test_the_outcomes_of_an_execution_are_a_closed_set():
     assert set(Outcome) == words(
-        "moved, planned, none, terminal, locked, stale, resting, disabled, pending, no_callback, unknown_definition, "
-        "guard_failed, missing, dry_run"
+        "moved, planned, none, terminal, locked, stale, resting, disabled, paused, pending, no_callback, "
+        "unknown_definition, guard_failed, out_of_time, missing, dry_run"
     )
 
 

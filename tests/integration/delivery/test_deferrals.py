@@ -309,7 +309,7 @@ def test_a_dead_delivery_that_is_retried_waits_for_its_hours_too(make_dispatcher
     delivery = shop.planned(dispatcher, chain)
     assert shop.attempt(dispatcher, delivery).outcome == "dead"
     clock.now = NIGHT
-    chain.retry_delivery()
+    chain.refresh().retry_delivery()
 
     assert shop.attempt(dispatcher, delivery, 2).outcome == "deferred"
     row = shop.delivery_of(dispatcher, chain)

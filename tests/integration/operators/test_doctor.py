@@ -397,9 +397,9 @@ def test_what_a_person_decided_is_no_finding_any_more(make_dispatcher: shop.Make
         assert shop.attempt(dispatcher, delivery).outcome == "dead"
     assert len(found(dispatcher, "delivery")) == 1
 
-    chains[0].retry_delivery()
-    chains[1].cancel_delivery()
-    chains[2].skip_delivery()
+    chains[0].refresh().retry_delivery()
+    chains[1].refresh().cancel_delivery()
+    chains[2].refresh().skip_delivery()
     shop.wait_over(dispatcher, shop.delivery_of(dispatcher, chains[0]))
     sink.effect = None
     assert shop.attempt(dispatcher, shop.delivery_of(dispatcher, chains[0]), 2).outcome == "delivered"

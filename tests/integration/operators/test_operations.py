@@ -18,6 +18,7 @@ from dispatcher import (
     ChainDisabled,
     ChainPaused,
     ConfigurationError,
+    DeliveryChanged,
     DeliveryPending,
     Dispatcher,
     NoOpenDelivery,
@@ -44,9 +45,9 @@ on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect
 """Where another connection can be seen to wait for a row."""
 
 OPERATIONS: dict[str, Callable[[Chain], Any]] = {
-    "retry": lambda chain: chain.retry_delivery("ada"),
-    "cancel": lambda chain: chain.cancel_delivery("ada"),
-    "skip": lambda chain: chain.skip_delivery("ada"),
+    "retry": lambda chain: chain.refresh().retry_delivery("ada"),
+    "cancel": lambda chain: chain.refresh().cancel_delivery("ada"),
+    "skip": lambda chain: chain.refresh().skip_delivery("ada"),
     "reset": lambda chain: chain.reset("ada"),
     "move_to": lambda chain: chain.move_to("reminded", "by letter", "ada"),
 }
@@ -139,7 +140,7 @@ def test_retrying_a_dead_delivery_adds_attempts_and_never_takes_one_back(
     version = shop.row_of(dispatcher, chain.id).version
     shop.take_messages(broker_url, shop.CALLBACKS)
 
-    assert chain.retry_delivery("ada") is chain
+    assert chain.refresh().retry_delivery("ada") is chain
 
     again = shop.delivery_of(dispatcher, chain)
     assert (again.status, again.attempt, again.max_attempts) == ("pending", 2, 4)
@@ -165,8 +166,8 @@ def test_retrying_one_that_waits_ends_the_wait_and_leaves_its_attempts(make_disp
     assert shop.attempt(dispatcher, delivery).outcome == "retrying"
     assert shop.attempt(dispatcher, delivery, 2).outcome == "stale", "it waits"
 
-    chain.retry_delivery()
-    chain.retry_delivery()
+    chain.refresh().retry_delivery()
+    chain.refresh().retry_delivery()
 
     again = shop.delivery_of(dispatcher, chain)
     assert (again.status, again.attempt, again.max_attempts) == ("pending", 1, 2)
@@ -185,9 +186,10 @@ def test_a_held_delivery_of_a_call_in_process_is_planned_anew_when_retried(
         shop.change_delivery(dispatcher, local.id, lease_until=shop.LONG_AGO, publish_after=shop.LONG_AGO)
         dispatcher.relay()
         assert shop.delivery_of(dispatcher, chain).status == "held"
-        dispatcher.chain(local.chain_id).retry_delivery("ada")
+        dispatcher.chain(local.chain_id).retry_delivery("ada", reason="as agreed")
 
     assert shop.delivery_of(dispatcher, chain).status == "cancelled"
+    assert chain.events[-1].detail.endswith("so the chain will be planned again: as agreed")
     row = shop.row_of(dispatcher, chain.id)
     assert row.pending_delivery_id is None and row.due_at is not None
     assert dispatcher.relay()["relayed"] == 0 and shop.take_messages(broker_url, shop.CALLBACKS) == []
@@ -256,7 +258,7 @@ def test_a_cancelled_delivery_leaves_the_chain_due_where_it_is(make_dispatcher: 
     chain = shop.new_chain(dispatcher)
     delivery = dead(dispatcher, chain)
 
-    chain.cancel_delivery("ada", "the address is wrong")
+    chain.refresh().cancel_delivery("ada", "the address is wrong")
 
     assert chain.state == NEW and chain.due_at is not None
     closed = shop.delivery_of(dispatcher, chain)
@@ -274,7 +276,7 @@ def test_a_skipped_delivery_moves_the_chain_as_if_it_had_been_delivered(make_dis
     dead(dispatcher, chain)
     called = len(sink)
 
-    chain.skip_delivery("ada", "sent by letter")
+    chain.refresh().skip_delivery("ada", "sent by letter")
 
     assert chain.state == "reminded" and chain.due_at is not None
     assert shop.delivery_of(dispatcher, chain).status == "skipped"
@@ -382,11 +384,29 @@ def test_an_operation_waits_for_an_attempt_that_ends_without_a_deadlock(
 
     assert made.result().outcome == "delivered"
     if name == "cancel":
-        assert isinstance(operated.exception(), NoOpenDelivery)
+        assert isinstance(operated.exception(), DeliveryChanged)
     else:
         assert operated.result().state == NEW
     assert "rerun" not in caplog.text
     shop.assert_consistent(person)
+
+
+@on_postgresql
+@pytest.mark.parametrize("name", ["retry", "cancel", "skip"])
+def test_an_act_on_a_delivery_that_waited_for_another_person_s_looks_again(
+    make_dispatcher: shop.Make, blocked: Blocked, name: str
+) -> None:
+    """Both have seen a dead delivery; the second one must not act on what the first one has opened again."""
+    first, second = (make_dispatcher(shop.cart(TRANSITIONS, callback=shop.Sink(shop.Raises(OSError())))) for _ in "ab")
+    chain = shop.new_chain(first)
+    seen = dead(first, chain)
+
+    with uncommitted(lambda: first.retry_delivery(seen)):
+        acted = blocked(lambda: getattr(second, f"{name}_delivery")(seen))
+
+    assert isinstance(acted.exception(), DeliveryChanged)
+    assert shop.delivery_of(first, chain).status == "pending"
+    shop.assert_consistent(first)
 
 
 @on_postgresql

@@ -122,7 +122,7 @@ def test_a_held_delivery_that_is_retried_is_looked_at_again_and_not_held_again(
     held = shop.delivery_of(dispatcher, chain)
     assert (held.status, held.unknown) == ("held", True)
 
-    chain.retry_delivery("ada")
+    chain.refresh().retry_delivery("ada")
 
     again = shop.delivery_of(dispatcher, chain)
     assert (again.attempt, again.unknown) == (held.attempt, False)
@@ -151,7 +151,7 @@ def test_a_dead_delivery_with_an_unknown_effect_is_verified_when_it_is_retried(
     ((owed,),) = crash(dispatcher, broker_url, chain, 1)
     assert shop.attempt(dispatcher, *owed).outcome == "dead"
 
-    chain.retry_delivery("ada")
+    chain.refresh().retry_delivery("ada")
 
     assert shop.attempt(dispatcher, delivery, 3).outcome == "delivered" and len(sink) == calls
     shop.assert_consistent(dispatcher)
@@ -165,12 +165,12 @@ def test_a_held_delivery_can_be_cancelled_or_skipped(make_dispatcher: shop.Make,
     crash(dispatcher, broker_url, chain, 1)
 
     if name == "cancel":
-        chain.cancel_delivery("ada", "the customer has not got it")
+        chain.refresh().cancel_delivery("ada", "the customer has not got it")
         assert shop.planned(dispatcher, chain).idempotency_key == delivery.idempotency_key, (
             "whoever got it knows the key"
         )
     else:
-        chain.skip_delivery("ada", "the customer got it")
+        chain.refresh().skip_delivery("ada", "the customer got it")
         assert chain.state == "verified"
     assert len(sink) == 0
     shop.assert_consistent(dispatcher)

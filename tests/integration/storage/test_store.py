@@ -783,7 +783,9 @@ class RandomHistory:
         chain_id, disabled = self._random.choice(self._ids), self._random.random() < 0.2
 
         def work(connection: Any) -> None:
-            if chains.set_disabled(connection, chain_id, disabled=disabled, requested_by="me", now=self._now):
+            if chains.set_disabled(
+                connection, chain_id, disabled=disabled, requested_by="me", reason=None, now=self._now
+            ):
                 deliveries.follow_disabling(connection, [chain_id], disabled=disabled)
 
         self._database.write(work)
