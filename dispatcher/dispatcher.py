@@ -301,7 +301,9 @@ class Dispatcher:
     def sweep(self, *, tick: bool = False, dry_run: bool = False) -> dict[str, Any]:
         """Publish one execution per due chain: `{"due", "enqueued", "already_queued", "oldest_due_seconds"}`.
 
-        With `sweep_fanout` also `"handed_over"`: chains whose executions other workers publish (`fan_out`).
+        With `sweep_fanout` also `"handed_over"`: chains whose executions other workers publish (`fan_out`). A dry run
+        adds `"dry_run"` and `"would_wake"`: the chains that a real sweep would make due first, because the candidates
+        of their states have changed.
         `tick=True` is for beat: only the first call within the interval does anything. Raises `ServiceUnavailable`.
         """
         self._ready()

@@ -44,6 +44,7 @@ class SweepCounts:
     enqueued: int = 0
     handed_over: int = 0
     already_queued: int = 0
+    would_wake: int = 0
     oldest: datetime | None = None
     backlog: dict[str, int] = field(default_factory=dict)
 
@@ -74,7 +75,8 @@ class Sweeper:
         """Publish one execution per due chain: `{"due", "enqueued", "already_queued", "oldest_due_seconds"}`.
 
         With `sweep_fanout` also `"handed_over"`: the chains whose executions other workers publish. Each due chain is
-        in one of these three counts.
+        in one of these three counts. A dry run has `"dry_run"` and `"would_wake"`: the chains that are not due, and
+        that a real sweep would make due first, because the candidates of their states have changed.
 
         With `tick=True` only the first caller within the interval does anything (`{"claimed": False}` for the others),
         because any number of beats may run. Raises `PublishFailed`.
@@ -83,7 +85,10 @@ class Sweeper:
             return {"claimed": False}
         seconds = pass_seconds(self._settings.sweep_seconds)
         stop_at = time.monotonic() + seconds
-        if not dry_run:
+        counts = SweepCounts()
+        if dry_run:
+            counts.would_wake = self._waker.count_resting()
+        else:
             self._waker.wake_changed_states(stop_at - seconds / 2)
         with self._database.read() as connection:
             now = self._database.now(connection)
@@ -94,7 +99,6 @@ class Sweeper:
             for type_name, chain_type in self._config.by_type.items()
             if type_name not in paused
         ]
-        counts = SweepCounts()
         going = cursors
         while going and time.monotonic() < stop_at:
             for cursor in going:
@@ -123,7 +127,7 @@ class Sweeper:
             "oldest_due_seconds": round(max(age, 0.0), 3),
         }
         if dry_run:
-            result["dry_run"] = True
+            result |= {"would_wake": counts.would_wake, "dry_run": True}
         if any(cursor.held_back for cursor in cursors):
             result["held_back"] = sorted(cursor.chain_type.chain_type for cursor in cursors if cursor.held_back)
         return result

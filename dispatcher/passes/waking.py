@@ -7,6 +7,7 @@ use.
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
@@ -24,7 +25,25 @@ logger = logging.getLogger(__name__)
 
 _PAGE: Final = 1000
 _POSITION: Final = "dispatcher.wake"
+_DONE: Final = -1
+"""The position of a state whose chains are all woken."""
+
 _SWEEPS_OF_A_DEPLOY: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """A chain type, compared with what is remembered of it."""
+
+    chain_type: ChainType
+    changed: list[str]
+    """The states whose chains must be woken."""
+
+    fresh: Mapping[str, Mapping[str, str]]
+    """The fingerprints to remember."""
+
+    outdated: bool
+    """Whether they must be remembered, because they are not, or not lately."""
 
 
 class Waker:
@@ -43,42 +62,62 @@ class Waker:
         may have looked at them, and laid them to rest by its own candidates. The next sweep continues with what is left
         at `stop_at` (monotonic seconds).
         """
-        forget = timedelta(seconds=self._settings.sweep_seconds * _SWEEPS_OF_A_DEPLOY)
-        type_names = [chain_type.chain_type for chain_type in self._config.chains]
         with self._database.read() as connection:
-            known = {
-                type_name: {state: dict(seen) for state, seen in states.items()}
-                for type_name, states in chain_types.read_fingerprints(connection, type_names).items()
-            }
-            machine_now = self._database.machine_now(connection)
-        for chain_type in self._config.chains:
-            states = known.get(chain_type.chain_type)
-            fresh = _seen_now(chain_type, states or {}, machine_now, forget)
-            changed = (
-                []
-                if states is None
-                else [state for state in fresh if _changed(chain_type, state, states, machine_now, forget)]
-            )
-            if not all(self._wake_state(chain_type, state, stop_at) for state in changed):
+            looks = self._look(connection)
+        for look in looks:
+            if not all(self._wake_state(look.chain_type, state, stop_at) for state in look.changed):
                 continue
-            if states is None or changed or _needs_refresh(chain_type, states, machine_now, forget):
-                self._database.write(partial(_remember, chain_type.chain_type, fresh))
+            if look.changed or look.outdated:
+                self._database.write(partial(_remember, look.chain_type.chain_type, look.fresh))
+
+    def count_resting(self) -> int:
+        """How many chains `wake_changed_states` would make due now. Reads only: one query for each changed state."""
+        with self._database.read() as connection:
+            now = self._database.now(connection)
+            positions = ticks.read_position(connection, _POSITION)
+            changed = [
+                (look.chain_type, state, positions.get(_key(look.chain_type, state), 0))
+                for look in self._look(connection)
+                for state in look.changed
+            ]
+            return sum(
+                chains.count_resting(
+                    connection, type_name=chain_type.chain_type, state=state, after_id=after_id, now=now
+                )
+                for chain_type, state, after_id in changed
+                if after_id != _DONE
+            )
+
+    def _look(self, connection: Connection) -> list[_Look]:
+        """Each chain type of the configuration, compared with what is remembered of it."""
+        forget = timedelta(seconds=self._settings.sweep_seconds * _SWEEPS_OF_A_DEPLOY)
+        known = chain_types.read_fingerprints(connection, list(self._config.by_type))
+        now = self._database.machine_now(connection)
+        looks = []
+        for type_name, chain_type in self._config.by_type.items():
+            if type_name not in known:
+                looks.append(_Look(chain_type, [], _seen_now(chain_type, {}, now, forget), outdated=True))
+                continue
+            states = known[type_name]
+            changed = [state for state in sorted(chain_type.states) if _changed(chain_type, state, states, now, forget)]
+            outdated = _needs_refresh(chain_type, states, now, forget)
+            looks.append(_Look(chain_type, changed, _seen_now(chain_type, states, now, forget), outdated=outdated))
+        return looks
 
     def _wake_state(self, chain_type: ChainType, state: str, stop_at: float) -> bool:
         """Whether all chains that rest in a state are due; continues where an earlier sweep stopped."""
-        type_name, done = chain_type.chain_type, -1
-        key = f"{type_name}/{state}/{fingerprint(chain_type, state)}"
+        type_name, key = chain_type.chain_type, _key(chain_type, state)
 
         def work(connection: Connection) -> int:
             positions = ticks.read_position(connection, _POSITION)
-            after_id = positions.get(key, 0)
-            if after_id == done:
-                return done
+            after_id: int = positions.get(key, 0)
+            if after_id == _DONE:
+                return _DONE
             now = self._database.now(connection)
             found = chains.make_due(
                 connection, type_name=type_name, state=state, after_id=after_id, limit=_PAGE, now=now
             )
-            after_id = done if found is None else found
+            after_id = _DONE if found is None else found
             ticks.write_position(connection, _POSITION, {**positions, key: after_id})
             return after_id
 
@@ -92,9 +131,14 @@ class Waker:
             state=state,
         )
         while time.monotonic() < stop_at:
-            if self._database.write(work) == done:
+            if self._database.write(work) == _DONE:
                 return True
         return False
+
+
+def _key(chain_type: ChainType, state: str) -> str:
+    """The key under which the position of a state's waking is kept."""
+    return f"{chain_type.chain_type}/{state}/{fingerprint(chain_type, state)}"
 
 
 def _remember(type_name: str, fresh: Mapping[str, Mapping[str, str]], connection: Connection) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import and_, bindparam, case, delete, func, insert, literal, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, bindparam, case, delete, func, insert, literal, or_, select, tuple_, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import ChainRecord, DuePosition, Request, new_uid
@@ -334,6 +334,27 @@ def set_state(
     )
 
 
+def _can_wake(state: str, now: datetime) -> ColumnElement[bool]:
+    """Whether a chain rests in a state, so that it can be made due."""
+    return and_(
+        CHAIN.c.state == state,
+        ~CHAIN.c.disabled,
+        CHAIN.c.pending_delivery_id.is_(None),
+        or_(CHAIN.c.due_at.is_(None), CHAIN.c.due_at > now),
+    )
+
+
+def count_resting(connection: Connection, *, type_name: str, state: str, after_id: int, now: datetime) -> int:
+    """How many chains with ids above `after_id` `make_due` would make due at `now`."""
+    query = select(func.count()).where(
+        CHAIN.c.chain_type == type_name,
+        CHAIN.c.id > after_id,
+        _can_wake(state, now),
+        or_(CHAIN.c.next_update_at.is_(None), CHAIN.c.next_update_at <= now),
+    )
+    return int(connection.execute(query).scalar_one())
+
+
 def make_due(
     connection: Connection, *, type_name: str, state: str, after_id: int, limit: int, now: datetime
 ) -> int | None:
@@ -352,13 +373,7 @@ def make_due(
         return None
     connection.execute(
         update(CHAIN)
-        .where(
-            CHAIN.c.id.in_(ids),
-            CHAIN.c.state == state,
-            ~CHAIN.c.disabled,
-            CHAIN.c.pending_delivery_id.is_(None),
-            or_(CHAIN.c.due_at.is_(None), CHAIN.c.due_at > now),
-        )
+        .where(CHAIN.c.id.in_(ids), _can_wake(state, now))
         .values(
             version=CHAIN.c.version + 1,  # so that a plan or rest that the old candidates have made meanwhile is stale
             due_at=at_once(now),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import select, update
+from sqlalchemy import delete, insert, select, update
 
 from dispatcher import DONE, NEW, Chain, Dispatcher, RetryPolicy, ServiceUnavailable, Transition
 from dispatcher.coordination.locks import ChainLocks
@@ -386,6 +386,75 @@ def test_woken_chains_keep_their_rest_and_others_stay_as_they_are(make_dispatche
     new.sweep()
 
     assert [shop.row_of(new, chain.id).due_at for chain in chains] == [until, None, None, shop.START]
+
+
+def test_a_dry_run_sweep_counts_what_a_real_one_would_wake_and_writes_nothing(
+    make_dispatcher: shop.Make, redis_url: str, broker_url: str
+) -> None:
+    clock = shop.Clock()
+    old = make_dispatcher(shop.cart({NEW: [shop.OnRequest], "asked": [shop.OnRequest]}), clock=clock)
+    chains = [shop.new_chain(old, number) for number in range(9)]
+    old.execute_chains([chain.id for chain in chains])
+    resting, disabled, waiting, later, due, elsewhere, *_ = chains
+    shop.change_chain(old, resting.id, next_update_at=shop.START + timedelta(days=1))
+    disabled.disable()
+    shop.planned(make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()), clock=clock), waiting)
+    shop.change_chain(old, later.id, due_at=shop.START + timedelta(days=9))
+    shop.change_chain(old, elsewhere.id, state="asked")
+    old.sweep()
+    assert old.sweep(dry_run=True)["would_wake"] == 0, "nothing has changed"
+    shop.change_chain(old, due.id, due_at=shop.START)
+    config = shop.cart({NEW: [shop.OnRequest, shop.Remind], "asked": [shop.OnRequest]})
+    new = make_dispatcher(config, clock=clock)
+    published(broker_url)
+    rows, keys = shop.dump_rows(new), shop.dump_keys(redis_url)
+
+    counts = [new.sweep(dry_run=True), make_dispatcher(config, clock=clock, dry_run=True).sweep(tick=True)]
+
+    assert [(one["due"], one["enqueued"], one["would_wake"]) for one in counts] == [(1, 1, 4)] * 2
+    assert (shop.dump_rows(new), shop.dump_keys(redis_url)) == (rows, keys)
+    published(broker_url)
+    real = new.sweep()
+    assert "would_wake" not in real and (real["due"], real["enqueued"]) == (5, 5)
+    assert sorted(one for ids in published(broker_url) for one in ids) == [
+        chain.id for chain in (later, due, *chains[6:])
+    ]
+    assert new.sweep(dry_run=True)["would_wake"] == 0
+
+
+def test_a_dry_run_sweep_counts_what_is_left_of_a_wake_that_was_stopped(make_dispatcher: shop.Make) -> None:
+    config = shop.cart({NEW: [shop.OnRequest], "asked": [shop.OnRequest]})
+    old = make_dispatcher(config)
+    chains = [shop.new_chain(old, number) for number in range(6)]
+    old.execute_chains([chain.id for chain in chains])
+    for chain in chains[4:]:
+        shop.change_chain(old, chain.id, state="asked")
+    old.sweep()
+    changed = [shop.OnRequest, shop.Remind]
+    new = make_dispatcher(shop.cart({NEW: changed, "asked": changed}))
+    keys = {state: f"cart/{state}/{fingerprint(new.config.get(shop.CHAIN_TYPE), state)}" for state in (NEW, "asked")}
+    assert new.sweep(dry_run=True)["would_wake"] == 6
+
+    for positions, left in (({keys[NEW]: chains[2].id}, 3), ({keys[NEW]: -1, keys["asked"]: chains[4].id}, 1)):
+        values = {"name": "dispatcher.wake", "position": positions}
+        new.database.write(
+            lambda connection, values=values: (
+                connection.execute(delete(TickRow).where(TickRow.name == "dispatcher.wake")),
+                connection.execute(insert(TickRow).values(values)),
+            )
+        )
+        assert new.sweep(dry_run=True)["would_wake"] == left
+
+    assert new.sweep()["due"] == 1
+
+
+def test_a_dry_run_before_the_first_sweep_wakes_nobody(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.OnRequest]}))
+    dispatcher.execute_chains([shop.new_chain(dispatcher).id])
+    before = shop.dump_rows(dispatcher)
+
+    assert dispatcher.sweep(dry_run=True)["would_wake"] == 0
+    assert shop.dump_rows(dispatcher) == before
 
 
 def test_a_first_sweep_wakes_nobody(make_dispatcher: shop.Make) -> None:
