@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, scoped_session
 from dispatcher import addresses
 from dispatcher.chain import Chain
 from dispatcher.domain.config import Callback, ChainType, DispatcherConfig
-from dispatcher.domain.records import ChainRecord, DeliveryRecord, Owed, TypeRecord
+from dispatcher.domain.records import ActionRecord, ChainRecord, DeliveryRecord, Owed, TypeRecord
 from dispatcher.domain.resources import Resource, checked_json, clean_resources, is_text
 from dispatcher.domain.results import AttemptResult, ChainResult
 from dispatcher.errors import ConfigurationError
@@ -21,8 +21,8 @@ from dispatcher.operators.doctor import Finding
 from dispatcher.operators.operations import MapCounts, SeenDelivery
 from dispatcher.services import Clock, wire
 from dispatcher.settings import Settings, load_object
-from dispatcher.states import AttemptOutcome, DeliveryStatus
-from dispatcher.storage import chain_types, chains, overview
+from dispatcher.states import AttemptOutcome, DeliveryStatus, SubjectKind
+from dispatcher.storage import actions, chain_types, chains, overview
 from dispatcher.storage.store import read_one
 
 
@@ -335,8 +335,9 @@ class Dispatcher:
         return self._services.relay.relay(tick=tick)
 
     def prune(self, *, days: float | None = None, tick: bool = False) -> dict[str, Any]:
-        """Delete events and closed deliveries older than `days` (default: the setting): `{"events", "deliveries"}`.
+        """Delete events, closed deliveries and operators' actions older than `days` (default: the setting).
 
+        Gives `{"events", "deliveries", "actions"}`: how many of each.
         If `DISPATCHER_DRY_RUN` is set, nothing is deleted, and it raises `DryRunRefused` unless beat calls it
         (`tick=True`).
         """
@@ -344,7 +345,7 @@ class Dispatcher:
         if not tick:
             self._services.operations.refuse_dry_run("prune")
         if self.settings.dry_run:
-            return {"events": 0, "deliveries": 0, "dry_run": True}
+            return {"events": 0, "deliveries": 0, "actions": 0, "dry_run": True}
         return self._services.pruner.prune(days=days, tick=tick)
 
     # --- operators ---------------------------------------------------------------------------------------------------
@@ -453,6 +454,25 @@ class Dispatcher:
         self._ready()
         with self.database.read() as connection:
             return chain_types.read_types(connection)
+
+    def find_actions(
+        self, *, chain_type: str | None = None, resource: tuple[str, str] | None = None, limit: int = 100
+    ) -> list[ActionRecord]:
+        """What operators did to chain types and resources (who, why, when), newest first, at most `limit`.
+
+        Of one chain type, of one resource, or of all. What they did to a chain is in its history (`chain.events`).
+        """
+        self._ready()
+        if chain_type is not None and resource is not None:
+            raise ConfigurationError("name a chain type or a resource, not both", "find_actions")
+        kind, subjects = None, []
+        if chain_type is not None:
+            kind, subjects = SubjectKind.TYPE, [chain_type]
+        elif resource is not None:
+            (pair,) = clean_resources([resource])
+            kind, subjects = SubjectKind.RESOURCE, [actions.resource_subject(pair), actions.erased_subject(pair)]
+        with self.database.read() as connection:
+            return actions.listing(connection, kind=kind, subjects=subjects, limit=limit)
 
     def examine(self) -> list[Finding]:
         """What is wrong with this deployment, each finding with its remedy; empty if all is well."""

@@ -81,6 +81,24 @@ class EventAction(StrEnum):
     GUARD_FAILED = "guard_failed"
 
 
+class SubjectKind(StrEnum):
+    """On what an operator acted, where it was no chain and no delivery."""
+
+    TYPE = "type"
+    RESOURCE = "resource"
+
+
+class OperatorAction(StrEnum):
+    """What an operator did to a chain type or a resource. (A chain type is also paused by its own plan budget.)"""
+
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    MAPPED = "mapped"
+    DISABLED = "disabled"
+    ENABLED = "enabled"
+    ERASED = "erased"
+
+
 class Outcome(StrEnum):
     """The outcome of executing one chain."""
 

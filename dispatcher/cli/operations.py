@@ -1,6 +1,7 @@
 """The operators' commands: chains, deliveries, resources, chain types, and the doctor."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ def add_operations(cli: click.Group, chains: click.Group) -> None:
     """Add these commands to the command line and to its group `chains`."""
     for command in (disable, enable, reset, move, map_states):
         chains.add_command(command)
-    for group in (deliveries, resources, chain_types, doctor):
+    for group in (deliveries, resources, chain_types, list_actions, doctor):
         cli.add_command(group)
 
 
@@ -375,6 +376,44 @@ def resume(name: str, reason: str | None, requested_by: str) -> None:
     """End the pause of a chain type, and begin a new plan budget."""
     changed = open_dispatcher().resume(name, requested_by=requested_by, reason=reason)
     click.echo(f"{name} is resumed" if changed else f"{name} was not paused")
+
+
+# --- actions ---------------------------------------------------------------------------------------------------------
+
+
+@click.command("actions")
+@click.option("--type", "type_name", help="Only what was done to this chain type.")
+@click.option(
+    "--resource",
+    metavar="TYPE=ID",
+    callback=lambda ctx, param, word: None if word is None else pairs(ctx, param, [word])[0],
+    help="Only what was done to this resource.",
+)
+@click.option("--limit", type=click.IntRange(1, _SHOWN), default=100, show_default=True, help="The largest number.")
+@json_option
+def list_actions(type_name: str | None, resource: tuple[str, str] | None, limit: int, as_json: bool) -> None:
+    """List what operators did to chain types and resources: who, why and when. Newest first."""
+    if type_name is not None and resource is not None:
+        raise click.UsageError("give --type or --resource, not both")
+    found = open_dispatcher().find_actions(chain_type=type_name, resource=resource, limit=limit)
+    if as_json:
+        print_json([asdict(action) for action in found])
+        return
+    print_table(
+        [
+            ("when", "on", "action", "by", "reason"),
+            *(
+                (
+                    moment(action.created_at),
+                    f"{action.subject_kind} {action.subject}",
+                    action.action,
+                    action.requested_by or "",
+                    " ".join((action.reason or "").split()),
+                )
+                for action in found
+            ),
+        ]
+    )
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------

@@ -326,6 +326,22 @@ class TypeRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ActionRecord:
+    """What an operator did to a chain type or a resource; `created_at` is machine time.
+
+    `subject` is the type's name, or `resource_type=resource_id`; of an erased resource it is `sha256:` and a digest.
+    """
+
+    id: int
+    subject_kind: str
+    subject: str
+    action: str
+    requested_by: str | None
+    reason: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
     """How many more plans a chain type may have in the hour that began at `window_at`."""
 

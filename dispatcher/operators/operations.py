@@ -31,8 +31,8 @@ from dispatcher.errors import (
 )
 from dispatcher.requests.checks import checked_requester
 from dispatcher.settings import Settings
-from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction
-from dispatcher.storage import chain_types, chains, deliveries, overview
+from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction, OperatorAction, SubjectKind
+from dispatcher.storage import actions, chain_types, chains, deliveries, overview
 from dispatcher.storage.database import Database
 from dispatcher.telemetry import Action, emit
 
@@ -245,6 +245,14 @@ class Operations:
                 connection, resource, disabled=disabled, requested_by=requested_by, reason=reason, now=now
             )
             deliveries.follow_disabling(connection, ids, disabled=disabled)
+            actions.add(
+                connection,
+                SubjectKind.RESOURCE,
+                actions.resource_subject(resource),
+                OperatorAction.DISABLED if disabled else OperatorAction.ENABLED,
+                requested_by=requested_by,
+                reason=reason,
+            )
             return len(ids)
 
         return self._write(f"{_verb(disabled)} the chains of a resource", work)
@@ -252,9 +260,10 @@ class Operations:
     def erase_resource(self, resource: Resource, *, requested_by: str | None, reason: str | None) -> int:
         """Delete every chain that has this resource, with its history and deliveries; gives how many.
 
-        While an attempt of one of these chains runs, deletes nothing and raises `DeliveryPending`.
+        What was noted about the resource is deleted too; that it was erased is noted under a digest of its name. While
+        an attempt of one of these chains runs, deletes nothing and raises `DeliveryPending`.
         """
-        checked_requester(requested_by)
+        requested_by = checked_requester(requested_by)
 
         def work(connection: Connection) -> int:
             ids = chains.list_ids(connection, resource=resource, limit=None)
@@ -262,6 +271,15 @@ class Operations:
             found = [chain_id for batch in batches for chain_id in self._lock_for_erasing(connection, batch)]
             for start in range(0, len(found), _BATCH):
                 chains.erase(connection, found[start : start + _BATCH])
+            actions.forget_resource(connection, resource)
+            actions.add(
+                connection,
+                SubjectKind.RESOURCE,
+                actions.erased_subject(resource),
+                OperatorAction.ERASED,
+                requested_by=requested_by,
+                reason=reason,
+            )
             return len(found)
 
         count = self._write("erase the chains of a resource", work)
@@ -286,10 +304,12 @@ class Operations:
     def set_paused(self, type_name: str, *, paused: bool, requested_by: str | None, reason: str | None) -> bool:
         """Pause a chain type (no transition of it is planned) or resume it; False if that was so already."""
         self._config.get(type_name)
-        checked_requester(requested_by)
+        requested_by = checked_requester(requested_by)
         return self._write(
             f"{'pause' if paused else 'resume'} chain type {type_name}",
-            lambda connection: chain_types.set_paused(connection, type_name, paused=paused, reason=reason),
+            lambda connection: chain_types.set_paused(
+                connection, type_name, paused=paused, requested_by=requested_by, reason=reason
+            ),
         )
 
     def map_states(
@@ -324,7 +344,7 @@ class Operations:
                     connection, type_name=type_name, state=from_state, after_id=after_id, limit=_BATCH
                 )
             if not ids:
-                return MapCounts(mapped, waiting)
+                break
             after_id = ids[-1]
             for chain_id in ids:
                 outcome = _MapOutcome.MAPPED
@@ -332,6 +352,19 @@ class Operations:
                     outcome = self._map_one(chain_id, from_state, to_state, requested_by=requested_by, reason=reason)
                 mapped += outcome is _MapOutcome.MAPPED
                 waiting += outcome is _MapOutcome.WAITING
+        if mapped and not dry_run:
+            what = f"{mapped} chains from {from_state} to {to_state}" + (f": {reason}" if reason else "")
+            self._database.write(
+                lambda connection: actions.add(
+                    connection,
+                    SubjectKind.TYPE,
+                    type_name,
+                    OperatorAction.MAPPED,
+                    requested_by=requested_by,
+                    reason=what,
+                )
+            )
+        return MapCounts(mapped, waiting)
 
     def _map_one(
         self, chain_id: int, from_state: str, to_state: str, *, requested_by: str | None, reason: str | None

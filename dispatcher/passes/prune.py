@@ -1,4 +1,4 @@
-"""Prune: events and closed deliveries that are older than the retention are deleted, and never chains."""
+"""Prune: events, closed deliveries and actions that are older than the retention are deleted, and never chains."""
 
 import logging
 import time
@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 from dispatcher.messages.queues import PRUNE
 from dispatcher.passes.turns import Turns, pass_seconds
 from dispatcher.settings import Settings
-from dispatcher.storage import deliveries, history
+from dispatcher.storage import actions, deliveries, history
 from dispatcher.storage.database import Database
 from dispatcher.telemetry import Action, emit
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 _PAGE: Final = 500
 _TICK_SECONDS: Final = 3600.0
 _PASS_SECONDS: Final = 300.0
+_NOTHING: Final = {"events": 0, "deliveries": 0, "actions": 0}
 
 
 class Pruner:
@@ -31,23 +32,24 @@ class Pruner:
         self._turns = turns
 
     def prune(self, *, days: float | None, tick: bool) -> dict[str, Any]:
-        """Delete events and closed deliveries older than `days` in batches: `{"events", "deliveries"}`.
+        """Delete events, closed deliveries and actions older than `days`: `{"events", "deliveries", "actions"}`.
 
-        `days` None takes the setting. With `tick=True` only the first caller within an hour does anything.
+        In batches; `days` None takes the setting. With `tick=True` only the first caller within an hour does anything.
         """
         days = days if days is not None else self._settings.retention_days
         if days is None:
-            return {"events": 0, "deliveries": 0}
+            return dict(_NOTHING)
         if tick and not self._turns.claim(PRUNE, _TICK_SECONDS):
             return {"claimed": False}
         with self._database.read() as connection:
             before = self._database.now(connection) - timedelta(days=days)
             machine_before = self._database.machine_now(connection) - timedelta(days=days)
         stop_at = time.monotonic() + pass_seconds(_PASS_SECONDS)
-        counts = {"events": 0, "deliveries": 0}
+        counts = dict(_NOTHING)
         steps: Mapping[str, Callable[[Connection], int]] = {
             "events": lambda connection: history.prune_events(connection, before=before, limit=_PAGE),
             "deliveries": lambda connection: deliveries.prune(connection, before=machine_before, limit=_PAGE),
+            "actions": lambda connection: actions.prune(connection, before=machine_before, limit=_PAGE),
         }
         for name, step in steps.items():
             deleted = _PAGE

@@ -11,6 +11,8 @@ from sqlalchemy import func, select, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import MAX_DETAIL, Budget, TypeRecord
+from dispatcher.states import OperatorAction, SubjectKind
+from dispatcher.storage import actions
 from dispatcher.storage.models import TYPE, ChainRow, TypeRow
 from dispatcher.storage.statements import insert_or_ignore, one_row
 
@@ -23,8 +25,10 @@ def paused_types(connection: Connection) -> set[str]:
     return set(connection.execute(select(TypeRow.name).where(TypeRow.paused)).scalars())
 
 
-def set_paused(connection: Connection, name: str, *, paused: bool, reason: str | None) -> bool:
-    """Pause or resume a chain type; False when nothing had to change."""
+def set_paused(
+    connection: Connection, name: str, *, paused: bool, requested_by: str | None, reason: str | None
+) -> bool:
+    """Pause or resume a chain type, and note who did it and why; False when nothing had to change."""
     connection.execute(insert_or_ignore(connection, TypeRow).values(name=name))
     kept = reason[:MAX_DETAIL] if paused and reason else None
     done = connection.execute(
@@ -32,7 +36,11 @@ def set_paused(connection: Connection, name: str, *, paused: bool, reason: str |
         .where(TypeRow.name == name, TypeRow.paused != paused)
         .values(paused=paused, paused_reason=kept, window_at=None, window_plans=0)
     )
-    return one_row(done)
+    changed = one_row(done)
+    if changed:
+        action = OperatorAction.PAUSED if paused else OperatorAction.RESUMED
+        actions.add(connection, SubjectKind.TYPE, name, action, requested_by=requested_by, reason=reason)
+    return changed
 
 
 _FIELDS: Final = tuple(TypeRecord.__dataclass_fields__)
@@ -77,6 +85,8 @@ def spend_budget(connection: Connection, name: str, budget: Budget, *, spent: in
         .where(TypeRow.name == name)
         .values(window_at=budget.window_at, window_plans=budget.plans + spent, paused=not enough, paused_reason=reason)
     )
+    if not enough:
+        actions.add(connection, SubjectKind.TYPE, name, OperatorAction.PAUSED, requested_by=None, reason=reason)
     return enough
 
 

@@ -80,7 +80,7 @@ def test_what_only_looks_and_what_beat_does_stays_quiet(dry: Dispatcher, redis_u
     rows, keys = shop.dump_rows(dry), shop.dump_keys(redis_url)
 
     assert dry.map_states(shop.CHAIN_TYPE, NEW, "reminded", dry_run=True) == MapCounts(3, 0)
-    assert dry.prune(tick=True) == {"events": 0, "deliveries": 0, "dry_run": True}
+    assert dry.prune(tick=True) == {"events": 0, "deliveries": 0, "actions": 0, "dry_run": True}
     assert dry.relay(tick=True) == dry.relay() == {"relayed": 0, "settled": 0, "dry_run": True}
     assert dry.sweep(tick=True)["dry_run"] and dry.sweep()["dry_run"]
     assert len(dry.examine()) > 1

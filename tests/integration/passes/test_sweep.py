@@ -575,7 +575,7 @@ def test_prune_deletes_old_history_and_closed_deliveries_and_never_chains(make_d
     assert [event.action for event in dead.events] == ["dead"]
     assert [event.action for event in fresh.events][-2:] == ["planned", "state_transition"]
     assert done.refresh().state == "reminded"
-    assert dispatcher.prune(days=30) == {"events": 0, "deliveries": 0}
+    assert dispatcher.prune(days=30) == {"events": 0, "deliveries": 0, "actions": 0}
     assert counts["events"] > 0
 
 
@@ -584,7 +584,7 @@ def test_without_a_retention_nothing_is_pruned(make_dispatcher: shop.Make) -> No
     shop.new_chain(dispatcher)
     before = shop.dump_rows(dispatcher)
 
-    assert dispatcher.prune() == {"events": 0, "deliveries": 0}
+    assert dispatcher.prune() == {"events": 0, "deliveries": 0, "actions": 0}
     assert shop.dump_rows(dispatcher) == before
 
 

@@ -274,7 +274,9 @@ class TestLimits:
 
     def test_a_paused_type_plans_nothing_and_rests_all_the_same(self, bench: Bench) -> None:
         first, second = bench.chains(2)
-        bench.database.write(lambda connection: chain_types.set_paused(connection, TYPE, paused=True, reason="a test"))
+        bench.database.write(
+            lambda connection: chain_types.set_paused(connection, TYPE, paused=True, requested_by=None, reason="a test")
+        )
         written = bench.store.write([rest(first), move(second)], now=NOW, timing=PENDING, limits={TYPE: lambda _: 3})
         assert set(written.deliveries) == {first.id}
         assert written.refused == {second.id} and written.paused == ()
