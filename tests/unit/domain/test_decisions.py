@@ -4,7 +4,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from dispatcher.domain.decisions import rest_after_call
+from dispatcher.domain.contexts import Evaluated
+from dispatcher.domain.decisions import decide, rest_after_call, seconds_to_retry
+from dispatcher.domain.records import DeliveryRecord, Request, unsaved_record
+from dispatcher.errors import UnreadableRow
+from dispatcher.retry import RetryPolicy, back_off
 from dispatcher.transition import ChainSnapshot, Transition
 
 NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
@@ -42,3 +46,56 @@ class TestRestAfterCall:
     def test_a_process_that_must_end_is_not_kept(self, end):
         with pytest.raises(type(end)):
             rest_after_call(asking(end), 1, NOW)
+
+
+DELIVERY = DeliveryRecord(
+    id="019ac0de-0000-7000-8000-000000000001",
+    idempotency_key="6c7e1f0a-6f3c-5f0e-9d53-7b8a3c1e2d40",
+    chain_id=7,
+    chain_version=1,
+    transition="Asking",
+    from_state="new",
+    final_state="asked",
+    callback="type",
+    status="running",
+    attempt=2,
+    max_attempts=5,
+    unknown=False,
+    next_attempt_at=None,
+    publish_after=NOW,
+    lease_until=NOW,
+    planned_at=NOW,
+    finished_at=None,
+    requested_by=None,
+    last_error=None,
+    kwargs=None,
+    context=None,
+)
+
+
+class Broken(RetryPolicy):
+    def delay(self, attempt, random):
+        raise OSError("no network")
+
+
+class TestSecondsToRetry:
+    def test_they_are_those_of_the_policy_and_nothing_is_logged(self, caplog):
+        transition = type("Asking", (Transition,), {"retry": RetryPolicy(base_seconds=7, factor=2, jitter=0)})
+        assert seconds_to_retry(DELIVERY, transition, lambda: 0.5) == 14
+        assert caplog.records == []
+
+    def test_a_policy_that_fails_is_named_once(self, caplog):
+        transition = type("Asking", (Transition,), {"retry": Broken()})
+        assert seconds_to_retry(DELIVERY, transition, lambda: 0.5) == 30
+        (record,) = caplog.records
+        assert (record.action, record.delivery_id) == ("retry_delay_ignored", DELIVERY.id)
+        assert "no network" in caplog.text
+
+
+def test_a_chain_whose_row_cannot_be_read_backs_off():
+    record = unsaved_record("cart", (("cart", "1"),), None, NOW)
+    error = UnreadableRow("context", "it is not an object but a list")
+    decision = decide(record, None, Evaluated(None, error), Request(), now=NOW, call=None)
+    assert (decision.result.outcome, decision.result.detail) == ("guard_failed", str(error))
+    assert (decision.write.due_at, decision.write.failures) == (NOW + back_off(0, 1), 1)
+    assert decision.write.event == "guard_failed"
