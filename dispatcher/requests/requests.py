@@ -127,6 +127,7 @@ class Requests:
             resources=resources,
             context=context,
             due_at=now if chain_type.candidates(NEW) else None,
+            requested_by=None,
             now=now,
         )
 

@@ -146,6 +146,7 @@ def create(
     resources: Sequence[Resource],
     context: Mapping[str, Any] | None,
     due_at: datetime | None,
+    requested_by: str | None,
     now: datetime,
 ) -> int:
     """The id of the chain with exactly these resources, created in NEW unless another caller was faster."""
@@ -167,7 +168,9 @@ def create(
             insert(RESOURCE),
             [{"chain_id": chain_id, "resource_type": rtype, "resource_id": rid} for rtype, rid in resources],
         )
-        add_event(connection, chain_id, 0, EventAction.CREATED, value=NEW, to_state=NEW, now=now)
+        add_event(
+            connection, chain_id, 0, EventAction.CREATED, value=NEW, to_state=NEW, requested_by=requested_by, now=now
+        )
     return chain_id
 
 
@@ -216,8 +219,15 @@ def request_chain(
         with suppress(ChainMissing):  # erased since it was found
             write_request(connection, chain_id, request, now=now)
             return chain_id
-    due_at = now if due else None
-    chain_id = create(connection, type_name=type_name, resources=resources, context=None, due_at=due_at, now=now)
+    chain_id = create(
+        connection,
+        type_name=type_name,
+        resources=resources,
+        context=None,
+        due_at=now if due else None,
+        requested_by=request.requested_by,
+        now=now,
+    )
     write_request(connection, chain_id, request, now=now)
     return chain_id
 

@@ -71,8 +71,8 @@ class Store(Protocol):
     def request_chain(self, type_name: str, resources: Sequence[Resource], request: Request, *, due: bool) -> int:
         """As `write_request`, for the chain with exactly these resources; its id.
 
-        A chain that does not exist is created in NEW, due at once where `due` says so. Concurrent callers get the same
-        chain.
+        A chain that does not exist is created in NEW, due at once where `due` says so; its `created` event has the
+        request's `requested_by`. Concurrent callers get the same chain.
         """
 
     def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:

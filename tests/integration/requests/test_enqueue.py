@@ -598,6 +598,35 @@ def shop_engine(request: pytest.FixtureRequest) -> Engine:
     return engine
 
 
+@pytest.mark.parametrize("way", ["enqueue", "enqueue on commit", "enqueue on the commit of another database"])
+def test_a_chain_that_an_enqueue_makes_names_who_asked(
+    make_dispatcher: shop.Make, application: Engine, elsewhere: Engine, way: str
+) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+
+    if way == "enqueue":
+        dispatcher.enqueue(shop.CHAIN_TYPE, shop.BOOKING, requested_by="the shop")
+    else:
+        with Session(application if way == "enqueue on commit" else elsewhere) as session:
+            dispatcher.enqueue_on_commit(session, shop.CHAIN_TYPE, shop.BOOKING, requested_by="the shop")
+            session.commit()
+
+    (chain,) = dispatcher.find_chains()
+    (created,) = chain.events
+    assert (created.action, created.requested_by) == ("created", "the shop")
+
+
+def test_a_chain_that_nobody_asked_for_by_name_is_created_by_nobody(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+
+    shop.new_chain(dispatcher)
+    dispatcher.enqueue(shop.CHAIN_TYPE, shop.BOOKING)
+    list(dispatcher.bulk_get_or_create(shop.CHAIN_TYPE, [[("online_booking", "b9")]]))
+
+    chains = dispatcher.find_chains()
+    assert [chain.events[0].requested_by for chain in chains] == [None, None, None]
+
+
 def test_an_enqueue_on_commit_takes_effect_with_the_commit(
     make_dispatcher: shop.Make, broker_url: str, shop_engine: Engine
 ) -> None:
