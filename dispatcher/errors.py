@@ -177,18 +177,24 @@ class UnreadableRow(DispatcherError):
 class EnqueueNotPublished(DispatcherError):
     """No message could be published.
 
-    If `written` is True, the request is in the chain's row, and the next sweep does the work.
+    If `written` is True, the request is in the chain's row, and the next sweep does the work. If it is None, the
+    database did not answer to the commit: the request is in the row or not, and to enqueue it again is harmless. For an
+    enqueue by resources `chain_id` is then None.
     """
 
-    def __init__(self, chain_id: int, problem: str = "", written: bool = True) -> None:
+    def __init__(self, chain_id: int | None, problem: str = "", written: bool | None = True) -> None:
         super().__init__(chain_id, problem, written)
         self.chain_id = chain_id
         self.problem = problem
         self.written = written
 
     def __str__(self) -> str:
-        where = "its request is written, so the next sweep does the work" if self.written else "nothing was written"
-        return f"chain {self.chain_id}: no message was published ({self.problem}); {where}"
+        where = "" if self.chain_id is None else f"chain {self.chain_id}: "
+        if self.written:
+            row = "its request is written, so the next sweep does the work"
+        else:
+            row = "it is not known whether the request is written: enqueue it again, which is harmless"
+        return f"{where}no message was published ({self.problem}); {row}"
 
 
 class PermanentFailure(DispatcherError):
@@ -211,16 +217,21 @@ class DatabaseNotMigrated(DispatcherError):
 class ServiceUnavailable(DispatcherError):
     """A database, Redis or broker cannot be reached; `service` says which.
 
-    `address` has no password. It is empty if no such service is configured; `problem` then says what to do.
+    `address` has no password. It is empty if no such service is configured; `problem` then says what to do. `written`
+    is False if nothing was written, and None if a database did not answer to a commit, which may have succeeded.
     """
 
-    def __init__(self, service: str, address: str, problem: str) -> None:
-        super().__init__(service, address, problem)
+    def __init__(self, service: str, address: str, problem: str, written: bool | None = False) -> None:
+        super().__init__(service, address, problem, written)
         self.service = service
         self.address = address
         self.problem = problem
+        self.written = written
 
     def __str__(self) -> str:
         if not self.address:
             return f"no {self.service} is configured: {self.problem}"
-        return f"cannot reach the {self.service} at {self.address}: {self.problem}"
+        where = f"the {self.service} at {self.address}"
+        if self.written is None:
+            return f"{where} did not answer to a commit, which may have succeeded: {self.problem}"
+        return f"cannot reach {where}: {self.problem}"

@@ -5,10 +5,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from dispatcher.errors import DispatcherError
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
@@ -40,8 +38,7 @@ def _run(session: Session) -> None:
     for _, action in waiting:
         try:
             action()
-        except (DispatcherError, SQLAlchemyError) as error:
-            # Not raised, because an error from the caller's commit would mean that the commit failed.
+        except Exception as error:  # noqa: BLE001 - an error from the caller's commit would mean that the commit failed
             emit(
                 logger,
                 Action.ENQUEUE_ON_COMMIT_FAILED,

@@ -1,18 +1,19 @@
 """`Requests`: writes on-demand requests to the chains' rows and publishes them."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from sqlalchemy.engine import URL, Connection
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session
 
 from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.domain.records import ChainRecord, Request
 from dispatcher.domain.resources import Resource, clean_resources
-from dispatcher.errors import EnqueueNotPublished
+from dispatcher.errors import EnqueueNotPublished, ServiceUnavailable
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import REQUESTS_QUEUE
 from dispatcher.requests.checks import Asked, checked_request
@@ -26,6 +27,8 @@ from dispatcher.storage.store import Store
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Requests:
@@ -74,7 +77,7 @@ class Requests:
         chain_id = record.id or None  # None: a dry run has not created the chain
         if dry_run or self._settings.dry_run or chain_id is None:
             return self._publish_dry_run(chain_id, record.chain_type, record.resources, request)
-        self._store.write_request(chain_id, request)
+        self._write(lambda: self._store.write_request(chain_id, request), chain_id)
         return self._publish(chain_id, best_effort=best_effort)
 
     def enqueue_on_commit(
@@ -164,25 +167,46 @@ class Requests:
             with self._database.read() as connection:
                 chain_id = chains.find_exact(connection, type_name, resources)
             return self._publish_dry_run(chain_id, type_name, resources, request)
-        chain_id = self._store.request_chain(type_name, resources, request, due=bool(chain_type.candidates(NEW)))
+        due = bool(chain_type.candidates(NEW))
+        chain_id = self._write(lambda: self._store.request_chain(type_name, resources, request, due=due))
         return self._publish(chain_id, best_effort=best_effort)
+
+    @staticmethod
+    def _write(write: Callable[[], Result], chain_id: int | None = None) -> Result:
+        """What `write()` gives. If its commit got no answer it is called once more: to ask the same twice is harmless.
+
+        Raises `EnqueueNotPublished` if that fails, too, because the first may have been written.
+        """
+        try:
+            return write()
+        except ServiceUnavailable as error:
+            if error.written is not None:
+                raise
+        try:
+            return write()
+        except (ServiceUnavailable, DBAPIError) as error:
+            problem = str(error) if isinstance(error, ServiceUnavailable) else type(error).__name__
+            raise EnqueueNotPublished(chain_id, problem, written=None) from error
 
     def _publish(self, chain_id: int, *, best_effort: bool) -> str | None:
         """Publish the task; gives its id. On failure raises `EnqueueNotPublished`, or gives None with `best_effort`."""
         try:
             return self._publisher.execute([chain_id], queue=REQUESTS_QUEUE)
-        except PublishFailed as error:
+        except Exception as error:
+            # Whatever it is: the request is written, and the caller must not do it in another way. The text of an
+            # unexpected error may contain the broker's URL.
+            problem = str(error) if isinstance(error, PublishFailed) else type(error).__name__
             if best_effort:
                 emit(
                     logger,
                     Action.REQUEST_NOT_PUBLISHED,
                     "chain %s: its request is written, but not published (%s); the next sweep does the work",
                     chain_id,
-                    error,
+                    problem,
                     chain_id=chain_id,
                 )
                 return None
-            raise EnqueueNotPublished(chain_id, str(error)) from error
+            raise EnqueueNotPublished(chain_id, problem) from error
 
     def _publish_dry_run(
         self, chain_id: int | None, type_name: str, resources: Sequence[Resource], request: Request

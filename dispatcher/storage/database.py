@@ -92,14 +92,15 @@ class Database:
     def write(self, work: Callable[[Connection], Result]) -> Result:
         """What `work(connection)` returns, committed. The whole of it is rerun after a deadlock or a busy database.
 
-        Raises `ServiceUnavailable` when the database cannot be reached.
+        Raises `ServiceUnavailable` when the database cannot be reached; it says whether the commit may have succeeded.
         """
 
         def attempt() -> Result:
             with self._connected(writes=True) as connection:
                 transaction = connection.begin()
                 result = work(connection)
-                commit(transaction.commit)
+                with self._reaching(written=None):
+                    commit(transaction.commit)
                 return result
 
         return self._rerun(attempt)
@@ -111,7 +112,7 @@ class Database:
         """
 
         def attempt() -> list[dict[str, Any]]:
-            with self._connected(writes=False) as connection:
+            with self._connected(writes=False) as connection, self._reaching(written=None):
                 return commit(lambda: run_statement(connection, statement, parameters))
 
         return self._rerun(attempt)
@@ -152,14 +153,23 @@ class Database:
 
     @contextmanager
     def _connected(self, *, writes: bool) -> Iterator[Connection]:
+        engine = self._engines.writes if writes else self._engines.reads
+        with self._reaching(written=False), engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _reaching(self, *, written: bool | None) -> Iterator[None]:
+        """Raise `ServiceUnavailable` for an error that says that the database cannot be reached.
+
+        `written` is what is then known of a write: None while something that commits is on its way.
+        """
         try:
-            with (self._engines.writes if writes else self._engines.reads).connect() as connection:
-                yield connection
+            yield
         except PoolTimeout as error:
-            raise ServiceUnavailable("database", self.address, "no free connection") from error
+            raise ServiceUnavailable("database", self.address, "no free connection", written) from error
         except DBAPIError as error:
             if error.connection_invalidated or (isinstance(error, OperationalError) and is_unreachable(error)):
-                raise ServiceUnavailable("database", self.address, first_line(error.orig)) from error
+                raise ServiceUnavailable("database", self.address, first_line(error.orig), written) from error
             raise
 
 
@@ -212,6 +222,7 @@ def run_statement(connection: Connection, statement: str, parameters: Mapping[st
         )
         if gone:
             connection.invalidate(error)
+            connection.engine.dispose()  # the idle connections are probably gone too, as after a restart
         raise wrapped from error
     except BaseException as error:  # the answer was not read to its end: nobody may use this connection again
         connection.invalidate(error)

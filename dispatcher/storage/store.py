@@ -8,8 +8,8 @@ database. What holds for all of it:
 - **Transactions.** Each operation commits by itself, as a whole or not at all. After a deadlock, a serialization
   failure or a busy database the whole operation is run again.
 - **Locks.** Rows of one table are locked in the order of their ids; of a chain and its delivery the delivery is first.
-- **Errors.** `ServiceUnavailable` when the database cannot be reached; the commit may then have succeeded or not. Any
-  other `DBAPIError` is raised as it is, and nothing is written.
+- **Errors.** `ServiceUnavailable` when the database cannot be reached; its `written` is None if the commit may have
+  succeeded. Any other `DBAPIError` is raised as it is, and nothing is written.
 - **Bad rows.** A row whose JSON cannot be used is read and begun like the others. The value of that column is then an
   `Unreadable`, which raises `UnreadableRow` for whoever uses it.
 - **Time.** `now` is domain time, given by the caller. Machine time is the database's clock (`clock`), read when the

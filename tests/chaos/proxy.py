@@ -1,8 +1,10 @@
-"""A TCP proxy on the loopback that can cut, delay and half-open the connections through it."""
+"""A TCP proxy on the loopback that can cut, delay and half-open the connections through it, and lose an answer."""
 
 import asyncio
+import re
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -17,12 +19,20 @@ class Proxy:
         self.delay_seconds = 0.0
         self.silent = False
         """While true nothing is forwarded and nothing is closed: the other side has vanished."""
+        self.lost = 0
+        """How many answers were lost."""
+        self._lossy = re.compile(b"")
+        self._to_lose = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"proxy-{target}", daemon=True)
         self._thread.start()
+
+    def lose_answers(self, pattern: bytes, times: int = 1) -> None:
+        """Lose the answers to the next questions that have this pattern: the server acts, the connection is cut."""
+        self._lossy, self._to_lose = re.compile(pattern), times
 
     def cut(self) -> None:
         """Close every connection; new ones are taken."""
@@ -70,16 +80,35 @@ class Proxy:
             self._writers.discard(writer)
             return
         self._writers.add(there)
-        await asyncio.gather(self._pump(reader, there), self._pump(there_reader, writer))
+        unanswered = asyncio.Event()
+        await asyncio.gather(
+            self._pump(reader, there, lambda data: self._note_question(data, unanswered)),
+            self._pump(there_reader, writer, lambda _: self._loses(unanswered)),
+        )
         for one in (writer, there):
             self._writers.discard(one)
             one.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _note_question(self, data: bytes, unanswered: asyncio.Event) -> bool:
+        if self._to_lose and self._lossy.search(data):
+            self._to_lose -= 1
+            unanswered.set()
+        return False
+
+    def _loses(self, unanswered: asyncio.Event) -> bool:
+        self.lost += unanswered.is_set()
+        return unanswered.is_set()
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cuts: Callable[[bytes], bool]
+    ) -> None:
         with suppress(OSError):
             while data := await reader.read(_CHUNK):
                 if self.silent:
                     continue
+                if cuts(data):
+                    writer.transport.abort()
+                    return
                 if self.delay_seconds:
                     await asyncio.sleep(self.delay_seconds)
                 writer.write(data)

@@ -41,7 +41,7 @@ def below(error: type[DispatcherError]) -> list[type[DispatcherError]]:
 
 ERRORS = sorted({error for error in below(DispatcherError) if error.__module__.startswith("dispatcher.")}, key=str)
 
-SAMPLES = {"chain_id": 7, "chain_ids": [1, 2], "written": False, "found": None}
+SAMPLES = {"chain_id": 7, "chain_ids": [1, 2], "written": None, "found": None}
 
 
 def sample(error: type[DispatcherError]) -> DispatcherError:
@@ -116,8 +116,14 @@ def test_a_chain_error_names_the_chain_and_gives_the_detail_if_there_is_one():
 
 def test_an_unpublished_enqueue_says_whether_the_request_is_written():
     assert EnqueueNotPublished(7).written is True
-    assert "its request is written" in str(EnqueueNotPublished(7, "timeout"))
-    assert "nothing was written" in str(EnqueueNotPublished(7, "timeout", written=False))
+    assert str(EnqueueNotPublished(7, "timeout")) == (
+        "chain 7: no message was published (timeout); its request is written, so the next sweep does the work"
+    )
+    unknown = "it is not known whether the request is written: enqueue it again, which is harmless"
+    assert str(EnqueueNotPublished(7, "timeout", written=None)) == (
+        f"chain 7: no message was published (timeout); {unknown}"
+    )
+    assert str(EnqueueNotPublished(None, "timeout", written=None)) == f"no message was published (timeout); {unknown}"
 
 
 def test_a_database_that_is_not_migrated_says_what_to_run():
@@ -134,6 +140,14 @@ def test_an_unserialisable_value_is_named_by_its_key():
 def test_an_unreachable_service_is_named_with_its_address():
     error = ServiceUnavailable("database", "postgresql://host/db", "timed out")
     assert str(error) == "cannot reach the database at postgresql://host/db: timed out"
+    assert error.written is False
+
+
+def test_a_database_that_did_not_answer_to_a_commit_is_not_said_to_have_written_nothing():
+    error = ServiceUnavailable("database", "postgresql://host/db", "timed out", written=None)
+    assert str(error) == (
+        "the database at postgresql://host/db did not answer to a commit, which may have succeeded: timed out"
+    )
 
 
 def test_a_permanent_failure_carries_the_callers_text():
