@@ -8,7 +8,7 @@ from typing import Any, Final
 from dispatcher.domain.callbacks import LocalCall, choose_local
 from dispatcher.domain.config import Callback
 from dispatcher.domain.evaluation import GuardFailed
-from dispatcher.domain.records import ChainEvent, ChainRecord, DeliveryRecord, unsaved_record
+from dispatcher.domain.records import ChainEvent, ChainRecord, DeliveryRecord, Request, unsaved_record
 from dispatcher.domain.resources import Resource
 from dispatcher.domain.results import ChainResult
 from dispatcher.errors import (
@@ -268,7 +268,7 @@ class Chain:
         services = self._services
         self.refresh()
         record, delivery = self._record, self.open_delivery
-        result = services.dry_run.plan_in_worker(self.id, type_name=record.chain_type, resources=record.resources)
+        result = services.dry_run.plan_as_worker(self.id, type_name=record.chain_type, resources=record.resources)
         winner = result.transition
         return {
             "id": self.id,
@@ -301,7 +301,7 @@ class Chain:
             type_name=self.chain_type,
             resources=self.resources,
             stored_context=self._record.context,
-            context=context or {},
+            asked=Request(context),
             local=call,
         )
 

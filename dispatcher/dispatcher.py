@@ -13,7 +13,7 @@ from dispatcher import addresses
 from dispatcher.chain import Chain
 from dispatcher.domain.config import Callback, ChainType, DispatcherConfig
 from dispatcher.domain.records import ActionRecord, ChainRecord, DeliveryRecord, Owed, TypeRecord
-from dispatcher.domain.resources import Resource, checked_json, clean_resources, is_text
+from dispatcher.domain.resources import checked_json, clean_resources, is_text
 from dispatcher.domain.results import AttemptResult, ChainResult
 from dispatcher.errors import ConfigurationError
 from dispatcher.messages.publisher import CeleryApp, PublishFailed
@@ -218,7 +218,9 @@ class Dispatcher:
         """Ask the workers to execute the chain with these resources (created if absent); gives the task's id.
 
         The request is written to the chain's row first, so that the next sweep does the work if the message is lost.
-        Raises `EnqueueNotPublished` if the message could not be published (with `best_effort=True`: returns None).
+        Raises `EnqueueNotPublished` if the message could not be published (with `best_effort=True`: returns None), or
+        if the database did not answer to the commit; `ServiceUnavailable` if nothing could be written. A dry run plans
+        here and now, logs the plan on `dispatcher.plan`, and returns None.
         """
         return self._services.requests.enqueue(
             chain_type,
@@ -247,7 +249,8 @@ class Dispatcher:
 
         If the session is on the dispatcher's database, the request is written in the caller's transaction, so the
         commit cannot lose it. On another database the request is written after the commit; it is lost if the process
-        dies between the two. Arguments are checked now.
+        dies between the two. Arguments are checked now. What fails after the commit is logged, not raised. A dry run
+        plans after the commit.
         """
         self._services.requests.enqueue_on_commit(
             session,
@@ -269,27 +272,10 @@ class Dispatcher:
             return [self.plan_chain(chain_id) for chain_id in chain_ids]
         return self._services.executor.execute(chain_ids)
 
-    def plan_chain(
-        self,
-        chain_id: int | None,
-        *,
-        chain_type: str = "",
-        resources: Iterable[tuple[str, str]] = (),
-        context: Mapping[str, Any] | None = None,
-        callback: str | None = None,
-    ) -> ChainResult:
-        """The plan for one chain, as a worker would make it. The plan is logged and nothing changes.
-
-        A chain that does not exist is planned in the state NEW.
-        """
+    def plan_chain(self, chain_id: int) -> ChainResult:
+        """The plan for one chain, as a worker would make it. The plan is logged and nothing changes."""
         self._ready()
-        checked: tuple[Resource, ...] = ()
-        if chain_id is None:
-            self.config.get(chain_type)
-            checked = clean_resources(resources)
-        return self._services.dry_run.plan_in_worker(
-            chain_id, type_name=chain_type, resources=checked, context=context, callback=callback
-        )
+        return self._services.dry_run.plan_as_worker(chain_id, type_name="")
 
     def deliver(self, owed: Sequence[Owed]) -> list[AttemptResult]:
         """Make one attempt at each of these deliveries; gives one result for each."""

@@ -98,6 +98,7 @@ def wire(
     pacing = Pacing(limiter=RateLimiter(locks.client, prefix=settings.prefix), own_clock=clock is not None)
     ends = Ends(settings=settings, database=database, store=store, publisher=publisher, random=random.random)
     operations = Operations(config=config, settings=settings, database=database)
+    dry_run = DryRun(config=config, database=database, locks=locks, paused=paused)
     return Services(
         config=config,
         settings=settings,
@@ -113,6 +114,7 @@ def wire(
             store=store,
             migrated=migrated,
             publisher=publisher,
+            plan=dry_run.plan_as_worker,
         ),
         executor=Executor(
             config=config,
@@ -123,7 +125,7 @@ def wire(
             store=store,
             paused=paused,
         ),
-        dry_run=DryRun(config=config, database=database, locks=locks, paused=paused),
+        dry_run=dry_run,
         attempts=Attempts(
             config=config,
             settings=settings,

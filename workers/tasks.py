@@ -111,10 +111,10 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
         return _named_outcome(lambda: dispatcher.prune(tick=True))
 
     @task(EXECUTE, time_limit=settings.execute_seconds, bind=True, max_retries=_BUSY_RETRIES)
-    def execute_chain(self: Task, chain_ids: Any = (), dry_run: Any = None, plan: Any = None) -> Any:
+    def execute_chain(self: Task, chain_ids: Any = (), dry_run: Any = None) -> Any:
         ids = chain_ids_of(chain_ids)
         if dry_run:
-            return _named_outcome(lambda: _plan(dispatcher, ids, plan))
+            return _named_outcome(lambda: summary_of_chains([dispatcher.plan_chain(chain_id) for chain_id in ids]))
         results = dispatcher.execute_chains(ids)
         busy = [result.chain_id for result in results if result.outcome in (Outcome.LOCKED, Outcome.PENDING)]
         on_demand = self.request.delivery_info.get("routing_key") == REQUESTS_QUEUE
@@ -217,25 +217,6 @@ def summary_of_attempts(results: Sequence[AttemptResult]) -> Any:
 
 def _counted(results: Iterable[ChainResult | AttemptResult]) -> dict[str, int]:
     return dict(Counter(str(result.outcome) for result in results))
-
-
-def _plan(dispatcher: Dispatcher, ids: Sequence[int], plan: Any) -> Any:
-    plan = plan if isinstance(plan, dict) else {}
-    context, callback = plan.get("context"), plan.get("callback")
-    options: dict[str, Any] = {
-        "context": context if isinstance(context, dict) else None,
-        "callback": callback if isinstance(callback, str) else None,
-    }
-    if ids:
-        return summary_of_chains([dispatcher.plan_chain(chain_id, **options) for chain_id in ids])
-    type_name, resources = plan.get("chain_type"), plan.get("resources")
-    result = dispatcher.plan_chain(
-        None,
-        chain_type=type_name if isinstance(type_name, str) else "",
-        resources=resources if isinstance(resources, list) else (),
-        **options,
-    )
-    return summary_of_chains([result])
 
 
 def _named_outcome(call: Callable[[], Any]) -> Any:

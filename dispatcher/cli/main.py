@@ -154,7 +154,7 @@ def enqueue(  # noqa: PLR0917 - click passes all of them by name
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Have the workers execute the chain of these resources; print the task's id."""
+    """Have the workers execute the chain of these resources; print the task's id. A dry run logs the plan only."""
     task_id = open_dispatcher().enqueue(
         type_name,
         resources,
@@ -165,7 +165,7 @@ def enqueue(  # noqa: PLR0917 - click passes all of them by name
     )
     if as_json:
         print_json({"task_id": task_id})
-    else:
+    elif task_id is not None:  # a dry run has none; its plan is logged
         click.echo(task_id)
 
 

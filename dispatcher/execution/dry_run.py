@@ -41,15 +41,15 @@ class DryRun:
         *,
         type_name: str,
         resources: Sequence[Resource] = (),
-        context: Mapping[str, Any] | None = None,
         stored_context: Mapping[str, Any] | None = None,
-        callback: str | None = None,
+        asked: Request | None = None,
         local: LocalCall | None = None,
     ) -> ChainResult:
         """Evaluate one chain, log the transition that would be planned, and return the result. Writes nothing.
 
-        With `chain_id=None` it evaluates an unsaved chain in NEW with these resources. Raises `GuardFailed` if a guard
-        raises an error, and `UnreadableRow` if the chain's context or request cannot be read.
+        `asked` is evaluated instead of the request in the chain's row. With `chain_id=None` it evaluates an unsaved
+        chain in NEW with these resources and this stored context. Raises `GuardFailed` if a guard raises an error, and
+        `UnreadableRow` if the chain's context or request cannot be read.
         """
         with self._database.read() as connection:
             now = self._database.now(connection)
@@ -63,9 +63,7 @@ class DryRun:
             standing = Outcome.LOCKED
         if standing is None and record.chain_type in self._paused:
             standing = Outcome.PAUSED
-        asked = record.request or Request()
-        if context is not None or callback is not None:
-            asked = Request(context, callback, None, None)
+        asked = asked or record.request or Request()
         chain_type = self._config.by_type.get(record.chain_type)
         evaluated = _evaluate(record, chain_type, asked.context, now)
         if isinstance(evaluated.error, GuardFailed | UnreadableRow):
@@ -78,18 +76,20 @@ class DryRun:
         outcome = standing or (Outcome.DRY_RUN if result.transition else result.outcome)
         return replace(result, outcome=outcome)
 
-    def plan_in_worker(
+    def plan_as_worker(
         self,
         chain_id: int | None,
         *,
         type_name: str,
         resources: Sequence[Resource] = (),
-        context: Mapping[str, Any] | None = None,
-        callback: str | None = None,
+        stored_context: Mapping[str, Any] | None = None,
+        asked: Request | None = None,
     ) -> ChainResult:
         """Like `plan`, but an error that it raises is logged, and the outcome is `GUARD_FAILED`."""
         try:
-            return self.plan(chain_id, type_name=type_name, resources=resources, context=context, callback=callback)
+            return self.plan(
+                chain_id, type_name=type_name, resources=resources, stored_context=stored_context, asked=asked
+            )
         except (GuardFailed, UnreadableRow) as error:
             emit(
                 logger,

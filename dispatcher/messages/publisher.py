@@ -87,15 +87,12 @@ class Publisher:
         *,
         queue: str,
         dry_run: bool = False,
-        plan: Mapping[str, Any] | None = None,
         producer: Producer | None = None,
     ) -> str:
         """Publish one execution of these chains; gives the task's id. Raises `PublishFailed`."""
         kwargs: dict[str, Any] = {"chain_ids": list(chain_ids)}
         if dry_run:
             kwargs["dry_run"] = True
-        if plan is not None:
-            kwargs["plan"] = dict(plan)
         return self._send(EXECUTE, kwargs, queue, producer)
 
     def deliver(self, owed: Sequence[Owed], *, producer: Producer | None = None) -> None:

@@ -42,7 +42,7 @@ def _run(session: Session) -> None:
             emit(
                 logger,
                 Action.ENQUEUE_ON_COMMIT_FAILED,
-                "an enqueue after a commit failed: the caller's transaction is committed, but the request may be lost",
+                "an enqueue after a commit failed: the caller's transaction is committed, its enqueue may not be done",
                 error=error,
             )
 

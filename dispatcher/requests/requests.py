@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, Protocol, TypeVar, Unpack
 
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import DBAPIError
@@ -13,13 +13,14 @@ from sqlalchemy.orm import Session, scoped_session
 from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.domain.records import ChainRecord, Request
 from dispatcher.domain.resources import Resource, clean_resources
-from dispatcher.errors import EnqueueNotPublished, ServiceUnavailable
+from dispatcher.domain.results import ChainResult
+from dispatcher.errors import ChainMissing, EnqueueNotPublished, ServiceUnavailable
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import REQUESTS_QUEUE
 from dispatcher.requests.checks import Asked, checked_request
 from dispatcher.requests.on_commit import run_after_commit
 from dispatcher.settings import Settings
-from dispatcher.states import NEW
+from dispatcher.states import NEW, Outcome
 from dispatcher.storage import chains
 from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.revisions import Migrated
@@ -31,8 +32,23 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+class Planner(Protocol):
+    """Plans a chain with a request as a worker would, and logs the plan; nothing changes."""
+
+    def __call__(
+        self,
+        chain_id: int | None,
+        *,
+        type_name: str,
+        resources: Sequence[Resource],
+        stored_context: Mapping[str, Any] | None,
+        asked: Request,
+    ) -> ChainResult:
+        """The plan for the chain with this id; None: for a new one of these resources and this stored context."""
+
+
 class Requests:
-    """The requests of one deployment. `**asked` are the arguments in `checks.Asked`."""
+    """The requests of one deployment. `**asked` are the arguments in `checks.Asked`; `plan` makes the dry runs."""
 
     def __init__(
         self,
@@ -43,6 +59,7 @@ class Requests:
         store: Store,
         migrated: Migrated,
         publisher: Publisher,
+        plan: Planner,
     ) -> None:
         self._config = config
         self._settings = settings
@@ -50,6 +67,7 @@ class Requests:
         self._store = store
         self._migrated = migrated
         self._publisher = publisher
+        self._plan = plan
 
     # --- requests of applications ------------------------------------------------------------------------------------
 
@@ -62,21 +80,35 @@ class Requests:
         best_effort: bool,
         **asked: Unpack[Asked],
     ) -> str | None:
-        """Write and publish a request for the chain with these resources (created if absent); gives the task's id."""
+        """Write and publish a request for the chain with these resources (created if absent); gives the task's id.
+
+        A dry run plans and gives None.
+        """
         chain_type = self._config.get(type_name)
         resources = clean_resources(rsc_mappings)
         request = checked_request(chain_type, asked)
-        self._migrated.require()
         return self._enqueue(chain_type, resources, request, dry_run=dry_run, best_effort=best_effort)
 
     def enqueue_chain(
         self, record: ChainRecord, *, dry_run: bool, best_effort: bool, **asked: Unpack[Asked]
     ) -> str | None:
-        """Write and publish a request for a chain that was read; gives the task's id. Raises `ChainMissing`."""
+        """Write and publish a request for a chain that was read; gives the task's id. Raises `ChainMissing`.
+
+        A dry run plans and gives None.
+        """
         request = checked_request(self._config.get(record.chain_type), asked)
         chain_id = record.id or None  # None: a dry run has not created the chain
         if dry_run or self._settings.dry_run or chain_id is None:
-            return self._publish_dry_run(chain_id, record.chain_type, record.resources, request)
+            planned = self._plan(
+                chain_id,
+                type_name=record.chain_type,
+                resources=record.resources,
+                stored_context=record.context,
+                asked=request,
+            )
+            if planned.outcome == Outcome.MISSING:
+                raise ChainMissing(record.id)
+            return None
         self._write(lambda: self._store.write_request(chain_id, request), chain_id)
         return self._publish(chain_id, best_effort=best_effort)
 
@@ -111,7 +143,8 @@ class Requests:
             )
             run_after_commit(session, partial(self._publish, chain_id, best_effort=True))
         else:
-            run_after_commit(session, partial(self._enqueue_later, chain_type, resources, request, dry_run=dry_run))
+            enqueue = partial(self._enqueue, chain_type, resources, request, dry_run=dry_run, best_effort=True)
+            run_after_commit(session, enqueue)
 
     # --- creation of chains ------------------------------------------------------------------------------------------
 
@@ -147,12 +180,6 @@ class Requests:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _enqueue_later(
-        self, chain_type: ChainType, resources: Sequence[Resource], request: Request, *, dry_run: bool
-    ) -> None:
-        self._migrated.require()
-        self._enqueue(chain_type, resources, request, dry_run=dry_run, best_effort=True)
-
     def _enqueue(
         self,
         chain_type: ChainType,
@@ -162,11 +189,13 @@ class Requests:
         dry_run: bool,
         best_effort: bool,
     ) -> str | None:
+        self._migrated.require()
         type_name = chain_type.chain_type
         if dry_run or self._settings.dry_run:
             with self._database.read() as connection:
-                chain_id = chains.find_exact(connection, type_name, resources)
-            return self._publish_dry_run(chain_id, type_name, resources, request)
+                found = chains.find_exact(connection, type_name, resources)
+            self._plan(found, type_name=type_name, resources=resources, stored_context=None, asked=request)
+            return None
         due = bool(chain_type.candidates(NEW))
         chain_id = self._write(lambda: self._store.request_chain(type_name, resources, request, due=due))
         return self._publish(chain_id, best_effort=best_effort)
@@ -207,22 +236,6 @@ class Requests:
                 )
                 return None
             raise EnqueueNotPublished(chain_id, problem) from error
-
-    def _publish_dry_run(
-        self, chain_id: int | None, type_name: str, resources: Sequence[Resource], request: Request
-    ) -> str:
-        """Publish a dry run; gives the task's id. The task changes nothing. The request is only in its message."""
-        plan = {
-            "chain_type": type_name,
-            "resources": [list(pair) for pair in resources],
-            "context": request.context,
-            "callback": request.callback,
-        }
-        ids = [] if chain_id is None else [chain_id]
-        try:
-            return self._publisher.execute(ids, queue=REQUESTS_QUEUE, dry_run=True, plan=plan)
-        except PublishFailed as error:
-            raise EnqueueNotPublished(chain_id or 0, str(error), written=False) from error
 
     def _shares_database(self, theirs: URL) -> bool:
         """Whether the URL of a caller's database is that of the dispatcher's database."""

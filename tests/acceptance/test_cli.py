@@ -143,6 +143,14 @@ def test_a_dry_run_logs_the_plan_and_creates_nothing(run: CommandLine) -> None:
     assert run.json("chains", "list") == []
 
 
+def test_a_dry_enqueue_logs_the_plan_and_needs_no_broker(run: CommandLine) -> None:
+    done = run("enqueue", "invoice", "customer=7", "--dry-run")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "planned chain_id=None chain_type=invoice from=new to=reminded transition=Remind" in done.stderr
+    assert run.json("enqueue", "invoice", "customer=7", "--dry-run") == {"task_id": None}
+    assert run.json("chains", "list") == []
+
+
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
 def test_a_sweep_counts_the_due_chains(run: CommandLine, redis_url: str, option: list[str]) -> None:
     run.json("execute", "invoice", "customer=7")

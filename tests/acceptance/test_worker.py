@@ -67,20 +67,6 @@ def test_a_named_callback_gets_its_kwargs_and_the_context_as_json_gives_them(
     assert chain.deliveries[0].callback == "named:answer"
 
 
-def test_an_enqueued_dry_run_is_logged_and_changes_nothing(
-    celery_setup: CeleryTestSetup, deployment: Deployment, client: Dispatcher, new_chain: Callable[..., Chain]
-) -> None:
-    chain = new_chain("single")
-    chain.enqueue(dry_run=True)
-    client.enqueue("single", [("test", "never created")], dry_run=True)
-    planned = "chain_type=single from=new to=first_sent transition=First callback=type"
-    for chain_id in (chain.id, None):
-        celery_setup.worker.assert_log_exists(f"planned chain_id={chain_id} {planned}", timeout=45)
-    assert [event.action for event in chain.events] == ["created"]
-    assert client.find_chains(resource=("test", "never created")) == []
-    assert deployment.sink.lines(chain_id=chain.id) == []
-
-
 # --- what a worker says -----------------------------------------------------------------------------------------------
 
 

@@ -153,21 +153,11 @@ def messages(deployment: Deployment) -> st.SearchStrategy[tuple[str, Any, Any]]:
     ids = st.sampled_from([chain.id for chain in deployment.chains.values()])
     delivery_ids = st.sampled_from([delivery.id for delivery in deployment.deliveries.values()])
     pairs = st.lists(st.one_of(delivery_ids, ids, leaves), max_size=3) | st.tuples(delivery_ids, numbers).map(list)
-    plans = st.fixed_dictionaries(
-        {},
-        optional={
-            "chain_type": st.just(shop.CHAIN_TYPE) | anything,
-            "resources": st.lists(st.lists(texts, min_size=2, max_size=2), max_size=3) | anything,
-            "context": anything,
-            "callback": texts | anything,
-        },
-    )
     values = {
         "chain_ids": st.lists(ids | anything, max_size=5) | anything,
         "chain_type": st.just(shop.CHAIN_TYPE) | anything,
         "deliveries": st.lists(pairs | anything, max_size=5) | anything,
         "dry_run": st.booleans() | anything,
-        "plan": plans | anything,
         "self": anything,
     }
     some = st.fixed_dictionaries({}, optional=values)
@@ -203,9 +193,7 @@ def test_no_import_path_is_taken_from_a_message_a_call_or_a_row(
     dispatcher, chain = deployment.dispatcher, deployment.chains["due"]
     called = []
     monkeypatch.setattr("os.system", called.append)
-    plan = {"chain_type": shop.CHAIN_TYPE, "resources": [["a", "b"]], "callback": callback, "context": {}}
 
-    assert deployment.receive(EXECUTE, [], {"dry_run": True, "plan": plan})
     for call in (chain.enqueue, chain.execute):
         with pytest.raises(ConfigurationError, match="registered"):
             call(callback=callback)  # type: ignore[operator]
@@ -307,8 +295,6 @@ def calls(dispatcher: Dispatcher, chain: Chain) -> dict[str, Callable[[str], Any
         "find deliveries": lambda text: dispatcher.find_deliveries(chain_type=text),
         "find ids": lambda text: dispatcher.find_deliveries(delivery_ids=[text]),
         "find status": lambda text: dispatcher.find_deliveries(statuses=[text]),  # type: ignore[list-item]
-        "plan": lambda text: dispatcher.plan_chain(None, chain_type=text, resources=[("t", text)]),
-        "plan callback": lambda text: dispatcher.plan_chain(chain.id, callback=text, context={text: text}),
         "disable resource": lambda text: dispatcher.disable_resource(("t", text), text),
         "enable resource": lambda text: dispatcher.enable_resource((text, "1")),
         "resource reason": lambda text: dispatcher.disable_resource(("t", text), reason=text),

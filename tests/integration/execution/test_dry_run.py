@@ -4,17 +4,20 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
 
-from dispatcher import DONE, NEW, Chain, Dispatcher
+from dispatcher import DONE, NEW, Chain, ChainMissing, ConfigurationError, Dispatcher, NotSerializable
 from dispatcher.coordination.locks import ChainLocks
 from dispatcher.domain.records import Owed
 from dispatcher.storage.models import ChainRow
 from tests.integration import shop
 from tests.integration.conftest import DispatcherFactory
-from workers.tasks import _plan
 
 pytestmark = pytest.mark.integration
 
@@ -95,22 +98,127 @@ def test_an_in_process_dry_run_leaves_every_row_and_key_as_it_was(world: World, 
     assert shop.take_messages(broker_url, shop.CHAINS) == []
 
 
-def test_an_enqueued_dry_run_travels_in_its_message_and_is_planned_by_the_worker(world: World, broker_url: str) -> None:
+def plans(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines on `dispatcher.plan`."""
+    return [record.getMessage() for record in caplog.records if record.name == "dispatcher.plan"]
+
+
+def test_a_dry_enqueue_plans_here_and_publishes_nothing(
+    world: World, broker_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="dispatcher.plan")
     with world.unchanged():
         for chain in world.chains.values():
-            chain.enqueue(initial_context={"a": 1}, callback="send", dry_run=True)
-        world.dispatcher.enqueue(shop.CHAIN_TYPE, [("online_booking", "nobody's")], dry_run=True)
-    messages = shop.take_messages(broker_url, shop.REQUESTS)
-    assert len(messages) == len(world.chains) + 1
-    assert all(message.kwargs["dry_run"] is True for message in messages)
-    assert messages[0].kwargs["plan"]["context"] == {"a": 1}
+            assert chain.enqueue(initial_context={"a": 1}, callback="send", dry_run=True) is None
+        nobodys = [("online_booking", "nobody's")]
+        assert world.dispatcher.enqueue(shop.CHAIN_TYPE, nobodys, callback="send", dry_run=True) is None
+        mine = world.chains["new"].resources
+        assert world.dispatcher.enqueue(shop.CHAIN_TYPE, mine, dry_run=True) is None
 
-    with world.unchanged():
-        said = [
-            _plan(world.dispatcher, message.kwargs["chain_ids"], message.kwargs["plan"])["outcome"]
-            for message in messages
-        ]
-    assert said == [*OUTCOMES.values(), "dry_run"]
+    assert shop.take_messages(broker_url, shop.REQUESTS) == []
+    lines = plans(caplog)
+    for (name, chain), line in zip(world.chains.items(), lines, strict=False):
+        assert f"planned chain_id={chain.id} chain_type=cart" in line
+        outcome = OUTCOMES[name]
+        if outcome in ("none", "terminal"):
+            assert line.startswith("nothing planned") and f"outcome={outcome}" in line
+        elif outcome != "dry_run":
+            assert line.endswith(f" blocked={outcome}")
+    assert lines[0].endswith("callback=named:send")
+    assert lines[-2:] == [
+        "planned chain_id=None chain_type=cart from=new to=reminded transition=Remind callback=named:send",
+        lines[0].replace("callback=named:send", "callback=type"),
+    ]
+
+
+def test_a_dry_enqueue_needs_no_broker(
+    make_dispatcher: Callable[..., Dispatcher], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="dispatcher.plan")
+    config = shop.cart({NEW: [shop.transition("Remind", "reminded")]}, callback=shop.Sink())
+    dispatcher = make_dispatcher(config, broker_url=None, redis_url=None)
+
+    assert dispatcher.enqueue(shop.CHAIN_TYPE, shop.BOOKING, dry_run=True) is None
+    assert shop.new_chain(dispatcher).enqueue(dry_run=True) is None
+
+    assert [line.startswith("planned") for line in plans(caplog)] == [True, True]
+    assert [chain.resources for chain in dispatcher.find_chains()] == [(("online_booking", "b0"),)]
+
+
+@pytest.mark.parametrize("by_resources", [True, False])
+def test_a_dry_enqueue_plans_with_its_own_request_and_not_with_the_one_that_it_would_replace(
+    make_dispatcher: Callable[..., Dispatcher], caplog: pytest.LogCaptureFixture, *, by_resources: bool
+) -> None:
+    caplog.set_level(logging.INFO, logger="dispatcher.plan")
+    seen: list[Any] = []
+    sees = shop.transition("Sees", "seen", lambda self: not seen.append(self.context.get("a")))
+    dispatcher = make_dispatcher(shop.cart({NEW: [sees]}, callbacks={"send": shop.Sink()}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    chain.enqueue(initial_context={"a": "stored"}, callback="send")
+
+    if by_resources:
+        dispatcher.enqueue(shop.CHAIN_TYPE, chain.resources, dry_run=True)
+    else:
+        chain.enqueue(dry_run=True)
+
+    assert seen == [None]
+    assert plans(caplog)[0].endswith("callback=type")
+
+
+def test_a_guard_that_raises_in_a_dry_enqueue_is_logged(
+    make_dispatcher: Callable[..., Dispatcher], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As nobody who enqueues gets a guard's error in a real run."""
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Bad", "bad", shop.Raises(LookupError("gone")))]}))
+
+    assert dispatcher.enqueue(shop.CHAIN_TYPE, shop.BOOKING, dry_run=True) is None
+    assert shop.new_chain(dispatcher).enqueue(dry_run=True) is None
+
+    said = [vars(record).get("action") for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == ["dry_run_failed", "dry_run_failed"] and "gone" in caplog.text
+
+
+def test_a_dry_enqueue_refuses_what_a_real_one_would(make_dispatcher: Callable[..., Dispatcher]) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Never]}))
+    chain = shop.new_chain(dispatcher)
+    for call in (chain.enqueue, partial(dispatcher.enqueue, shop.CHAIN_TYPE, shop.BOOKING)):
+        with pytest.raises(ConfigurationError, match="registered"):
+            call(callback="sned", dry_run=True)
+        with pytest.raises(NotSerializable, match="'a'"):
+            call(initial_context={"a": object()}, dry_run=True)
+    dispatcher.erase_resource(("online_booking", "b0"))
+    with pytest.raises(ChainMissing):
+        chain.enqueue(dry_run=True)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("whole_deployment", [True, False])
+def test_a_dry_enqueue_on_commit_plans_when_the_session_commits(
+    make_dispatcher: Callable[..., Dispatcher],
+    database_url: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    shares: bool,
+    whole_deployment: bool,
+) -> None:
+    caplog.set_level(logging.INFO, logger="dispatcher.plan")
+    config = shop.cart({NEW: [shop.transition("Remind", "reminded")]}, callbacks={"send": shop.Sink()})
+    dispatcher = make_dispatcher(config, broker_url=None, redis_url=None, dry_run=whole_deployment)
+    before = shop.dump_rows(dispatcher)
+    engine = create_engine(database_url if shares else f"sqlite:///{tmp_path / 'shop.sqlite'}")
+    asked: dict[str, Any] = {"callback": "send", "dry_run": not whole_deployment}
+    with Session(engine) as session:
+        dispatcher.enqueue_on_commit(session, shop.CHAIN_TYPE, shop.BOOKING, **asked)
+        session.rollback()
+        dispatcher.enqueue_on_commit(session, shop.CHAIN_TYPE, shop.BOOKING, **asked)
+        assert plans(caplog) == []
+        session.commit()
+    engine.dispose()
+
+    line = "planned chain_id=None chain_type=cart from=new to=reminded transition=Remind callback=named:send"
+    assert plans(caplog) == [line]
+    assert shop.dump_rows(dispatcher) == before
 
 
 def test_a_dry_sweep_publishes_dry_executions_and_leaves_every_row_and_key_as_it_was(
@@ -133,20 +241,20 @@ def test_a_deployment_on_dry_run_changes_nothing_in_any_way_in(
         for name, chain in world.chains.items():
             mine = dry.chain(chain.id or 0)
             assert mine.execute(callback=world.sink)["outcome"] == OUTCOMES[name]
-            mine.enqueue(initial_context={"b": 2})
+            assert mine.enqueue(initial_context={"b": 2}) is None
         ids = [chain.id or 0 for chain in world.chains.values()]
         assert [str(one.outcome) for one in dry.execute_chains(ids)] == list(OUTCOMES.values())
         assert [str(one.outcome) for one in dry.deliver([Owed(world.owed.id, 1)])] == ["dry_run"]
         assert dry.sweep(tick=True)["dry_run"] is True
         assert dry.relay(tick=True)["relayed"] == dry.relay(tick=True)["settled"] == 0
         assert dry.prune(days=0.001, tick=True)["events"] == 0
-        dry.enqueue(shop.CHAIN_TYPE, [("online_booking", "nobody's")])
+        assert dry.enqueue(shop.CHAIN_TYPE, [("online_booking", "nobody's")]) is None
         unsaved = dry.get_or_create_resource_chain(shop.CHAIN_TYPE, [("online_booking", "nobody's")])
         assert unsaved.id is None and unsaved.execute()["outcome"] == "dry_run"
-        unsaved.enqueue()
-    for queue in (shop.REQUESTS, shop.CHAINS):
-        assert all(message.kwargs["dry_run"] is True for message in shop.take_messages(broker_url, queue))
-    assert shop.take_messages(broker_url, shop.CALLBACKS) == []
+        assert unsaved.enqueue() is None
+    assert all(message.kwargs["dry_run"] is True for message in shop.take_messages(broker_url, shop.CHAINS))
+    for queue in (shop.REQUESTS, shop.CALLBACKS):
+        assert shop.take_messages(broker_url, queue) == []
 
 
 def test_what_is_planned_is_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -181,13 +289,20 @@ def test_a_locked_chain_is_reported_and_its_lock_stays(world: World) -> None:
     locks.close()
 
 
-def test_an_unknown_chain_is_planned_as_an_unsaved_new_one(world: World) -> None:
-    with world.unchanged():
-        result = world.dispatcher.plan_chain(None, chain_type=shop.CHAIN_TYPE, resources=shop.BOOKING, context={"a": 1})
+def test_a_chain_that_does_not_exist_is_planned_as_a_new_one(make_dispatcher: Callable[..., Dispatcher]) -> None:
+    seen: list[Any] = []
+    sees = shop.transition("Sees", "seen", lambda self: not seen.append((self.chain, self.context)))
+    dispatcher = make_dispatcher(shop.cart({NEW: [sees]}), dry_run=True)
 
-    assert (result.outcome, result.chain_id, result.state) == ("dry_run", None, NEW)
-    assert result.transition is not None
-    assert result.transition.context == {"a": 1, "resources": shop.BOOKING}
+    dispatcher.enqueue(shop.CHAIN_TYPE, shop.BOOKING, initial_context={"a": 1})
+    unsaved = dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, shop.BOOKING, initial_context={"stored": 2})
+    unsaved.enqueue(initial_context={"a": 3})
+
+    assert [(chain.id, chain.state) for chain, _ in seen] == [(0, NEW)] * 2
+    assert [context for _, context in seen] == [
+        {"a": 1, "resources": shop.BOOKING},
+        {"stored": 2, "a": 3, "resources": shop.BOOKING},
+    ]
 
 
 def test_a_guard_that_raises_in_a_dry_run_counts_no_failure(make_dispatcher: Callable[..., Dispatcher]) -> None:

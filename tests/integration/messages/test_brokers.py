@@ -1,6 +1,5 @@
 """The same promises on both brokers: what is published, what is counted, and what a broker that fails cannot break."""
 
-import logging
 import signal
 import socket
 import threading
@@ -218,26 +217,6 @@ def test_a_sweep_adds_nothing_to_a_full_queue(make_dispatcher: shop.Make, broker
 
 
 # --- dry run ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_dry_run_publishes_what_is_to_be_planned_and_writes_nothing(
-    make_dispatcher: shop.Make, broker_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    dispatcher = make_dispatcher(CONFIG)
-    before = shop.dump_rows(dispatcher)
-
-    dispatcher.enqueue(shop.CHAIN_TYPE, shop.BOOKING, initial_context={"a": 1}, dry_run=True)
-
-    (message,) = shop.take_messages(broker_url, shop.REQUESTS)
-    assert message.kwargs["dry_run"] is True and message.kwargs["chain_ids"] == []
-    plan = message.kwargs["plan"]
-    assert (plan["chain_type"], plan["resources"]) == (shop.CHAIN_TYPE, [list(pair) for pair in shop.BOOKING])
-    with caplog.at_level(logging.INFO, "dispatcher.plan"):
-        result = dispatcher.plan_chain(
-            None, chain_type=plan["chain_type"], resources=plan["resources"], context=plan["context"]
-        )
-    assert result.outcome == "dry_run" and "planned" in caplog.text
-    assert shop.dump_rows(dispatcher) == before
 
 
 def test_a_dry_run_sweep_changes_no_row(make_dispatcher: shop.Make, broker_url: str) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,19 @@ def test_whatever_keeps_the_message_a_commit_raises_nothing(
     assert shop.row_of(dispatcher, chain.id).request["context"] == {"a": 1}
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert vars(record)["action"] == "request_not_published", "it is written, and nothing is lost"
+
+
+def test_whatever_fails_after_a_commit_is_logged_and_not_raised(
+    make_dispatcher: shop.Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    naive = datetime(2030, 7, 1, 12)  # noqa: DTZ001 - on purpose
+    dispatcher = make_dispatcher(CONFIG, clock=lambda: naive)
+    engine = create_engine(f"sqlite:///{tmp_path / 'shop.sqlite'}")
+    with Session(engine) as session:
+        dispatcher.enqueue_on_commit(session, shop.CHAIN_TYPE, shop.BOOKING)
+        dispatcher.enqueue_on_commit(session, shop.CHAIN_TYPE, shop.BOOKING, dry_run=True)
+        session.commit()
+    engine.dispose()
+
+    said = [vars(record)["action"] for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == ["enqueue_on_commit_failed"] * 2
