@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import delete, func, literal, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.bounds import MAX_ERROR
@@ -203,15 +203,19 @@ def close_and_stay(
 
     The chain stays in its state. It is due at once, or when it is enabled.
     """
-    return _close_and_stay(connection, delivery, now=now, due_at=now, reason=reason, requested_by=requested_by)
+    if not _close(connection, delivery, status=DeliveryStatus.CANCELLED, error=reason):
+        return False
+    _stay(connection, delivery, now=now, due_at=now, reason=reason, requested_by=requested_by)
+    return True
 
 
 def call_off(connection: Connection, delivery: DeliveryRecord, *, now: datetime, reason: str) -> datetime | None:
     """Close a delivery that its last look has cancelled: when the chain is due; None when it changed since it was read.
 
-    The request that the plan took is put back, unless a newer one is there. The chain is due at once; from the second
-    cancelled delivery in one visit of the state on, after a growing interval that counts as failures. Else old and new
-    workers that disagree during a deploy would plan and cancel as fast as messages travel.
+    The request that the plan took is put back, unless a newer one is there. The chain is due at once. From the second
+    cancelled delivery in one visit of the state on, this counts in the chain's failures, and the chain is due after a
+    growing interval, unless a newer request waits. Else old and new workers that disagree during a deploy would plan
+    and cancel as fast as messages travel.
     """
     last_move = select(func.max(EVENT.c.move_version)).where(EVENT.c.chain_id == delivery.chain_id).scalar_subquery()
     before = connection.execute(
@@ -222,16 +226,20 @@ def call_off(connection: Connection, delivery: DeliveryRecord, *, now: datetime,
             DELIVERY.c.callback != CallbackKind.LOCAL,
         )
     ).scalar_one()
-    due_at = now + back_off(delivery.chain_id, before) if before else now
+    if not _close(connection, delivery, status=DeliveryStatus.CANCELLED, error=reason):
+        return None
+    chain = select(CHAIN.c.request.is_not(None)).where(CHAIN.c.id == delivery.chain_id).with_for_update()
+    has_newer = connection.execute(chain).scalar_one_or_none()
+    due_at = now
+    if before and not has_newer:
+        due_at += back_off(delivery.chain_id, before)
     taken = delivery.taken_request
-    request = CHAIN.c.request if taken is None else func.coalesce(CHAIN.c.request, literal(taken, CHAIN.c.request.type))
-    done = _close_and_stay(
-        connection, delivery, now=now, due_at=due_at, reason=reason, failures=before, request=request
-    )
-    return due_at if done else None
+    request = CHAIN.c.request if has_newer or taken is None else taken
+    _stay(connection, delivery, now=now, due_at=due_at, reason=reason, failures=before, request=request)
+    return due_at
 
 
-def _close_and_stay(
+def _stay(
     connection: Connection,
     delivery: DeliveryRecord,
     *,
@@ -240,9 +248,8 @@ def _close_and_stay(
     reason: str,
     requested_by: str | None = None,
     **values: Any,
-) -> bool:
-    if not _close(connection, delivery, status=DeliveryStatus.CANCELLED, error=reason):
-        return False
+) -> None:
+    """Let the chain of a delivery that was just cancelled stay in its state. Raises `LostChain`."""
     done = connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == delivery.chain_id, CHAIN.c.pending_delivery_id == delivery.id)
@@ -257,7 +264,6 @@ def _close_and_stay(
     if not one_row(done):
         raise LostChain(delivery.chain_id)
     _event(connection, delivery, EventAction.CANCELLED, now=now, requested_by=requested_by, detail=reason)
-    return True
 
 
 def stop(

@@ -296,6 +296,32 @@ def test_a_request_is_not_put_back_before_a_newer_one(make_dispatcher: shop.Make
     assert shop.row_of(dispatcher, chain.id).request["context"] == {"request": "newer"}
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_after_a_second_last_look_only_a_newer_request_makes_the_chain_due_at_once(
+    make_dispatcher: shop.Make, broker_url: str, *, newer: bool
+) -> None:
+    valid, clock = [True], shop.Clock()
+    remind = shop.transition("Remind", "reminded", lambda _: valid[0])
+    dispatcher = make_dispatcher(shop.cart({NEW: [remind]}, callback=shop.Sink()), clock=clock)
+    chain = shop.new_chain(dispatcher)
+    chain.enqueue(initial_context={"a": 1})
+    for turn in range(2):
+        valid[0] = True
+        delivery = shop.planned(dispatcher, chain)
+        if turn and newer:
+            chain.enqueue(initial_context={"a": 2})
+        shop.take_messages(broker_url, shop.CHAINS)
+        valid[0] = False
+        assert shop.attempt(dispatcher, delivery).outcome == "cancelled"
+
+    row = shop.row_of(dispatcher, chain.id)
+    assert row.request["context"] == {"a": 2 if newer else 1}
+    assert (row.due_at == clock.now) is newer and row.due_at < clock.now + timedelta(minutes=5)
+    assert [message.kwargs for message in shop.take_messages(broker_url, shop.CHAINS)] == (
+        [{"chain_ids": [chain.id]}] if newer else []
+    ), "a chain that is due at once is published at once"
+
+
 def test_a_person_who_cancels_a_delivery_cancels_its_request(make_dispatcher: shop.Make) -> None:
     dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
     chain = shop.new_chain(dispatcher)

@@ -612,6 +612,39 @@ class TestCallOff:
             closed = deliveries.read(connection, begun.delivery.id)
         assert closed is not None and (closed.status, closed.request) == ("cancelled", None)
 
+    @pytest.mark.parametrize("taken", [None, Request({"n": 1})])
+    @pytest.mark.parametrize("disabled", [False, True])
+    def test_a_newer_request_makes_the_chain_due_at_once_however_often_it_was_called_off(
+        self, bench: Bench, taken: Request | None, *, disabled: bool
+    ) -> None:
+        record = bench.chain()
+        for visit in range(3):
+            if taken is not None:
+                bench.store.write_request(record.id, taken)
+            bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+            if visit == 2:
+                bench.store.write_request(record.id, Request({"n": 2}))
+                if disabled:
+                    bench.change(record, disabled=True)
+            due_at = call_off(bench, begun)
+        assert due_at == NOW
+        after = bench.read(record.id)
+        assert (after.due_at, after.request) == (None if disabled else NOW, Request({"n": 2}))
+        assert after.failures == 2
+
+    def test_a_request_that_is_called_off_again_and_again_waits_longer_and_longer(self, bench: Bench) -> None:
+        record, asked, waits = bench.chain(), Request({"n": 1}), []
+        bench.store.write_request(record.id, asked)
+        for _ in range(3):
+            bench.store.write(
+                [plan(bench.read(record.id), context=asked.context, kwargs=asked.kwargs)], now=NOW, timing=PENDING
+            )
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+            waits.append((call_off(bench, begun) - NOW).total_seconds())
+            assert bench.read(record.id).request == asked
+        assert waits[0] == 0 < waits[1] < waits[2]
+
 
 class TestCreateMany:
     def test_says_for_each_set_whether_it_was_made_here(self, bench: Bench) -> None:
