@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         NotSerializable,
         PermanentFailure,
         ServiceUnavailable,
+        WorkersNotStopped,
     )
     from dispatcher.rates import rate_limit
     from dispatcher.retry import RetryPolicy
@@ -65,6 +66,7 @@ __all__ = [
     "ServiceUnavailable",
     "Settings",
     "Transition",
+    "WorkersNotStopped",
     "rate_limit",
 ]
 

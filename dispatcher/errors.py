@@ -214,6 +214,27 @@ class DatabaseNotMigrated(DispatcherError):
         return f"the database {found}, this version needs {self.expected}: run `dispatcher db upgrade`"
 
 
+class WorkersNotStopped(DispatcherError):
+    """The tables cannot be upgraded now, because programs of the version before must not run beside the new revision.
+
+    `found` and `expected` are the revisions before and after. `problem` says what shows that such programs may run; it
+    is empty if nobody has said that they are stopped.
+    """
+
+    def __init__(self, found: str, expected: str, problem: str = "") -> None:
+        super().__init__(found, expected, problem)
+        self.found = found
+        self.expected = expected
+        self.problem = problem
+
+    def __str__(self) -> str:
+        upgrade = f"the upgrade of the database from revision {self.found} to {self.expected} needs stopped workers"
+        stop = "stop all workers, beats and applications"
+        if self.problem:
+            upgrade, stop = f"{upgrade}, but {self.problem}", f"{stop}, wait a minute"
+        return f"{upgrade}: {stop}, then run `dispatcher db upgrade --workers-stopped`"
+
+
 class ServiceUnavailable(DispatcherError):
     """A database, Redis or broker cannot be reached; `service` says which.
 

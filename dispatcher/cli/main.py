@@ -89,11 +89,15 @@ def db() -> None:
 
 
 @db.command()
-def upgrade() -> None:
-    """Create the tables, or bring them to this version's revision."""
+@click.option("--workers-stopped", is_flag=True, help="Say that no worker, beat or application runs.")
+def upgrade(workers_stopped: bool) -> None:
+    """Create the tables, or bring them to this version's revision.
+
+    Some revisions need --workers-stopped. It is refused while an attempt runs or a pass began less than a minute ago.
+    """
     from dispatcher.storage.migrations import runner  # noqa: PLC0415 - late, as in `deployment`
 
-    click.echo(f"the database is at revision {runner.upgrade(open_database())}")
+    click.echo(f"the database is at revision {runner.upgrade(open_database(), workers_stopped=workers_stopped)}")
 
 
 @db.command()

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 import dispatcher
+from dispatcher.storage.database import Database
+from tests.integration.storage import old_tables
 from tests.servers import PostgresServer
 
 CONFIG = """
@@ -361,4 +363,18 @@ def test_a_server_database_without_tables_says_what_to_run(run: CommandLine, pos
     assert "dispatcher db upgrade" in run.problem("chains", "list", DISPATCHER_DATABASE_URL=url)
     assert run("db", "upgrade", DISPATCHER_DATABASE_URL=url).returncode == 0
     assert run("chains", "list", DISPATCHER_DATABASE_URL=url).returncode == 0
+    postgres_server.drop_database(url)
+
+
+def test_an_upgrade_that_needs_stopped_workers_is_refused_without_the_option(
+    run: CommandLine, postgres_server: PostgresServer
+) -> None:
+    url = postgres_server.create_database()
+    database = Database(url)
+    old_tables.make(database)
+    database.dispose()
+    assert run.problem("db", "upgrade", DISPATCHER_DATABASE_URL=url).endswith(
+        "`dispatcher db upgrade --workers-stopped`"
+    )
+    assert run("db", "upgrade", "--workers-stopped", DISPATCHER_DATABASE_URL=url).returncode == 0
     postgres_server.drop_database(url)

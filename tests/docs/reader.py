@@ -444,12 +444,14 @@ def _make(words: list[str]) -> str | None:
 
 
 def _compose(words: list[str]) -> str | None:
-    """`docker compose up`: no containers here; its services must be those of the file."""
+    """`docker compose`: no containers here; the services must be those of the file."""
     text = (ROOT / "docker-compose.yml").read_text().partition("\nservices:\n")[2].partition("\nvolumes:\n")[0]
     services = set(re.findall(r"^  ([a-z]+):$", text, re.MULTILINE))
-    if words[1] != "compose" or words[2] not in ("up", "build"):
+    if words[1] != "compose" or words[2] not in ("up", "build", "stop", "run"):
         return f"no rule for {' '.join(words)}"
     named = {word.partition("=")[0] for word in words[3:] if not word.startswith("-")}
+    if words[2] == "run":
+        named = {next(word for word in words[3:] if not word.startswith("-"))}
     return f"no such service: {', '.join(sorted(named - services))}" if named - services else None
 
 

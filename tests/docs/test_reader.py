@@ -67,6 +67,7 @@ def test_hints_and_hidden_python_are_not_blocks_of_the_page(tmp_path: Path) -> N
         (block("sh", "pip install '/path/to/chain-dispatcher[oracle]'"), "no such extra: oracle"),
         (block("sh", "pip install dispatcher"), "the distribution is called"),
         (block("sh", "docker compose up workers"), "no such service: workers"),
+        (block("sh", "docker compose run --rm workers celery --version"), "no such service: workers"),
         (block("sh", "dispatcher chains lst"), "ended with 2"),
         (block("python", "print(undefined)"), "NameError"),
         (block("python", "def fragment(:"), "SyntaxError"),

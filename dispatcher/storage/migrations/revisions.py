@@ -12,6 +12,9 @@ from dispatcher.storage.dialects import is_conflict
 REVISIONS: Final = ("0002", "0001")
 """All revisions known here, newest first."""
 
+STOP_WORKERS: Final = frozenset({"0002"})
+"""The revisions beside which programs of the version before must not run. (Beside all others they may.)"""
+
 TABLE_PREFIX: Final = "chain_dispatcher_"
 
 VERSION: Final = Table(
@@ -56,8 +59,12 @@ def require_current(database: Database) -> None:
     """Raise `DatabaseNotMigrated` unless the tables are as new as this version needs; SQLite ones are upgraded instead.
 
     One query when all is well. A revision that this version does not know is accepted, because it is newer. During a
-    deployment old workers run on the new tables. A migration therefore either expands (it adds what old code ignores)
-    or, a release later, contracts (it drops what no running code uses any more), never both.
+    deployment old workers run on the new tables, except where `STOP_WORKERS` says otherwise. A migration therefore
+    either expands (it adds what old code ignores) or, a release later, contracts (it drops what no running code uses
+    any more), never both.
+
+    An SQLite file with rows is never upgraded under running workers: where stopped workers are needed, it is upgraded
+    only if no attempt runs and no periodic pass began within the last minute. Otherwise raises `WorkersNotStopped`.
     """
     try:
         found = current(database)
@@ -72,7 +79,13 @@ def require_current(database: Database) -> None:
         raise DatabaseNotMigrated(found, head())
     from dispatcher.storage.migrations.runner import upgrade  # noqa: PLC0415 - Alembic, which is needed only here
 
-    upgrade(database)
+    upgrade(database, workers_stopped=True)  # which looks whether it is true
+
+
+def needs_stopped_workers(found: str) -> bool:
+    """Whether a revision that is newer than `found` and known here needs stopped workers."""
+    newer = REVISIONS[: REVISIONS.index(found)] if found in REVISIONS else ()
+    return not STOP_WORKERS.isdisjoint(newer)
 
 
 def suffices(found: str | None) -> bool:

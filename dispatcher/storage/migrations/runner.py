@@ -7,6 +7,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from importlib.resources import files
 from typing import Any, Final
@@ -15,9 +16,22 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, func, select
 
-from dispatcher.errors import ServiceUnavailable
+from dispatcher.errors import ServiceUnavailable, WorkersNotStopped
+from dispatcher.states import DeliveryStatus
+from dispatcher.storage import ticks
 from dispatcher.storage.database import Database
-from dispatcher.storage.migrations.revisions import TABLE_PREFIX, VERSION, head, revision_if_any, suffices
+from dispatcher.storage.migrations.revisions import (
+    TABLE_PREFIX,
+    VERSION,
+    head,
+    needs_stopped_workers,
+    revision_if_any,
+    suffices,
+)
+from dispatcher.storage.models import DELIVERY
+
+_FRESH: Final = timedelta(minutes=1)
+"""A periodic pass that began within this time shows that workers run."""
 
 _LOCK_NAME: Final = "chain_dispatcher_migration"
 _MYSQL_LOCK_SECONDS: Final = 25  # below the read timeout of a MySQL connection
@@ -44,8 +58,13 @@ def configuration(connection: Connection | None = None) -> Config:
     return config
 
 
-def upgrade(database: Database) -> str:
+def upgrade(database: Database, *, workers_stopped: bool = False) -> str:
     """Create or upgrade the tables; gives the revision of the database afterwards.
+
+    Some revisions need stopped workers (`revisions.STOP_WORKERS`), because programs of the version before must not run
+    beside them. If such a revision lies ahead, raises `WorkersNotStopped` unless the caller says `workers_stopped`, and
+    also then while an attempt runs (its lease has not ended) or a periodic pass began less than a minute ago, by the
+    database's clock. A database without tables needs nothing of this.
 
     Any number of processes may call this at once: they take turns, and the later ones find nothing to do. A database at
     a newer revision than this version knows is left as it is, without an error. On SQLite and PostgreSQL an upgrade
@@ -53,18 +72,38 @@ def upgrade(database: Database) -> str:
     process is still upgrading it after 25 seconds.
     """
     with _alembic_proxies, _one_mysql_migrator(database):
-        return database.write(partial(_upgrade_in_transaction, database.dialect))
+        return database.write(partial(_upgrade_in_transaction, database, workers_stopped=workers_stopped))
 
 
-def _upgrade_in_transaction(dialect: str, connection: Connection) -> str:
+def _upgrade_in_transaction(database: Database, connection: Connection, *, workers_stopped: bool) -> str:
     """One process at a time upgrades. On SQLite `Database.write` begins IMMEDIATE; PostgreSQL needs this lock."""
-    if dialect == "postgresql":
+    if database.dialect == "postgresql":
         connection.execute(select(func.pg_advisory_xact_lock(zlib.crc32(_LOCK_NAME.encode()))))
     found = revision_if_any(connection)
-    if found is not None and suffices(found):
-        return found
+    if found is not None:
+        if suffices(found):
+            return found
+        if needs_stopped_workers(found):
+            if not workers_stopped:
+                raise WorkersNotStopped(found, head())
+            _require_stopped_workers(database, connection, found)
     command.upgrade(configuration(connection), "head")
     return head()
+
+
+def _require_stopped_workers(database: Database, connection: Connection, found: str) -> None:
+    """Raise `WorkersNotStopped` if the rows show that workers run."""
+    now = database.machine_now(connection)
+    running = select(DELIVERY.c.id, DELIVERY.c.lease_until).where(
+        DELIVERY.c.status == DeliveryStatus.RUNNING, DELIVERY.c.finished_at.is_(None), DELIVERY.c.lease_until > now
+    )
+    attempt = connection.execute(running.order_by(DELIVERY.c.lease_until.desc()).limit(1)).one_or_none()
+    if attempt is not None:
+        until = f"{attempt.lease_until:%Y-%m-%d %H:%M:%S} UTC"
+        raise WorkersNotStopped(found, head(), f"an attempt at delivery {attempt.id} runs, at most until {until}")
+    for name, last_at in ticks.read_ticks(connection).items():
+        if abs(now - last_at) < _FRESH:  # one further ahead comes of a clock that was wrong
+            raise WorkersNotStopped(found, head(), f"the pass {name!r} began at {last_at:%H:%M:%S} UTC")
 
 
 @contextmanager
