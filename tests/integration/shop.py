@@ -325,7 +325,7 @@ def assert_consistent(dispatcher: Dispatcher) -> None:
                 edges = {(one.__name__, one.final_state) for one in config.candidates(state)}
                 assert (event.detail, event.to_state) in edges
                 moves[event.detail, event.from_state, event.to_state] += 1
-            if event.action in ("state_transition", "reset", "moved"):
+            if event.action in ("state_transition", "reset", "moved", "mapped"):
                 state = event.to_state
         assert chain.state == state
         delivered = [one for one in chain.deliveries if one.status in ("delivered", "skipped")]

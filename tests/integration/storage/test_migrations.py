@@ -53,7 +53,7 @@ def schema_of(database: Database) -> dict[str, Any]:
     }
     return {
         f"{table} {what}": json.dumps(get(inspector, table), default=_plain, sort_keys=True)
-        for table in Base.metadata.tables
+        for table in sorted(set(Base.metadata.tables) & tables_of(database))
         for what, get in facts.items()
     }
 

@@ -5,6 +5,9 @@ Programs from before this revision must not work beside it (`migrations.revision
 
 The closed sets of actions and statuses are not CHECK constraints any more, because another action would rewrite the
 largest table. Names and types stand here in full, because the models go on changing and this revision does not.
+
+On MySQL and MariaDB each change of a table commits, so an interrupted upgrade leaves a part of this done. Each step
+therefore looks first whether it is done, and the upgrade can be run again.
 """
 
 from datetime import datetime
@@ -21,6 +24,7 @@ branch_labels = None
 depends_on = None
 
 _PAGE: Final = 1000
+_RELAY_INDEX: Final = "ix_chain_dispatcher_delivery_relay"
 _ENTERED: Final = ("created", "state_transition", "reset", "moved")
 """The actions that bring a chain into a state. (`mapped` renames the state in which the chain is.)"""
 
@@ -48,12 +52,40 @@ def _where(condition: str) -> dict[str, Any]:
     return {"postgresql_where": sa.text(condition), "sqlite_where": sa.text(condition)}
 
 
+def _now() -> sa.Inspector:
+    """What is in the database at this moment."""
+    return sa.inspect(op.get_bind())
+
+
+def _missing(table: str, *columns: sa.Column[Any]) -> list[sa.Column[Any]]:
+    found = {column["name"] for column in _now().get_columns(table)}
+    return [column for column in columns if column.name not in found]
+
+
+def _has_check(table: str, name: str) -> bool:
+    return any(check["name"] == name for check in _now().get_check_constraints(table))
+
+
+def _index_columns(table: str, name: str) -> list[str | None]:
+    return next((index["column_names"] for index in _now().get_indexes(table) if index["name"] == name), [])
+
+
+def _create_table(name: str, *parts: Any, **options: Any) -> None:
+    if not _now().has_table(name):
+        op.create_table(name, *parts, **options)
+
+
+def _create_index(name: str, table: str, columns: list[str], **options: Any) -> None:
+    if not _index_columns(table, name):
+        op.create_index(name, table, columns, **options)
+
+
 def upgrade() -> None:
     _widen_chains()
     _widen_events()
     _widen_deliveries()
     _read_waits_from_errors()
-    op.create_table(
+    _create_table(
         "chain_dispatcher_suppression",
         sa.Column("resource_type", _name(), nullable=False),
         sa.Column("resource_id", _name(255), nullable=False),
@@ -65,7 +97,7 @@ def upgrade() -> None:
             "resource_type", "resource_id", "chain_type", name=op.f("pk_chain_dispatcher_suppression")
         ),
     )
-    op.create_table(
+    _create_table(
         "chain_dispatcher_action",
         sa.Column("id", _big_id(), autoincrement=True, nullable=False),
         sa.Column("subject_kind", _name(16), nullable=False),
@@ -77,14 +109,15 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_chain_dispatcher_action")),
         sqlite_autoincrement=True,
     )
-    op.create_index("ix_chain_dispatcher_action_subject", "chain_dispatcher_action", ["subject_kind", "subject", "id"])
-    op.create_index("ix_chain_dispatcher_action_created", "chain_dispatcher_action", ["created_at", "id"])
+    _create_index("ix_chain_dispatcher_action_subject", "chain_dispatcher_action", ["subject_kind", "subject", "id"])
+    _create_index("ix_chain_dispatcher_action_created", "chain_dispatcher_action", ["created_at", "id"])
 
 
 def _widen_chains() -> None:
     # Column by column. A new copy of the table would be needed for nothing, and dropping the old one would delete the
     # resources on SQLite (ON DELETE CASCADE).
-    for column in (
+    for column in _missing(
+        "chain_dispatcher_chain",
         sa.Column("uid", sa.Uuid()),
         sa.Column("runs", sa.Integer(), server_default=sa.text("1"), nullable=False),
         sa.Column("started_at", _utc()),
@@ -135,8 +168,9 @@ def _widen_events() -> None:
         sa.Index("ix_chain_dispatcher_event_created", "created_at", "id"),
         sqlite_autoincrement=True,
     )
-    with op.batch_alter_table(before.name, copy_from=before) as table:
-        table.drop_constraint(op.f("ck_chain_dispatcher_event_action"), type_="check")
+    if _has_check(before.name, "ck_chain_dispatcher_event_action"):
+        with op.batch_alter_table(before.name, copy_from=before) as table:
+            table.drop_constraint(op.f("ck_chain_dispatcher_event_action"), type_="check")
 
 
 def _widen_deliveries() -> None:
@@ -172,19 +206,26 @@ def _widen_deliveries() -> None:
         sa.Index("ix_chain_dispatcher_delivery_status", "status", "id", **_where("finished_at IS NULL")),
         sa.Index("ix_chain_dispatcher_delivery_finished", "finished_at", "id", **_where("finished_at IS NOT NULL")),
     )
-    op.drop_index("ix_chain_dispatcher_delivery_relay", before.name)
+    columns = _missing(
+        before.name,
+        sa.Column("begins", sa.Integer()),
+        sa.Column("waits_for", _name(16)),
+        sa.Column("waits_reason", _prose()),
+        sa.Column("waits_since", _utc()),
+        sa.Column("has_place", sa.Boolean(), server_default=sa.false(), nullable=False),
+        sa.Column("rest_until", _utc()),
+        sa.Column("request", sa.JSON()),
+        sa.Column("lapse_seen_at", _utc()),
+    )
+    if _index_columns(before.name, _RELAY_INDEX) == ["publish_after", "id"]:
+        op.drop_index(_RELAY_INDEX, before.name)
     with op.batch_alter_table(before.name, copy_from=before) as table:
-        table.drop_constraint(op.f("ck_chain_dispatcher_delivery_status"), type_="check")
-        table.add_column(sa.Column("begins", sa.Integer()))
-        table.add_column(sa.Column("waits_for", _name(16)))
-        table.add_column(sa.Column("waits_reason", _prose()))
-        table.add_column(sa.Column("waits_since", _utc()))
-        table.add_column(sa.Column("has_place", sa.Boolean(), server_default=sa.false(), nullable=False))
-        table.add_column(sa.Column("rest_until", _utc()))
-        table.add_column(sa.Column("request", sa.JSON()))
-        table.add_column(sa.Column("lapse_seen_at", _utc()))
-    op.create_index(
-        "ix_chain_dispatcher_delivery_relay",
+        if _has_check(before.name, "ck_chain_dispatcher_delivery_status"):
+            table.drop_constraint(op.f("ck_chain_dispatcher_delivery_status"), type_="check")
+        for column in columns:
+            table.add_column(column)
+    _create_index(
+        _RELAY_INDEX,
         before.name,
         ["publish_after", "id", "waits_since"],
         **_where("publish_after IS NOT NULL"),
@@ -205,9 +246,9 @@ def _read_waits_from_errors() -> None:
     connection = op.get_bind()
     waiting = sa.select(delivery.c.id, delivery.c.last_error).where(
         delivery.c.status == "pending",
+        delivery.c.waits_for.is_(None),
         sa.or_(*(delivery.c.last_error.startswith(prefix, autoescape=True) for prefix, _, _ in _WAITS)),
     )
-    changes = [{"waiting": row.id, **_wait_of(row.last_error)} for row in connection.execute(waiting)]
     change = (
         delivery.update()
         .where(delivery.c.id == sa.bindparam("waiting"))
@@ -215,8 +256,11 @@ def _read_waits_from_errors() -> None:
             {name: sa.bindparam(f"new_{name}") for name in ("last_error", "waits_for", "waits_reason", "has_place")}
         )
     )
-    for start in range(0, len(changes), _PAGE):
-        connection.execute(change, changes[start : start + _PAGE])
+    page = waiting.order_by(delivery.c.id).limit(_PAGE)
+    rows = connection.execute(page).all()
+    while rows:
+        connection.execute(change, [{"waiting": row.id, **_wait_of(row.last_error)} for row in rows])
+        rows = connection.execute(page.where(delivery.c.id > rows[-1].id)).all()
 
 
 _DEFERRED: Final = "deferred: "
@@ -225,7 +269,7 @@ _WAITS: Final = (
     (f"{_DEFERRED}the line of rate limit ", "rate", False),
     (f"{_DEFERRED}Redis, which counts ", "rate", False),
     (f"{_DEFERRED}delivery hours ", "hours", False),
-    ("unknown definition: '", "definition", False),
+    ("unknown definition: ", "definition", False),
 )
 """How the texts began, what the delivery waited for, and whether it had a place in a line."""
 
@@ -245,7 +289,7 @@ def downgrade() -> None:
     """Take the columns and tables away again; the CHECK constraints do not come back."""
     op.drop_table("chain_dispatcher_action")
     op.drop_table("chain_dispatcher_suppression")
-    op.drop_index("ix_chain_dispatcher_delivery_relay", "chain_dispatcher_delivery")
+    op.drop_index(_RELAY_INDEX, "chain_dispatcher_delivery")
     for name in (
         "lapse_seen_at",
         "request",
@@ -258,7 +302,7 @@ def downgrade() -> None:
     ):
         op.drop_column("chain_dispatcher_delivery", name)
     op.create_index(
-        "ix_chain_dispatcher_delivery_relay",
+        _RELAY_INDEX,
         "chain_dispatcher_delivery",
         ["publish_after", "id"],
         **_where("publish_after IS NOT NULL"),
