@@ -216,7 +216,7 @@ def test_a_delivery_whose_rows_cannot_be_read_is_held_alone(
     assert len(caplog.text) < 20_000
 
     write_raw(dispatcher, table, row_id, column, "{}")
-    chains[0].retry_delivery("ada")
+    chains[0].refresh().retry_delivery("ada")
     assert shop.attempt(dispatcher, deliveries[0], 2).outcome == "delivered" and len(sink) == 5
     shop.assert_consistent(dispatcher)
 

@@ -1,11 +1,12 @@
 """What is decided for a chain that was evaluated, and after its callback."""
 
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
 
 import pytest
 
 from dispatcher.domain.contexts import Evaluated
-from dispatcher.domain.decisions import decide, rest_after_call, seconds_to_retry
+from dispatcher.domain.decisions import decide, rest_after_call, rest_of_plan, seconds_to_retry
 from dispatcher.domain.records import DeliveryRecord, Request, unsaved_record
 from dispatcher.errors import UnreadableRow
 from dispatcher.retry import RetryPolicy, back_off
@@ -70,7 +71,31 @@ DELIVERY = DeliveryRecord(
     last_error=None,
     kwargs=None,
     context=None,
+    begins=2,
+    waits_for=None,
+    waits_reason=None,
+    waits_since=NOW,
+    has_place=False,
+    rest_until=NOW + timedelta(days=3),
+    request=None,
+    lapse_seen_at=None,
 )
+
+
+class TestRestOfPlan:
+    """Until when the chain rests after its delivery is skipped."""
+
+    later = type("Later", (Transition,), {"date_next_update": date(2027, 1, 1)})
+
+    def test_it_is_what_the_plan_asked_for(self):
+        assert rest_of_plan(DELIVERY, self.later) == NOW + timedelta(days=3)
+        assert rest_of_plan(replace(DELIVERY, rest_until=None), self.later) is None
+
+    def test_a_delivery_from_before_its_row_said_it_has_that_of_its_class(self):
+        old = replace(DELIVERY, begins=None, rest_until=None)
+        assert rest_of_plan(old, self.later) == datetime(2027, 1, 1, tzinfo=UTC)
+        assert rest_of_plan(old, type(asking(None))) is None, "a property says it for an object only"
+        assert rest_of_plan(old, None) is None
 
 
 class Broken(RetryPolicy):
