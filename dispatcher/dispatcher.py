@@ -424,7 +424,10 @@ class Dispatcher:
         reason: str | None = None,
         dry_run: bool = False,
     ) -> MapCounts:
-        """Put every chain of a type from one state into another, in batches; a dry run only counts them."""
+        """Rename a state of every chain of a type that is in it, in batches; a dry run only counts them.
+
+        Open deliveries stay open. Chains with a running attempt are left and counted as waiting.
+        """
         self._ready()
         return self._services.operations.map_states(
             chain_type,

@@ -89,7 +89,7 @@ def move(chain_id: int, state: str, reason: str, requested_by: str) -> None:
 def map_states(  # noqa: PLR0917 - click passes them by name
     type_name: str, from_state: str, to_state: str, reason: str | None, requested_by: str, dry_run: bool, yes: bool
 ) -> None:
-    """Put all chains of a type from one state into another."""
+    """Rename a state of all chains of a type that are in it."""
     dispatcher = open_dispatcher()
     planned = dispatcher.map_states(type_name, from_state, to_state, dry_run=True)
     click.echo(f"{planned.mapped} chains of {type_name} are in state {from_state}")

@@ -122,43 +122,26 @@ class Operations:
         requested_by = checked_requester(requested_by)
 
         def work(connection: Connection) -> None:
-            self._put(connection, chain_id, state, action, reason=reason, requested_by=requested_by)
+            now = self._database.now(connection)
+            record, delivery = _lock(connection, chain_id)
+            _require_idle(record, delivery)
+            if delivery is not None:
+                text = f"{action} to {state}" + (f": {reason}" if reason else "")
+                deliveries.close_and_stay(connection, delivery, now=now, reason=text, requested_by=requested_by)
+                record = chains.read_one(connection, chain_id, lock=True)
+            chain_type = self._config.by_type.get(record.chain_type)
+            chains.set_state(
+                connection,
+                record,
+                state=state,
+                action=action,
+                due_at=now if chain_type is not None and chain_type.candidates(state) else None,
+                requested_by=requested_by,
+                reason=reason,
+                now=now,
+            )
 
         self._write(f"put chain {chain_id} into state {state!r}", work)
-
-    def _put(
-        self,
-        connection: Connection,
-        chain_id: int,
-        state: str,
-        action: EventAction,
-        *,
-        reason: str | None,
-        requested_by: str | None,
-        from_state: str | None = None,
-    ) -> bool:
-        """Whether the chain was put into the state; False if `from_state` is given and the chain is not in it."""
-        now = self._database.now(connection)
-        record, delivery = _lock(connection, chain_id)
-        if from_state is not None and record.state != from_state:
-            return False
-        _require_idle(record, delivery)
-        if delivery is not None:
-            text = f"{action} to {state}" + (f": {reason}" if reason else "")
-            deliveries.close_and_stay(connection, delivery, now=now, reason=text, requested_by=requested_by)
-            record = chains.read_one(connection, chain_id, lock=True)
-        chain_type = self._config.by_type.get(record.chain_type)
-        chains.set_state(
-            connection,
-            record,
-            state=state,
-            action=action,
-            due_at=now if chain_type is not None and chain_type.candidates(state) else None,
-            requested_by=requested_by,
-            reason=reason,
-            now=now,
-        )
-        return True
 
     # --- the open delivery of a chain --------------------------------------------------------------------------------
     # Each raises `NoOpenDelivery`, `DeliveryChanged` if it is not as it was seen, `DeliveryPending` while it runs.
@@ -322,10 +305,11 @@ class Operations:
         reason: str | None,
         dry_run: bool,
     ) -> MapCounts:
-        """Put every chain of a type from one state into another, in batches; a dry run only counts.
+        """Rename a state of every chain of a type that is in it, in batches; a dry run only counts.
 
-        The new state must be a different state of the configuration. A chain with a running attempt keeps its state and
-        is counted as waiting.
+        Nothing else of a chain changes: its open delivery stays open, and its request, rest and keys stay. It is due at
+        once if nothing keeps it, because the new state may have other candidates. The new state must be a different
+        state of the configuration. A chain with a running attempt keeps its state and is counted as waiting.
         """
         requested_by = checked_requester(requested_by)
         where = f"chain type {type_name!r}, state {to_state!r}"
@@ -369,24 +353,30 @@ class Operations:
     def _map_one(
         self, chain_id: int, from_state: str, to_state: str, *, requested_by: str | None, reason: str | None
     ) -> _MapOutcome:
-        def work(connection: Connection) -> bool:
-            return self._put(
+        def work(connection: Connection) -> _MapOutcome:
+            record, delivery = _lock(connection, chain_id)
+            if record.state != from_state:
+                return _MapOutcome.GONE
+            _require_idle(record, delivery)
+            if delivery is not None:
+                deliveries.rename_from_state(connection, delivery, to_state)
+            chains.rename_state(
                 connection,
-                chain_id,
+                record,
                 to_state,
-                EventAction.MAPPED,
-                reason=f"from {from_state}" + (f": {reason}" if reason else ""),
+                has_candidates=bool(self._config.get(record.chain_type).candidates(to_state)),
+                reason=reason,
                 requested_by=requested_by,
-                from_state=from_state,
+                now=self._database.now(connection),
             )
+            return _MapOutcome.MAPPED
 
         try:
-            was_put = self._database.write(work)
+            return self._database.write(work)
         except DeliveryPending:
             return _MapOutcome.WAITING
         except ChainMissing:
             return _MapOutcome.GONE
-        return _MapOutcome.MAPPED if was_put else _MapOutcome.GONE
 
     def unknown_states(self) -> Mapping[tuple[str, str], int]:
         """`{(type name, state): chains}` for the states of chains that this configuration does not have."""

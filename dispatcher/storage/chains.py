@@ -365,6 +365,43 @@ def count_resting(connection: Connection, *, type_name: str, state: str, after_i
     return int(connection.execute(query).scalar_one())
 
 
+def rename_state(
+    connection: Connection,
+    record: ChainRecord,
+    state: str,
+    *,
+    has_candidates: bool,
+    requested_by: str | None,
+    reason: str | None,
+    now: datetime,
+) -> None:
+    """Give the state of a chain, locked, another name. It is due at once, unless its delivery or its rest keeps it."""
+    free = and_(CHAIN.c.pending_delivery_id.is_(None), ~CHAIN.c.disabled)
+    connection.execute(
+        update(CHAIN)
+        .where(CHAIN.c.id == record.id, CHAIN.c.version == record.version)
+        .values(
+            state=state,
+            version=CHAIN.c.version + 1,
+            failures=0,
+            due_at=case((free, at_once(now))) if has_candidates else None,
+            updated_at=now,
+        )
+    )
+    add_event(
+        connection,
+        record.id,
+        record.version + 1,
+        EventAction.MAPPED,
+        value=state,
+        from_state=record.state,
+        to_state=state,
+        requested_by=requested_by,
+        detail=f"from {record.state}" + (f": {reason}" if reason else ""),
+        now=now,
+    )
+
+
 def make_due(
     connection: Connection, *, type_name: str, state: str, after_id: int, limit: int, now: datetime
 ) -> int | None:

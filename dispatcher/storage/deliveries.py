@@ -378,6 +378,11 @@ def follow_disabling(connection: Connection, chain_ids: Sequence[int], *, disabl
         )
 
 
+def rename_from_state(connection: Connection, delivery: DeliveryRecord, state: str) -> None:
+    """Give the state from which a delivery, locked and not running, leads another name."""
+    connection.execute(update(DELIVERY).where(DELIVERY.c.id == delivery.id).values(from_state=state))
+
+
 def reopen(
     connection: Connection,
     delivery: DeliveryRecord,

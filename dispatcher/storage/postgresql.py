@@ -21,6 +21,7 @@ chain. Two tricks are for PostgreSQL's planner, as `EXPLAIN (ANALYZE) EXECUTE` o
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -290,10 +291,7 @@ class PostgresqlStore:
                 "lease_seconds": lease_seconds,
             },
         )
-        begun = [
-            Begun(delivery_of(row), chain_of(row, row[RESOURCES]), row[MACHINE_NOW].astimezone(UTC)) for row in rows
-        ]
-        return sorted(begun, key=lambda attempt: attempt.delivery.id)
+        return sorted(map(_begun_of, rows), key=lambda attempt: attempt.delivery.id)
 
     def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
         finished = sorted(finished, key=lambda end: end.delivery.id)
@@ -420,6 +418,12 @@ def _read_as(records: Iterable[ChainRecord]) -> dict[str, list[int]]:
         "versions": [record.version for record in read],
         "wakes": [record.wake for record in read],
     }
+
+
+def _begun_of(row: dict[str, Any]) -> Begun:
+    delivery, chain = delivery_of(row), chain_of(row, row[RESOURCES])
+    # The statement read the chain before it waited for the delivery. Meanwhile a mapping may have renamed the state.
+    return Begun(delivery, replace(chain, state=delivery.from_state), row[MACHINE_NOW].astimezone(UTC))
 
 
 _NO_WAKE: Final = -1

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from sqlalchemy import event, select, update
 
 from dispatcher import (
+    DONE,
     NEW,
     Chain,
     ChainDisabled,
@@ -667,11 +669,12 @@ def test_mapping_states_counts_first_and_then_puts_chains_into_the_new_one(make_
     assert dispatcher.map_states(shop.CHAIN_TYPE, "nudged", "reminded", requested_by="ada") == MapCounts(3, 0)
 
     for chain in chains:
-        assert chain.refresh().state == "reminded" and chain.due_at is not None
+        assert chain.refresh().state == "reminded"
+        assert (chain.due_at is None) == (chain is chains[0]), "that one waits for its delivery"
         last = chain.events[-1]
         assert (last.action, last.from_state, last.to_state) == ("mapped", "nudged", "reminded")
         assert (last.requested_by, last.detail) == ("ada", "from nudged")
-    assert [one.status for one in dispatcher.find_deliveries() if one.id == owing.id] == ["cancelled"]
+    assert [(one.id, one.status) for one in dispatcher.find_deliveries()] == [(owing.id, "pending")]
     assert elsewhere.refresh().state == NEW
     assert dispatcher.map_states(shop.CHAIN_TYPE, "nudged", "reminded") == MapCounts(0, 0)
 
@@ -687,6 +690,134 @@ def test_mapping_states_leaves_chains_with_a_running_attempt_and_counts_them(mak
 
     assert future.result().outcome == "delivered"
     assert (busy.refresh().state, idle.refresh().state) == ("reminded", "never")
+
+
+RENAMED = {NEW: [shop.transition("Nudge", "half way")], "old": [Remind], "half way": [Remind], "reminded": [shop.Never]}
+"""A configuration in which the state `old` gets the name `half way`."""
+
+
+def test_mapping_renames_the_state_and_nothing_else(make_dispatcher: shop.Make) -> None:
+    clock = shop.Clock()
+    dispatcher = make_dispatcher(shop.cart(RENAMED, callback=shop.Sink()), clock=clock)
+    chain = shop.new_chain(dispatcher, initial_context={"n": 1}).move_to("old", "to begin with")
+    rest = clock.now + timedelta(days=2)
+    chain.enqueue(initial_context={"asked": True}, requested_by="ada")
+    shop.change_chain(dispatcher, chain.id, next_update_at=rest, due_at=rest, failures=3)
+    before = shop.row_of(dispatcher, chain.id)
+    clock.forward(hours=1)
+
+    assert dispatcher.map_states(shop.CHAIN_TYPE, "old", "half way", requested_by="ada") == MapCounts(1, 0)
+
+    changed = {"state": "half way", "version": before.version + 1, "failures": 0, "updated_at": clock.now}
+    assert dict(shop.row_of(dispatcher, chain.id)._mapping) == {**before._mapping, **changed}
+    assert [event.action for event in chain.events].count("mapped") == 1
+    last = chain.events[-1]
+    assert (last.action, last.value, last.from_state, last.to_state) == ("mapped", "half way", "old", "half way")
+    shop.assert_consistent(dispatcher)
+
+
+@pytest.mark.parametrize("status", ["pending", "dead", "held"])
+def test_an_open_delivery_stays_open_when_its_state_is_renamed(make_dispatcher: shop.Make, status: str) -> None:
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart(RENAMED, callback=sink), last_look_seconds=0)
+    chain = shop.new_chain(dispatcher).move_to("old", "to begin with")
+    delivery = shop.planned(dispatcher, chain)
+    if status != "pending":
+        waits = {"next_attempt_at": None, "publish_after": None, "last_error": "down"}
+        shop.change_delivery(dispatcher, delivery.id, status=status, attempt=1, unknown=status == "held", **waits)
+    before = shop.delivery_of(dispatcher, chain)
+
+    assert dispatcher.map_states(shop.CHAIN_TYPE, "old", "half way") == MapCounts(1, 0)
+
+    assert shop.delivery_of(dispatcher, chain) == replace(before, from_state="half way")
+    assert shop.row_of(dispatcher, chain.id).due_at is None
+    if status != "pending":
+        chain.retry_delivery("ada")
+    assert shop.attempt(dispatcher, delivery, before.attempt + 1).outcome == "delivered"
+    assert [call.key for call in sink.calls] == [before.idempotency_key]
+    assert chain.refresh().state == "reminded"
+    shop.assert_consistent(dispatcher)
+
+
+def test_a_step_that_is_planned_again_after_a_mapping_has_its_old_key(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart(RENAMED, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher).move_to("old", "to begin with")
+    first = shop.planned(dispatcher, chain)
+    chain.refresh().cancel_delivery("ada")
+
+    dispatcher.map_states(shop.CHAIN_TYPE, "old", "half way")
+
+    assert shop.planned(dispatcher, chain).idempotency_key == first.idempotency_key
+
+
+@pytest.mark.parametrize(
+    ("to_state", "values", "due"),
+    [
+        ("half way", {"due_at": None}, True),
+        ("half way", {"disabled": True, "due_at": None}, False),
+        (DONE, {"failures": 1}, False),
+    ],
+)
+def test_a_mapped_chain_is_due_at_once_if_nothing_keeps_it(
+    make_dispatcher: shop.Make, to_state: str, values: dict[str, Any], due: bool
+) -> None:
+    clock = shop.Clock()
+    dispatcher = make_dispatcher(shop.cart({**RENAMED, DONE: []}, callback=shop.Sink()), clock=clock)
+    chain = shop.new_chain(dispatcher).move_to("old", "to begin with")
+    shop.change_chain(dispatcher, chain.id, **values)
+
+    dispatcher.map_states(shop.CHAIN_TYPE, "old", to_state)
+
+    assert shop.row_of(dispatcher, chain.id).due_at == (clock.now if due else None)
+
+
+@on_postgresql
+def test_a_mapping_waits_for_a_begin_and_leaves_the_chain(make_dispatcher: shop.Make, blocked: Blocked) -> None:
+    gate = shop.Gate()
+    worker, person = (make_dispatcher(shop.cart(RENAMED, callback=shop.Sink(gate.wait))) for _ in range(2))
+    chain = shop.new_chain(person).move_to("old", "to begin with")
+    delivery = shop.planned(worker, chain)
+
+    with uncommitted(lambda: shop.attempt(worker, delivery)) as made:
+        mapped = blocked(lambda: then_open(gate, lambda: person.map_states(shop.CHAIN_TYPE, "old", "half way")))
+
+    assert mapped.result() == MapCounts(0, 1)
+    assert made.result().outcome == "delivered"
+    shop.assert_consistent(person)
+
+
+@on_postgresql
+def test_an_attempt_that_waited_for_a_mapping_goes_on_from_the_new_state(
+    make_dispatcher: shop.Make, blocked: Blocked
+) -> None:
+    seen = []
+    look = shop.transition("Remind", "reminded", lambda self: seen.append(self.chain.state) or True)
+    renamed = {**RENAMED, "old": [look], "half way": [look]}
+    worker, person = (make_dispatcher(shop.cart(renamed, callback=shop.Sink()), last_look_seconds=0) for _ in range(2))
+    chain = shop.new_chain(person).move_to("old", "to begin with")
+    delivery = shop.planned(worker, chain)
+
+    with uncommitted(lambda: person.map_states(shop.CHAIN_TYPE, "old", "half way")) as mapped:
+        made = blocked(lambda: shop.attempt(worker, delivery))
+
+    assert mapped.result() == MapCounts(1, 0)
+    assert made.result().outcome == "delivered"
+    assert seen == ["old", "half way"], "by the plan, and by the last look"
+    shop.assert_consistent(person)
+
+
+def test_a_plan_of_the_old_name_is_stale_after_a_mapping(make_dispatcher: shop.Make) -> None:
+    gate = shop.Gate()
+    slow = shop.transition("Remind", "reminded", gate.wait)
+    dispatcher = make_dispatcher(shop.cart({**RENAMED, "old": [slow], "half way": [slow]}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher).move_to("old", "to begin with")
+
+    with gate.during(lambda: dispatcher.execute_chains([chain.id])) as executed:
+        assert dispatcher.map_states(shop.CHAIN_TYPE, "old", "half way") == MapCounts(1, 0)
+
+    assert [result.outcome for result in executed.result()] == ["stale"]
+    assert chain.refresh().state == "half way" and dispatcher.find_deliveries() == []
+    shop.assert_consistent(dispatcher)
 
 
 @pytest.mark.parametrize(("to_state", "problem"), [("nowhere", "unknown state"), (NEW, "is the old state")])
