@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -47,6 +48,7 @@ class Database:
             raise ConfigurationError(problem) from None
         self.connect_seconds = connect_seconds
         self.clock = _aware(clock) if clock is not None else None
+        self._patient = False
         self._made: Engines | None = None
         self._pid = 0
 
@@ -74,8 +76,21 @@ class Database:
         if self._made is None or self._pid != os.getpid():
             if self._made is not None:
                 self._made.engine.dispose(close=False)
-            self._made, self._pid = make_engines(self.url, connect_seconds=self.connect_seconds), os.getpid()
+            self._made, self._pid = self._make_engines(), os.getpid()
         return self._made
+
+    def _make_engines(self) -> Engines:
+        return make_engines(self.url, connect_seconds=self.connect_seconds, patient=self._patient)
+
+    @contextmanager
+    def patient(self) -> Iterator["Database"]:
+        """The same database while the block runs, with connections of its own, whose statements may take any time."""
+        other = copy(self)
+        other._patient, other._made = True, None
+        try:
+            yield other
+        finally:
+            other.dispose()
 
     def dispose(self, *, close: bool = True) -> None:
         """Drop this process's connections; with `close=False`, or if a parent made them, without closing them."""

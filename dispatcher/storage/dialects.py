@@ -14,6 +14,7 @@ from dispatcher.errors import ConfigurationError
 
 _ISOLATION = "READ COMMITTED"
 _SQLITE_BUSY_MS = 30_000
+_MYSQL_ANSWER_SECONDS = 30
 _IDLE_SECONDS = 1.0
 _DEADLOCK_STATES = {"40001", "40P01"}
 _DEADLOCK_CODES = {1205, 1213, 1020}
@@ -31,9 +32,12 @@ class Engines:
     writes: Engine
 
 
-def make_engines(url: URL, *, connect_seconds: float) -> Engines:
-    """New engines for a database; nothing is connected yet. `ConfigurationError` where its driver is not installed."""
-    engine = _make_engine(url, connect_seconds)
+def make_engines(url: URL, *, connect_seconds: float, patient: bool = False) -> Engines:
+    """New engines for a database; nothing is connected yet. `ConfigurationError` where its driver is not installed.
+
+    With `patient` a statement may take any time.
+    """
+    engine = _make_engine(url, connect_seconds, patient=patient)
     reading: dict[str, Any] = {"dispatcher_writes": False}
     writing: dict[str, Any] = {"dispatcher_writes": True}
     dialect = url.get_backend_name()
@@ -44,7 +48,7 @@ def make_engines(url: URL, *, connect_seconds: float) -> Engines:
     return Engines(engine, engine.execution_options(**reading), engine.execution_options(**writing))
 
 
-def _make_engine(url: URL, connect_seconds: float) -> Engine:
+def _make_engine(url: URL, connect_seconds: float, *, patient: bool) -> Engine:
     dialect = url.get_backend_name()
     arguments: dict[str, Any] = {}
     options: dict[str, Any] = {"hide_parameters": True}
@@ -61,7 +65,10 @@ def _make_engine(url: URL, connect_seconds: float) -> Engine:
         options.update(isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
     else:
         arguments["connect_timeout"] = seconds
-        arguments["read_timeout"] = arguments["write_timeout"] = 30
+        if patient:  # but not for a table that a forgotten session holds
+            arguments["init_command"] = f"SET SESSION lock_wait_timeout = {_MYSQL_ANSWER_SECONDS}"
+        else:
+            arguments["read_timeout"] = arguments["write_timeout"] = _MYSQL_ANSWER_SECONDS
         if url.get_driver_name() == "pymysql" and url.password:
             arguments["password"] = url.password.encode()  # as bytes, because the driver would encode text as Latin-1
         options["isolation_level"] = _ISOLATION

@@ -34,7 +34,7 @@ _FRESH: Final = timedelta(minutes=1)
 """A periodic pass that began within this time shows that workers run."""
 
 _LOCK_NAME: Final = "chain_dispatcher_migration"
-_MYSQL_LOCK_SECONDS: Final = 25  # below the read timeout of a MySQL connection
+_MYSQL_LOCK_SECONDS: Final = 25
 
 _alembic_proxies = threading.Lock()  # `alembic.context` and `alembic.op` are one per process
 
@@ -71,8 +71,8 @@ def upgrade(database: Database, *, workers_stopped: bool = False) -> str:
     that fails changes nothing. Raises `ServiceUnavailable` when the database cannot be reached, or (MySQL) when another
     process is still upgrading it after 25 seconds.
     """
-    with _alembic_proxies, _one_mysql_migrator(database):
-        return database.write(partial(_upgrade_in_transaction, database, workers_stopped=workers_stopped))
+    with _alembic_proxies, database.patient() as patient, _one_mysql_migrator(patient):
+        return patient.write(partial(_upgrade_in_transaction, patient, workers_stopped=workers_stopped))
 
 
 def _upgrade_in_transaction(database: Database, connection: Connection, *, workers_stopped: bool) -> str:

@@ -1,15 +1,17 @@
 """A database of revision 0001 full of rows is upgraded: nothing is lost, and the work goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, MetaData, event, insert, select
+from sqlalchemy import Connection, Engine, MetaData, event, insert, select
 from sqlalchemy.schema import Table
 
 from dispatcher import DONE, NEW, Dispatcher, RetryPolicy
 from dispatcher.domain.resources import resource_key
+from dispatcher.storage import dialects
 from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.revisions import current, head
 from dispatcher.storage.migrations.runner import upgrade
@@ -338,6 +340,32 @@ class TestInterrupted:
         assert interrupted == schema_of(old_database)
 
 
+@pytest.mark.parametrize("empty_url", ["mariadb"], indirect=True)
+def test_a_statement_of_an_upgrade_may_take_longer_than_other_answers(
+    empty_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialects, "_MYSQL_ANSWER_SECONDS", 1)
+    database = Database(empty_url)
+
+    def slow(cursor: Any, statement: str) -> None:
+        if statement.lstrip().startswith("CREATE TABLE chain_dispatcher_event"):
+            cursor.execute("DO SLEEP(1.5)")
+
+    with listening("before_cursor_execute", lambda _, cursor, statement, *__: slow(cursor, statement)):
+        assert upgrade(database) == head()
+    database.dispose()
+
+
+@contextmanager
+def listening(name: str, listener: Callable[..., None]) -> Iterator[None]:
+    """Listen to every engine of this process, because an upgrade has connections of its own."""
+    event.listen(Engine, name, listener)
+    try:
+        yield
+    finally:
+        event.remove(Engine, name, listener)
+
+
 def cuts(database: Database) -> Iterator[str]:
     """Upgrade, and end after each statement in turn: after each such end, the statement. The last upgrade succeeds."""
     seen: set[str] = set()
@@ -347,12 +375,11 @@ def cuts(database: Database) -> Iterator[str]:
             seen.add(statement)
             raise PowerCutError(statement)
 
-    event.listen(database.engine, "after_cursor_execute", cut)
-    while True:
-        try:
-            upgrade(database, workers_stopped=True)
-        except PowerCutError as error:
-            yield str(error)
-        else:
-            event.remove(database.engine, "after_cursor_execute", cut)
-            return
+    with listening("after_cursor_execute", cut):
+        while True:
+            try:
+                upgrade(database, workers_stopped=True)
+            except PowerCutError as error:
+                yield str(error)
+            else:
+                return
