@@ -18,7 +18,7 @@ from dispatcher.domain.results import AttemptResult, ChainResult
 from dispatcher.errors import ConfigurationError
 from dispatcher.messages.publisher import CeleryApp, PublishFailed
 from dispatcher.operators.doctor import Finding
-from dispatcher.operators.operations import MapCounts, SeenDelivery
+from dispatcher.operators.operations import MapCounts, SeenDelivery, SeparateCounts
 from dispatcher.services import Clock, wire
 from dispatcher.settings import Settings, load_object
 from dispatcher.states import AttemptOutcome, DeliveryStatus, SubjectKind
@@ -437,6 +437,16 @@ class Dispatcher:
             reason=reason,
             dry_run=dry_run,
         )
+
+    def separate(self, name: str) -> SeparateCounts:
+        """Give every chain of a copied database a new identity, so that its idempotency keys are others.
+
+        For a copy that goes on as a deployment of its own, such as a staging system; `name` is its name. Call it before
+        the copy's workers start. Chains that wait for a delivery are left and counted; a second call with the same name
+        separates them, and whatever an interrupted call has left.
+        """
+        self._ready()
+        return self._services.operations.separate(name)
 
     def find_types(self) -> list[TypeRecord]:
         """The rows of the chain types that were ever paused, limited or fingerprinted, by name."""

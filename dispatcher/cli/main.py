@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from dispatcher.cli.deployment import open_database, open_dispatcher, read_settings, setting_problems
-from dispatcher.cli.operations import add_operations
+from dispatcher.cli.operations import add_operations, confirm, yes_option
 from dispatcher.cli.output import (
     dry_run_option,
     json_option,
@@ -111,6 +111,22 @@ def current(as_json: bool) -> None:
         print_json({"current": found, "head": head})
     else:
         click.echo(f"{found or 'no tables'} ({'up to date' if found == head else f'this version has {head}'})")
+
+
+@db.command()
+@click.argument("name")
+@yes_option
+def separate(name: str, yes: bool) -> None:
+    """Give the chains of a copied database other idempotency keys.
+
+    NAME is the name of the copy, such as staging. Run it on the copy, before its workers start; again with the same
+    name for the chains that were left.
+    """
+    dispatcher = open_dispatcher()
+    confirm(f"give every chain in {dispatcher.database.address} other idempotency keys, as {name}?", yes=yes)
+    counts = dispatcher.separate(name)
+    left = f"{counts.waiting} left because they wait for a delivery"
+    click.echo(f"{counts.separated} chains separated, {counts.before} separated before, {left}")
 
 
 @cli.command()

@@ -64,7 +64,7 @@ def enable(chain_id: int, reason: str | None, requested_by: str) -> None:
 def reset(chain_id: int, reason: str | None, requested_by: str, yes: bool) -> None:
     """Put a chain back to NEW; cancels its open delivery."""
     chain = open_dispatcher().chain(chain_id)
-    _confirm(f"reset chain {chain_id}, which is in state {chain.state}?", yes=yes)
+    confirm(f"reset chain {chain_id}, which is in state {chain.state}?", yes=yes)
     _say(chain.reset(requested_by, reason=reason), "is reset")
 
 
@@ -95,7 +95,7 @@ def map_states(  # noqa: PLR0917 - click passes them by name
     click.echo(f"{planned.mapped} chains of {type_name} are in state {from_state}")
     if dry_run or not planned.mapped:
         return
-    _confirm(f"put them into {to_state}?", yes=yes)
+    confirm(f"put them into {to_state}?", yes=yes)
     done = dispatcher.map_states(type_name, from_state, to_state, requested_by=requested_by, reason=reason)
     click.echo(f"{done.mapped} mapped, {done.waiting} left because an attempt runs")
 
@@ -215,7 +215,7 @@ def _decision(verb: str, past: str, act: "Callable[[Dispatcher], Callable[..., N
             if not found:
                 click.echo("no such delivery")
                 return
-            _confirm(f"{verb} {_counted(found, limit)} deliveries?", yes=yes)
+            confirm(f"{verb} {_counted(found, limit)} deliveries?", yes=yes)
             done, wanted = _decide_each(found, decide_one, shown=False), len(found)
         click.echo(f"{done} {past}")
         if done < wanted:
@@ -328,7 +328,7 @@ def erase_resource(resource: tuple[str, str], reason: str | None, requested_by: 
     """Delete every chain of a resource, with its history and deliveries."""
     dispatcher = open_dispatcher()
     found = dispatcher.find_chains(resource=resource, limit=_SHOWN)
-    _confirm(f"delete {_counted(found, _SHOWN)} chains for good?", yes=yes)
+    confirm(f"delete {_counted(found, _SHOWN)} chains for good?", yes=yes)
     count = dispatcher.erase_resource(resource, requested_by=requested_by, reason=reason)
     click.echo(f"{count} chains deleted")
 
@@ -451,7 +451,8 @@ def doctor(repair: bool, as_json: bool) -> None:
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _confirm(question: str, *, yes: bool) -> None:
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask, and abort without a "y"; `yes` answers."""
     if not yes:
         click.confirm(question, abort=True)
 

@@ -3,6 +3,7 @@
 Nothing here reads or writes anything.
 """
 
+import hashlib
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -367,9 +368,22 @@ def idempotency_key(chain: ChainRecord, transition: str) -> str:
     return str(uuid.uuid5(_KEY_SPACE, f"{chain.uid or chain.id}:{chain.moves}:{transition}"))
 
 
-def new_uid() -> str:
-    """A random UUID for a new chain."""
-    return str(uuid.uuid4())
+def new_uid(mark: str = "") -> str:
+    """A random UUID for a chain. It begins with `mark`, at most 12 hexadecimal digits."""
+    return str(uuid.UUID(mark + uuid.uuid4().hex[len(mark) :]))
+
+
+def uid_mark(name: str) -> str:
+    """The hexadecimal digits with which the uids begin that chains got when a copy of a database was named `name`.
+
+    They are few enough to leave the uids random, and enough that no other chain of a large database has them by chance.
+    """
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def has_mark(uid: str | None, mark: str) -> bool:
+    """Whether a chain has got its uid with this mark."""
+    return uid is not None and uid.replace("-", "").startswith(mark)
 
 
 def valid_id(value: object) -> str | None:

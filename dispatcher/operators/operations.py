@@ -13,13 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
+from functools import partial
 from typing import Final, TypeVar
 
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.config import DispatcherConfig
 from dispatcher.domain.decisions import due_after_move, rest_of_plan
-from dispatcher.domain.records import ChainRecord, DeliveryRecord, is_local
+from dispatcher.domain.records import ChainRecord, DeliveryRecord, is_local, uid_mark
 from dispatcher.domain.resources import Resource, is_text
 from dispatcher.errors import (
     ChainMissing,
@@ -65,6 +66,15 @@ class SeenDelivery:
     chain_id: int
     delivery_id: str | None
     status: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SeparateCounts:
+    """The chains of a copied database: separated now, separated before, and left because they wait for a delivery."""
+
+    separated: int
+    before: int
+    waiting: int
 
 
 class _MapOutcome(Enum):
@@ -377,6 +387,31 @@ class Operations:
             return _MapOutcome.WAITING
         except ChainMissing:
             return _MapOutcome.GONE
+
+    # --- a copy of a database ----------------------------------------------------------------------------------------
+
+    def separate(self, name: str) -> SeparateCounts:
+        """Give every chain of a copied database a new `uid`, in batches, so that its idempotency keys are others.
+
+        `name` is the name of the copy. The new uids begin with digits made of it. So a second call with the same name
+        goes on with what the first has left: chains that waited for a delivery, and all if it was interrupted.
+        """
+        if not is_text(name) or not name:
+            raise ConfigurationError("give the copy a name, such as staging", "separate")
+        mark = uid_mark(name)
+        act = f"separate the chains as {name!r}"
+        self.refuse_dry_run(act)
+        seen = separated = waiting = after_id = 0
+        while True:
+            with self._database.read() as connection:
+                ids = chains.list_ids(connection, after_id=after_id, limit=_BATCH)
+            if not ids:
+                return SeparateCounts(separated, seen - separated - waiting, waiting)
+            after_id = ids[-1]
+            done, left = self._write(act, partial(chains.separate, chain_ids=ids, mark=mark))
+            seen += len(ids)
+            separated += len(done)
+            waiting += len(left)
 
     def unknown_states(self) -> Mapping[tuple[str, str], int]:
         """`{(type name, state): chains}` for the states of chains that this configuration does not have."""

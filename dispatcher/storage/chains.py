@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, bindparam, case, delete, func, insert, literal, or_, select, tuple_, update
 from sqlalchemy.engine import Connection
 
-from dispatcher.domain.records import ChainRecord, DuePosition, Request, new_uid
+from dispatcher.domain.records import ChainRecord, DuePosition, Request, has_mark, new_uid
 from dispatcher.domain.resources import Resource, resource_key, same_json
 from dispatcher.domain.unreadable import json_object, unreadable
 from dispatcher.errors import AmbiguousChain, ChainMissing, DeliveryPending
@@ -400,6 +400,31 @@ def rename_state(
         detail=f"from {record.state}" + (f": {reason}" if reason else ""),
         now=now,
     )
+
+
+def separate(connection: Connection, chain_ids: Sequence[int], *, mark: str) -> tuple[list[int], list[int]]:
+    """Give these chains new uids with a mark: `(separated, waiting)`, the ids of two kinds of chains.
+
+    A chain that waits for a delivery keeps its uid. One that has the mark already is in neither list.
+    """
+    rows = connection.execute(
+        select(CHAIN.c.id, CHAIN.c.uid, CHAIN.c.pending_delivery_id)
+        .where(CHAIN.c.id.in_(chain_ids))
+        .order_by(CHAIN.c.id)
+        .with_for_update()
+    )
+    left = [row for row in rows if not has_mark(row.uid, mark)]
+    waiting = [row.id for row in left if row.pending_delivery_id is not None]
+    separated = [row.id for row in left if row.pending_delivery_id is None]
+    if separated:
+        change = (
+            update(CHAIN)
+            .where(CHAIN.c.id == bindparam("chain_id"))
+            # The version makes stale what another process is about to plan with the old key.
+            .values(uid=bindparam("new_uid"), version=CHAIN.c.version + 1)
+        )
+        connection.execute(change, [{"chain_id": one, "new_uid": new_uid(mark)} for one in separated])
+    return separated, waiting
 
 
 def make_due(

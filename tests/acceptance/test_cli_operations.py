@@ -238,6 +238,7 @@ def test_under_a_dry_run_every_act_is_refused_in_one_line(run: CommandLine, shop
         ("chain-types", "resume", "single"): "resume chain type single",
         ("prune", "--days", "1"): "prune",
         ("doctor", "--repair"): "repair the deployment",
+        ("db", "separate", "staging", "--yes"): "separate the chains as 'staging'",
     }.items():
         assert run.problem(*arguments, **dry) == (
             f"refused to {act}, because DISPATCHER_DRY_RUN is set; nothing was written: unset it to do this"
@@ -441,3 +442,13 @@ def test_the_doctor_of_a_deployment_without_tables_or_services(run: CommandLine)
     lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["database", "redis", "broker"]
     assert "run `dispatcher db upgrade`" in lines[0]
+
+
+def test_separating_the_chains_of_a_copy_asks_first(run: CommandLine, shop: Dispatcher) -> None:
+    shop.get_or_create_resource_chain("single", [("customer", "1")])
+    refused = run("db", "separate", "staging", answer="n\n")
+    assert refused.returncode == 1 and "separated" not in refused.stdout
+
+    done = run("db", "separate", "staging", answer="y\n")
+
+    assert done.stdout.endswith("1 chains separated, 0 separated before, 0 left because they wait for a delivery\n")

@@ -38,6 +38,7 @@ ACTS: dict[str, Callable[[Dispatcher], Any]] = {
     "erase a resource": lambda dispatcher: dispatcher.erase_resource(CUSTOMER),
     "prune": lambda dispatcher: dispatcher.prune(days=1e-9),
     "prune without an age": lambda dispatcher: dispatcher.prune(),
+    "separate": lambda dispatcher: dispatcher.separate("staging"),
     "repair": lambda dispatcher: dispatcher.repair(),
 }
 
