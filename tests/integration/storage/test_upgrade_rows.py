@@ -1,12 +1,14 @@
 """A database of revision 0001 full of rows is upgraded: nothing is lost, and the work goes on."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, MetaData, event, insert, select
+from sqlalchemy import Connection, Engine, MetaData, event, func, insert, select
 from sqlalchemy.schema import Table
 
 from dispatcher import DONE, NEW, Dispatcher, RetryPolicy
@@ -16,7 +18,8 @@ from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.revisions import current, head
 from dispatcher.storage.migrations.runner import upgrade
 from dispatcher.storage.models import CHAIN, DELIVERY
-from dispatcher.storage.statements import new_id
+from dispatcher.storage.statements import insert_many, new_id
+from tests.conftest import scaled
 from tests.integration import shop
 from tests.integration.conftest import DispatcherFactory
 from tests.integration.storage import old_tables as old
@@ -383,3 +386,82 @@ def cuts(database: Database) -> Iterator[str]:
                 yield str(error)
             else:
                 return
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_large_database_is_upgraded_in_little_memory(old_database: Database, empty_url: str) -> None:
+    """300,000 chains, four in ten with a delivery that waits for its rate limit."""
+    count = scaled(300_000, least=2000)
+    for start in range(1, count + 1, 1000):
+        numbers = range(start, min(start + 1000, count + 1))
+        old_database.write(lambda connection, numbers=numbers: fill_page(connection, numbers))
+
+    upgrading = [sys.executable, "-c", MEASURED_UPGRADE, empty_url]
+    done = subprocess.run(upgrading, capture_output=True, text=True, check=True, timeout=1500)
+
+    seconds, before, peak = map(float, done.stdout.split())
+    print(f"{old_database.dialect}: {count} chains, {seconds:.1f} s, {before:.0f} to {peak:.0f} MB")  # noqa: T201
+    assert peak - before < 50, "MB"
+    with old_database.read() as connection:
+        waiting = (DELIVERY.c.waits_for == "rate") & (DELIVERY.c.last_error == "OSError: no") & DELIVERY.c.has_place
+        entered = CHAIN.c.entered_at == BEGAN + HOUR
+        assert connection.execute(select(func.count()).where(waiting)).scalar_one() == count // 5 * 2
+        assert connection.execute(select(func.count()).where(entered)).scalar_one() == count
+
+
+MEASURED_UPGRADE = """
+import re, sys, time
+from dispatcher.storage.database import Database
+from dispatcher.storage.migrations.runner import upgrade
+
+def megabytes():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+database, began, before = Database(sys.argv[1]), time.monotonic(), megabytes()
+upgrade(database, workers_stopped=True)
+print(time.monotonic() - began, before, megabytes())
+"""
+"""Prints how long an upgrade took, and the peak memory of its process before and after it."""
+
+
+def fill_page(connection: Connection, numbers: range) -> None:
+    """Chains of revision 0001 with these ids, each with two events, two of five with a delivery."""
+    chains = [
+        {
+            "id": number,
+            "chain_type": shop.CHAIN_TYPE,
+            "resource_key": f"{number:064}",
+            "state": "lost",
+            "version": 1,
+            "created_at": BEGAN,
+            "updated_at": BEGAN + 9 * HOUR,
+        }
+        for number in numbers
+    ]
+    events = [
+        {"chain_id": number, "chain_version": version, "action": action, "created_at": BEGAN + version * HOUR}
+        for number in numbers
+        for version, action in enumerate(("created", "moved"))
+    ]
+    deliveries = [
+        {
+            "id": new_id(),
+            "idempotency_key": new_id(),
+            "chain_id": number,
+            "chain_version": 1,
+            "transition": "Remind",
+            "from_state": "lost",
+            "final_state": "reminded",
+            "callback": "type",
+            "status": "pending",
+            "max_attempts": 5,
+            "planned_at": BEGAN,
+            "publish_after": BEGAN,
+            "last_error": "deferred: rate limit 3/h; before: OSError: no",
+        }
+        for number in numbers
+        if number % 5 < 2
+    ]
+    for table, rows in ((old.CHAIN, chains), (old.EVENT, events), (old.DELIVERY, deliveries)):
+        insert_many(connection, table, rows)
