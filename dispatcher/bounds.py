@@ -92,7 +92,7 @@ def refuse_unstarted(value: object, what: str) -> None:
 def refuse_awaitable(value: object, what: str) -> None:
     """Raise `TypeError` for an answer that would have to be awaited or iterated first: it is always truthy."""
     refuse_unstarted(value, what)
-    if type(value) is not bool and inspect.isawaitable(value):
+    if inspect.isawaitable(value):
         raise TypeError(f"{what} gave an awaitable, which nothing awaits")
 
 

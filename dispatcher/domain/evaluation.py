@@ -109,7 +109,8 @@ def evaluate(
             transition = candidate(snapshot, context)
             transition.now = now
             answer = transition.is_valid()
-            refuse_awaitable(answer, "is_valid()")
+            if type(answer) is not bool:
+                refuse_awaitable(answer, "is_valid()")
             valid = bool(answer)
             taken = taken_by(transition, snapshot, states) if valid else None
             verdict = Verdict(

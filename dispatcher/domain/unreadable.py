@@ -51,4 +51,7 @@ def json_object(text: Any, column: str) -> Mapping[str, Any] | None:
 
 def unreadable(*values: Mapping[str, Any] | None) -> UnreadableRow | None:
     """The error of the first of these values that cannot be read, or None."""
-    return next((value.error for value in values if isinstance(value, Unreadable)), None)
+    for value in values:
+        if isinstance(value, Unreadable):
+            return value.error
+    return None

@@ -21,7 +21,7 @@ from dispatcher.states import NEW, EventAction
 from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.history import add_event, add_event_at_version
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT, RESOURCE
-from dispatcher.storage.rows import MACHINE_NOW, chain_columns, chains_of, json_text
+from dispatcher.storage.rows import MACHINE_NOW, chain_columns, found_of, joined_chains_of, json_text
 from dispatcher.storage.statements import at_once, insert_or_ignore, is_due, moved_values, new_chain, one_row
 
 _PARAMETERS: Final = 1000
@@ -48,8 +48,8 @@ def read_with_clock(connection: Connection, chain_ids: Sequence[int]) -> tuple[d
     """The chains with these ids, by id, and the database's clock from the same statement (None without any row)."""
     if not chain_ids:
         return {}, None
-    rows = connection.execute(_READ, {"ids": sorted(chain_ids)}).mappings().all()
-    return chains_of(rows), rows[0][MACHINE_NOW] if rows else None
+    found = found_of(connection.execute(_READ, {"ids": sorted(chain_ids)}))
+    return joined_chains_of(found), found.column(MACHINE_NOW)[0] if found.rows else None
 
 
 def read_one(connection: Connection, chain_id: int, *, lock: bool = False) -> ChainRecord:

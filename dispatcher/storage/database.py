@@ -25,6 +25,7 @@ from dispatcher.storage.dialects import (
     make_engines,
     normal_url,
 )
+from dispatcher.storage.rows import Found
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +121,13 @@ class Database:
 
         return self._rerun(attempt)
 
-    def write_statement(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def write_statement(self, statement: str, parameters: Mapping[str, Any]) -> Found:
         """The rows of one data-changing statement, which commits by itself: no BEGIN, no COMMIT. Errors as `write`.
 
         PostgreSQL only: `statement` is written for the driver, with `%(name)s` for a parameter.
         """
 
-        def attempt() -> list[dict[str, Any]]:
+        def attempt() -> Found:
             with self._connected(writes=False) as connection, self._reaching(written=None):
                 return commit(lambda: run_statement(connection, statement, parameters))
 
@@ -214,7 +215,7 @@ def commit(step: Callable[[], Result]) -> Result:
     return step()
 
 
-def run_statement(connection: Connection, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+def run_statement(connection: Connection, statement: str, parameters: Mapping[str, Any]) -> Found:
     """The rows of a statement. It goes directly to the driver, because SQLAlchemy would take three times as long.
 
     An error of the driver is raised as SQLAlchemy's `DBAPIError`, as everywhere.
@@ -228,8 +229,7 @@ def run_statement(connection: Connection, statement: str, parameters: Mapping[st
     cursor = connection.connection.cursor()
     try:
         cursor.execute(statement, parameters)
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        return Found(tuple([column[0] for column in cursor.description]), cursor.fetchall())
     except driver_error as error:
         gone = dialect.is_disconnect(error, connection.connection.driver_connection, cursor)  # type: ignore[arg-type]
         wrapped = DBAPIError.instance(

@@ -26,7 +26,7 @@ from dispatcher.states import (
 from dispatcher.storage import chains, history
 from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT
-from dispatcher.storage.rows import delivery_columns, delivery_of
+from dispatcher.storage.rows import deliveries_of, delivery_columns, found_of
 from dispatcher.storage.statements import is_running, leased, moved_values, one_row, unless_disabled, waits, waits_for
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -35,8 +35,8 @@ from dispatcher.storage.statements import is_running, leased, moved_values, one_
 def read(connection: Connection, delivery_id: str, *, lock: bool = False) -> DeliveryRecord | None:
     """The delivery with this id, or None."""
     query = select(*delivery_columns()).where(DELIVERY.c.id == delivery_id)
-    row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
-    return delivery_of(row) if row is not None else None
+    found = deliveries_of(found_of(connection.execute(query.with_for_update() if lock else query)))
+    return found[0] if found else None
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

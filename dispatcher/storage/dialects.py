@@ -82,6 +82,8 @@ def _make_engine(url: URL, connect_seconds: float, *, patient: bool) -> Engine:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     else:
+        if dialect == "postgresql":
+            event.listen(engine, "connect", _use_utc)
         event.listen(engine, "checkin", _note_use)
         event.listen(engine, "checkout", _ping_idle)
     return engine
@@ -143,6 +145,16 @@ def _ping_idle(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
         connection.rollback()
     except Exception as error:
         raise DisconnectionError from error
+
+
+def _use_utc(connection: Any, _: Any) -> None:
+    """Have moments given in UTC, whatever the time zone of the server, the database and the role."""
+    autocommit = connection.autocommit
+    connection.autocommit = True  # a transaction that is rolled back would take the setting back
+    cursor = connection.cursor()
+    cursor.execute("SET TIME ZONE 'UTC'")
+    cursor.close()
+    connection.autocommit = autocommit
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:

@@ -10,14 +10,14 @@ from sqlalchemy.engine import Connection
 from dispatcher.domain.records import MAX_DETAIL, ChainEvent
 from dispatcher.states import EventAction
 from dispatcher.storage.models import CHAIN, EVENT
-from dispatcher.storage.rows import event_columns, event_of
+from dispatcher.storage.rows import event_columns, events_of, found_of
 from dispatcher.storage.statements import insert_many
 
 
 def events(connection: Connection, chain_id: int) -> list[ChainEvent]:
     """The chain's history, oldest first."""
     query = select(*event_columns()).where(EVENT.c.chain_id == chain_id).order_by(EVENT.c.id)
-    return [event_of(row) for row in connection.execute(query).mappings()]
+    return events_of(found_of(connection.execute(query)))
 
 
 def event_values(

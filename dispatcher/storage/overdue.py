@@ -11,7 +11,7 @@ from dispatcher.domain.records import DeliveryRecord
 from dispatcher.states import DeliveryStatus, WaitsFor
 from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import CHAIN, DELIVERY
-from dispatcher.storage.rows import delivery_of, light_delivery_columns
+from dispatcher.storage.rows import found_of, light_deliveries_of, light_delivery_columns
 from dispatcher.storage.statements import is_running, one_row, waits, waits_for
 
 
@@ -36,7 +36,7 @@ def claim_overdue(
     if not pending:
         query = query.where(DELIVERY.c.status == DeliveryStatus.RUNNING, DELIVERY.c.finished_at.is_(None))
     query = query.order_by(DELIVERY.c.publish_after, DELIVERY.c.id).limit(limit).with_for_update(skip_locked=True)
-    found = [delivery_of(row) for row in connection.execute(query).mappings()]
+    found = light_deliveries_of(found_of(connection.execute(query)))
     lost = [delivery.id for delivery in found if delivery.status == DeliveryStatus.PENDING]
     if lost:
         connection.execute(

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 from dispatcher.domain.records import DeliveryRecord
 from dispatcher.states import CLOSED_STATUSES, OPEN_STATUSES, DeliveryStatus
 from dispatcher.storage.models import CHAIN, DELIVERY, ChainRow
-from dispatcher.storage.rows import delivery_columns, delivery_of
+from dispatcher.storage.rows import deliveries_of, delivery_columns, found_of
 from dispatcher.storage.statements import is_due
 
 
@@ -66,7 +66,7 @@ def listing(
     if type_name is not None:
         query = query.join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id).where(CHAIN.c.chain_type == type_name)
     query = query.order_by(DELIVERY.c.id.desc()).limit(limit)
-    return [delivery_of(row) for row in connection.execute(query).mappings()]
+    return deliveries_of(found_of(connection.execute(query)))
 
 
 def count_stopped(connection: Connection) -> dict[str, int]:

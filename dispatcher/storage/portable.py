@@ -3,12 +3,12 @@
 A batch costs a handful of statements, whatever its size.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import RowMapping, bindparam, select, tuple_, update
+from sqlalchemy import bindparam, select, tuple_, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import (
@@ -34,7 +34,14 @@ from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.database import Database
 from dispatcher.storage.history import add_events
 from dispatcher.storage.models import CHAIN, DELIVERY, RESOURCE
-from dispatcher.storage.rows import MACHINE_NOW, chain_columns, chains_of, delivery_columns, delivery_of
+from dispatcher.storage.rows import (
+    MACHINE_NOW,
+    chain_columns,
+    deliveries_of,
+    delivery_columns,
+    found_of,
+    joined_chains_of,
+)
 from dispatcher.storage.statements import (
     grouped,
     insert_many,
@@ -373,10 +380,11 @@ def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float
             **leased(lease_seconds),
         )
     )
-    rows: dict[str, list[RowMapping]] = defaultdict(list)
-    for row in connection.execute(_WITH_CHAIN, {"ids": ids}).mappings():
-        rows[row["id"]].append(row)
-    return [_begun_of(rows[delivery_id]) for delivery_id in ids]
+    found = found_of(connection.execute(_WITH_CHAIN, {"ids": ids}))
+    records = joined_chains_of(found)
+    begun = zip(deliveries_of(found), found.column(MACHINE_NOW), strict=True)  # each once per resource of its chain
+    by_id = {delivery.id: Begun(delivery, records[delivery.chain_id], now) for delivery, now in begun}
+    return [by_id[delivery_id] for delivery_id in ids]
 
 
 _WITH_CHAIN: Final = (  # built once, because building a statement costs more than executing it
@@ -392,12 +400,6 @@ _WITH_CHAIN: Final = (  # built once, because building a statement costs more th
     )
     .where(DELIVERY.c.id.in_(bindparam("ids", expanding=True)))
 )
-
-
-def _begun_of(rows: Sequence[RowMapping]) -> Begun:
-    """The delivery and its chain in the rows of `_WITH_CHAIN` of one delivery, a row for each resource."""
-    (record,) = chains_of(rows).values()
-    return Begun(delivery_of(rows[0]), record, rows[0][MACHINE_NOW])
 
 
 def _finish(connection: Connection, finished: Sequence[Finished], *, now: datetime) -> set[str]:

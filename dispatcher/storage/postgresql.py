@@ -33,6 +33,7 @@ from dispatcher.domain.records import (
     MAX_DETAIL,
     Begun,
     ChainRecord,
+    DeliveryRecord,
     Finished,
     Move,
     Owed,
@@ -51,11 +52,11 @@ from dispatcher.storage import chains
 from dispatcher.storage.database import Database, run_statement
 from dispatcher.storage.models import storable
 from dispatcher.storage.portable import PortableStore
-from dispatcher.storage.rows import MACHINE_NOW, RESOURCES, chain_list, chain_of, delivery_list, delivery_of
+from dispatcher.storage.rows import MACHINE_NOW, RESOURCES, Found, chain_list, chains_of, deliveries_of, delivery_list
 from dispatcher.storage.statements import new_id
 from dispatcher.storage.store import Limit
 
-_Run: TypeAlias = Callable[[str, Mapping[str, Any]], list[dict[str, Any]]]
+_Run: TypeAlias = Callable[[str, Mapping[str, Any]], Found]
 """Runs a statement with its parameters and gives its rows: `Database.write_statement`, or one within a transaction."""
 
 _FINISHES: Final = 10
@@ -241,9 +242,10 @@ class PostgresqlStore:
 
     def read(self, chain_ids: Sequence[int]) -> tuple[dict[int, ChainRecord], datetime | None]:
         with self._database.read() as connection:
-            rows = run_statement(connection, _READ, {"ids": list(chain_ids)})
-        records = [chain_of(row, row[RESOURCES]) for row in rows]
-        return {record.id: record for record in records}, rows[0][MACHINE_NOW].astimezone(UTC) if rows else None
+            found = run_statement(connection, _READ, {"ids": list(chain_ids)})
+        moments = found.column(MACHINE_NOW)
+        records = {record.id: record for record in chains_of(found)}
+        return records, moments[0].astimezone(UTC) if moments else None
 
     def write(
         self, writes: Sequence[Write], *, now: datetime, timing: Timing, limits: Mapping[str, Limit] | None = None
@@ -269,7 +271,7 @@ class PostgresqlStore:
             "by": request.requested_by,
             "now": None if clock is None else clock(),
         }
-        if not self._database.write_statement(_REQUEST, parameters):
+        if not self._database.write_statement(_REQUEST, parameters).rows:
             raise ChainMissing(chain_id)
 
     def request_chain(self, type_name: str, resources: Sequence[Resource], request: Request, *, due: bool) -> int:
@@ -283,7 +285,7 @@ class PostgresqlStore:
 
     def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
         owed = sorted(owed, key=lambda message: message.delivery_id)
-        rows = self._database.write_statement(
+        found = self._database.write_statement(
             _BEGIN,
             {
                 "ids": [message.delivery_id for message in owed],
@@ -291,7 +293,8 @@ class PostgresqlStore:
                 "lease_seconds": lease_seconds,
             },
         )
-        return sorted(map(_begun_of, rows), key=lambda attempt: attempt.delivery.id)
+        rows = zip(deliveries_of(found), chains_of(found), found.column(MACHINE_NOW), strict=True)
+        return sorted((_begun(*row) for row in rows), key=lambda attempt: attempt.delivery.id)
 
     def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
         finished = sorted(finished, key=lambda end: end.delivery.id)
@@ -305,12 +308,12 @@ class PostgresqlStore:
         }
         for turn in range(_FINISHES + 1):
             try:
-                (row,) = self._database.write_statement(_FINISH, parameters)
+                found = self._database.write_statement(_FINISH, parameters)
             except DBAPIError as error:
                 if getattr(error.orig, "sqlstate", None) != _DIVISION_BY_ZERO or turn == _FINISHES:
                     raise
             else:
-                return set(row["finished"] or ())
+                return set(found.column("finished")[0] or ())
         raise AssertionError("unreachable")
 
     def create_many(
@@ -335,7 +338,7 @@ def _write(run: _Run, writes: Sequence[Write], *, now: datetime, timing: Timing)
 def _write_moves(run: _Run, moves: Sequence[Move], *, now: datetime) -> set[int]:
     """Move chains; the ids of those that are unchanged since they were read. A request that came since is kept."""
     moves = sorted(moves, key=lambda move: move.record.id)
-    rows = run(
+    found = run(
         _MOVE,
         {
             **_read_as(move.record for move in moves),
@@ -349,13 +352,13 @@ def _write_moves(run: _Run, moves: Sequence[Move], *, now: datetime) -> set[int]
             "now": now,
         },
     )
-    return {row["chain_id"] for row in rows}
+    return set(found.column("chain_id"))
 
 
 def _write_rests(run: _Run, rests: Sequence[Rest], *, now: datetime) -> set[int]:
     """Let chains stay; the ids of those that are unchanged since they were read and were not enqueued meanwhile."""
     rests = sorted(rests, key=lambda rest: rest.record.id)
-    rows = run(
+    found = run(
         _REST,
         {
             **_read_as(rest.record for rest in rests),
@@ -368,7 +371,7 @@ def _write_rests(run: _Run, rests: Sequence[Rest], *, now: datetime) -> set[int]
             "now": now,
         },
     )
-    return {row["id"] for row in rows}
+    return set(found.column("id"))
 
 
 def _write_plans(
@@ -381,7 +384,7 @@ def _write_plans(
     """Plan deliveries; their ids by chain id. A chain that has changed since it was read gets none."""
     planned = sorted(planned, key=lambda plan: plan.record.id)
     ids = [new_id() for _ in planned]
-    rows = run(
+    found = run(
         _PLAN,
         {
             **_read_as(plan.record for plan in planned),
@@ -403,7 +406,7 @@ def _write_plans(
             "lease_seconds": timing.lease_seconds,
         },
     )
-    applied = {row["id"] for row in rows}
+    applied = set(found.column("id"))
     return {plan.record.id: made for plan, made in zip(planned, ids, strict=True) if plan.record.id in applied}
 
 
@@ -420,10 +423,11 @@ def _read_as(records: Iterable[ChainRecord]) -> dict[str, list[int]]:
     }
 
 
-def _begun_of(row: dict[str, Any]) -> Begun:
-    delivery, chain = delivery_of(row), chain_of(row, row[RESOURCES])
-    # The statement read the chain before it waited for the delivery. Meanwhile a mapping may have renamed the state.
-    return Begun(delivery, replace(chain, state=delivery.from_state), row[MACHINE_NOW].astimezone(UTC))
+def _begun(delivery: DeliveryRecord, chain: ChainRecord, machine_now: datetime) -> Begun:
+    if chain.state != delivery.from_state:
+        # The statement read the chain before it waited for the delivery, and meanwhile a mapping has renamed the state.
+        chain = replace(chain, state=delivery.from_state)
+    return Begun(delivery, chain, machine_now.astimezone(UTC))
 
 
 _NO_WAKE: Final = -1

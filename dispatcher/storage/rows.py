@@ -4,11 +4,14 @@ JSON is read as text and decoded here, row by row. A driver would decode while i
 be decoded would take all others of its statement with it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, Final, TypeAlias
 
-from sqlalchemy import JSON, Column, ColumnElement, RowMapping, Table, Text, Uuid
+from sqlalchemy import JSON, Column, ColumnElement, CursorResult, Table, Text, Uuid
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -18,8 +21,26 @@ from dispatcher.domain.resources import Resource
 from dispatcher.domain.unreadable import json_object
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT, UtcDateTime
 
-Values: TypeAlias = Mapping[str, Any] | RowMapping
-"""A row by column name, from a driver or from SQLAlchemy."""
+Row: TypeAlias = Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The rows that a statement gave: the names of the columns, and of each row the values in the same order."""
+
+    names: tuple[str, ...]
+    rows: Sequence[Row]
+
+    def column(self, name: str) -> list[Any]:
+        """The values of one column."""
+        place = self.names.index(name)
+        return [row[place] for row in self.rows]
+
+
+def found_of(result: CursorResult[Any]) -> Found:
+    """The rows of a result of SQLAlchemy."""
+    return Found(tuple(result.keys()), result.all())
+
 
 CHAIN_FIELDS: Final = tuple(name for name in ChainRecord.__dataclass_fields__ if name != "resources")
 """The columns of a chain that are read."""
@@ -41,20 +62,21 @@ RESOURCES: Final = "resources"
 MACHINE_NOW: Final = "machine_now"
 
 _CHAIN_LABELS: Final = tuple((name, f"{CHAIN_PREFIX}{name}") for name in CHAIN_FIELDS)
+_LABELS: Final = tuple(label for _, label in _CHAIN_LABELS)
 
 
 def chain_columns() -> list[ColumnElement[Any]]:
-    """The columns to select for `chain_of`."""
+    """The columns to select for `chains_of` and `joined_chains_of`."""
     return [json_text(CHAIN.c[name]).label(label) for name, label in _CHAIN_LABELS]
 
 
 def delivery_columns() -> list[ColumnElement[Any]]:
-    """The columns to select for `delivery_of`."""
+    """The columns to select for `deliveries_of`."""
     return [json_text(DELIVERY.c[name]).label(name) for name in DELIVERY_FIELDS]
 
 
 def light_delivery_columns() -> list[Column[Any]]:
-    """The columns to select for a `delivery_of` that has no kwargs and no context."""
+    """The columns to select for `light_deliveries_of`."""
     return [DELIVERY.c[name] for name in LIGHT_DELIVERY_FIELDS]
 
 
@@ -86,67 +108,102 @@ def json_text(column: Column[Any]) -> ColumnElement[Any]:
 
 
 def chain_list(alias: str) -> str:
-    """What a statement in the driver's words selects for `chain_of`; the table is called `alias`."""
+    """What a statement in the driver's words selects for `chains_of`; the table is called `alias`."""
     return ", ".join(f"{_raw(CHAIN, name, alias)} AS {label}" for name, label in _CHAIN_LABELS)
 
 
 def delivery_list(alias: str) -> str:
-    """What a statement in the driver's words selects for `delivery_of`; the table is called `alias`."""
+    """What a statement in the driver's words selects for `deliveries_of`; the table is called `alias`."""
     return ", ".join(f"{_raw(DELIVERY, name, alias)} AS {name}" for name in DELIVERY_FIELDS)
 
 
-def chain_of(row: Values, resources: Iterable[Sequence[str]]) -> ChainRecord:
-    """The chain in a row of `chain_columns` or `chain_list`, with its resources."""
-    values = {name: row[label] for name, label in _CHAIN_LABELS}
-    values["context"] = json_object(values["context"], "context")
-    values["request"] = Request.from_json(json_object(values["request"], "request"))
-    values["resources"] = tuple(sorted((kind, identity) for kind, identity in resources))
-    # A program from before revision 0002 creates chains without these.
-    if values["started_at"] is None:
-        values["started_at"] = values["created_at"]
-    if values["entered_at"] is None:
-        values["entered_at"] = values["updated_at"]
-    return ChainRecord(**_in_utc(values, CHAIN))
+def chains_of(found: Found) -> list[ChainRecord]:
+    """The chains in rows of `chain_list`, a row for each chain with its resources in the column `RESOURCES`."""
+    pick, resources = _picker(found.names, _LABELS), found.names.index(RESOURCES)
+    return [_chain(pick(row), [(kind, identity) for kind, identity in row[resources]]) for row in found.rows]
 
 
-def delivery_of(row: Values) -> DeliveryRecord:
-    """The delivery in a row of `delivery_columns` or `delivery_list`; of `light_delivery_columns`: without payload."""
-    values = {name: row[name] for name in LIGHT_DELIVERY_FIELDS}
-    for name in _PAYLOAD:
-        values[name] = json_object(row.get(name), name)
-    return DeliveryRecord(**_in_utc(values, DELIVERY))
-
-
-def event_of(row: Values) -> ChainEvent:
-    """The event in a row of `event_columns`."""
-    return ChainEvent(**{name: row[name] for name in EVENT_FIELDS})
-
-
-def chains_of(rows: Iterable[Values]) -> dict[int, ChainRecord]:
-    """The chains by id, in rows of `chain_columns` and a resource's `resource_type` and `resource_id`."""
-    first: dict[int, Values] = {}
+def joined_chains_of(found: Found) -> dict[int, ChainRecord]:
+    """The chains by id, in rows of `chain_columns` and of a resource: a row for each resource of each chain."""
+    pick = _picker(found.names, _LABELS)
+    resource = _picker(found.names, (f"{CHAIN_PREFIX}id", "resource_type", "resource_id"))
+    first: dict[int, Row] = {}
     resources: dict[int, list[Resource]] = {}
-    for row in rows:
-        chain_id = row[f"{CHAIN_PREFIX}id"]
+    for row in found.rows:
+        chain_id, kind, identity = resource(row)
         first.setdefault(chain_id, row)
         pairs = resources.setdefault(chain_id, [])
-        if row["resource_id"] is not None:
-            pairs.append((row["resource_type"], row["resource_id"]))
-    return {chain_id: chain_of(row, resources[chain_id]) for chain_id, row in first.items()}
+        if identity is not None:
+            pairs.append((kind, identity))
+    return {chain_id: _chain(pick(row), resources[chain_id]) for chain_id, row in first.items()}
 
 
-_MOMENTS: Final = {
-    table.name: tuple(column.name for column in table.columns if isinstance(column.type, UtcDateTime))
-    for table in (CHAIN, DELIVERY)
-}
+def deliveries_of(found: Found) -> list[DeliveryRecord]:
+    """The deliveries in rows of `delivery_columns` or `delivery_list`."""
+    return [_delivery(values) for values in map(_picker(found.names, DELIVERY_FIELDS), found.rows)]
 
 
-def _in_utc(values: dict[str, Any], table: Table) -> dict[str, Any]:
-    """`values` with its moments in UTC: a driver gives them in the session's time zone."""
-    for name in _MOMENTS[table.name]:
-        moment: datetime | None = values.get(name)
+def light_deliveries_of(found: Found) -> list[DeliveryRecord]:
+    """The deliveries in rows of `light_delivery_columns`, without their payload."""
+    pick, without = _picker(found.names, LIGHT_DELIVERY_FIELDS), (None,) * len(_PAYLOAD)
+    arrange = _picker((*LIGHT_DELIVERY_FIELDS, *_PAYLOAD), DELIVERY_FIELDS)
+    return [_delivery(arrange((*pick(row), *without))) for row in found.rows]
+
+
+def events_of(found: Found) -> list[ChainEvent]:
+    """The events in rows of `event_columns`."""
+    return [ChainEvent(*values) for values in map(_picker(found.names, EVENT_FIELDS), found.rows)]
+
+
+@lru_cache(maxsize=100)
+def _picker(names: tuple[str, ...], wanted: tuple[str, ...]) -> Callable[[Row], tuple[Any, ...]]:
+    """Picks the wanted columns out of a row whose columns have these names. (Per row it is much faster than a dict.)"""
+    return itemgetter(*(names.index(name) for name in wanted))
+
+
+def _places(table: Table, fields: Sequence[str], kind: type) -> tuple[int, ...]:
+    return tuple(place for place, name in enumerate(fields) if isinstance(table.c[name].type, kind))
+
+
+_CHAIN_MOMENTS: Final = _places(CHAIN, CHAIN_FIELDS, UtcDateTime)
+_CREATED, _UPDATED, _STARTED, _ENTERED, _CONTEXT, _REQUEST = map(
+    CHAIN_FIELDS.index, ("created_at", "updated_at", "started_at", "entered_at", "context", "request")
+)
+_DELIVERY_MOMENTS: Final = _places(DELIVERY, DELIVERY_FIELDS, UtcDateTime)
+_DELIVERY_OBJECTS: Final = _places(DELIVERY, DELIVERY_FIELDS, JSON)
+
+
+def _chain(picked: Sequence[Any], resources: list[Resource]) -> ChainRecord:
+    values = _in_utc(picked, _CHAIN_MOMENTS)
+    # A program from before revision 0002 creates chains without these.
+    if values[_STARTED] is None:
+        values[_STARTED] = values[_CREATED]
+    if values[_ENTERED] is None:
+        values[_ENTERED] = values[_UPDATED]
+    if values[_CONTEXT] is not None:
+        values[_CONTEXT] = json_object(values[_CONTEXT], "context")
+    if values[_REQUEST] is not None:
+        values[_REQUEST] = Request.from_json(json_object(values[_REQUEST], "request"))
+    resources.sort()
+    # One for each column; the checks by type would have to count the list.
+    return ChainRecord(*values, tuple(resources))  # type: ignore[call-arg]
+
+
+def _delivery(picked: Sequence[Any]) -> DeliveryRecord:
+    values = _in_utc(picked, _DELIVERY_MOMENTS)
+    for place in _DELIVERY_OBJECTS:
+        if values[place] is not None:
+            values[place] = json_object(values[place], DELIVERY_FIELDS[place])
+    return DeliveryRecord(*values)
+
+
+def _in_utc(picked: Sequence[Any], moments: Iterable[int]) -> list[Any]:
+    """The values with their moments in UTC: a driver gives them in the session's time zone."""
+    values = list(picked)
+    for place in moments:
+        moment: datetime | None = values[place]
         if moment is not None and moment.tzinfo is not UTC:
-            values[name] = moment.astimezone(UTC)
+            values[place] = moment.astimezone(UTC)
     return values
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.exc import ProgrammingError
 
 from dispatcher.storage.database import Database
 from dispatcher.storage.models import ChainRow
+from dispatcher.storage.rows import Found
 from tests.servers import PostgresServer, wait_until
 
 pytestmark = pytest.mark.integration
@@ -72,7 +73,7 @@ def test_a_statement_that_was_interrupted_leaves_no_connection_that_still_waits_
     finally:
         signal.signal(signal.SIGALRM, previous)
 
-    assert rows.write_statement("SELECT %(one)s::int", {"one": 1}) == [{"int4": 1}]
+    assert rows.write_statement("SELECT %(one)s::int", {"one": 1}) == Found(("int4",), [(1,)])
 
 
 def test_a_statement_is_rerun_after_a_deadlock(rows: Database, postgres_server: PostgresServer) -> None:
@@ -96,7 +97,7 @@ def test_a_statement_is_rerun_after_a_deadlock(rows: Database, postgres_server: 
         )
         other.execute(lock, {"id": 2})  # granted once the statement is given up
         other.commit()
-        assert written.result(WAIT_SECONDS) == [{"id": 1}]
+        assert written.result(WAIT_SECONDS) == Found(("id",), [(1,)])
 
     with rows.read() as connection:
         assert connection.execute(select(ChainRow.state).where(ChainRow.id == 1)).scalar_one() == "later"
