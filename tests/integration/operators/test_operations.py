@@ -732,7 +732,7 @@ def test_an_open_delivery_stays_open_when_its_state_is_renamed(make_dispatcher: 
     assert shop.delivery_of(dispatcher, chain) == replace(before, from_state="half way")
     assert shop.row_of(dispatcher, chain.id).due_at is None
     if status != "pending":
-        chain.retry_delivery("ada")
+        chain.refresh().retry_delivery("ada")
     assert shop.attempt(dispatcher, delivery, before.attempt + 1).outcome == "delivered"
     assert [call.key for call in sink.calls] == [before.idempotency_key]
     assert chain.refresh().state == "reminded"
