@@ -466,6 +466,8 @@ class Dispatcher:
             raise ConfigurationError("name a chain type or a resource, not both", "find_actions")
         kind, subjects = None, []
         if chain_type is not None:
+            if not is_text(chain_type):  # no stored name contains such text
+                return []
             kind, subjects = SubjectKind.TYPE, [chain_type]
         elif resource is not None:
             (pair,) = clean_resources([resource])
@@ -522,7 +524,7 @@ class Dispatcher:
 
 
 def _seen(delivery: DeliveryRecord) -> SeenDelivery:
-    return SeenDelivery(delivery.chain_id, delivery.id, delivery.status)
+    return SeenDelivery(delivery.chain_id, delivery.id, delivery.status, delivery.attempt)
 
 
 def _uuids(delivery_ids: Sequence[str]) -> list[str]:

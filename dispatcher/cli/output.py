@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from dispatcher.bounds import bounded_text
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Log what would be done, and do nothing.")
 
@@ -34,6 +36,8 @@ def print_reasons(errors: Mapping[str, Iterable[str]]) -> None:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
+    # Rows hold texts of other programs: their control characters must not reach the terminal.
+    rows = [[bounded_text(cell, 12 * len(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

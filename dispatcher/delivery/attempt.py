@@ -37,9 +37,13 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """The callback has returned; `transition` is the object that it was called with."""
+    """The callback has returned; `transition` is the object that it was called with.
+
+    `looked` says that a last look has asked its guard; else it is a bare one.
+    """
 
     transition: Transition
+    looked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ def make_attempt(
     row that the earlier attempts had no effect; False says that the delivery is no longer ours.
     """
     delivery = attempt.delivery
-    unknown = delivery.unknown
+    unknown, looked = delivery.unknown, False
     if unknown:
         settled = _settle_unknown(attempt, mark_known)
         if not isinstance(settled, bool):
@@ -121,14 +125,14 @@ def make_attempt(
             if not _wins_again(plan, attempt):
                 return NotValid(plan)
             assert plan.winner is not None  # it wins again
-            transition = plan.winner
+            transition, looked = plan.winner, True
             transition.idempotency_key = delivery.idempotency_key
         refuse_unstarted(attempt.callback(transition, **(delivery.kwargs or {})), "the callback")
     except BaseException as error:
         if ends_process(error):
             raise
         return Failed(error)
-    return Called(transition)
+    return Called(transition, looked)
 
 
 def _settle_unknown(attempt: Attempt, mark_known: Callable[[Attempt], bool]) -> End | bool:

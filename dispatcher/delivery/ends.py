@@ -26,7 +26,14 @@ from dispatcher.delivery.attempt import (
 from dispatcher.delivery.pacing import Deferral
 from dispatcher.delivery.recording import note_problem, recorded
 from dispatcher.domain.config import ChainType
-from dispatcher.domain.decisions import due_after_move, rest_after_call, rest_of_plan, seconds_to_retry
+from dispatcher.domain.decisions import (
+    AfterCall,
+    computes_rest,
+    due_after_move,
+    rest_after_call,
+    rest_of_plan,
+    seconds_to_retry,
+)
 from dispatcher.domain.evaluation import Plan
 from dispatcher.domain.records import Begun, DeliveryRecord, Finished
 from dispatcher.domain.results import AttemptResult, reasons_text
@@ -149,10 +156,12 @@ class Ends:
     def record(self, attempt: Attempt, end: End, *, commit_may_have_succeeded: bool = False) -> AttemptResult:
         """Write what an end means, try again while the database is away, and log it; gives the attempt's result."""
         match end:
-            case Called(transition):
-                return self._delivered(attempt, transition, "", commit_may_have_succeeded=commit_may_have_succeeded)
+            case Called(transition, looked):
+                finished = finished_of(attempt, transition, looked=looked)
+                return self._delivered(attempt, finished, "", commit_may_have_succeeded=commit_may_have_succeeded)
             case Verified(transition):
-                return self._delivered(attempt, transition, "verify() found the effect of an earlier attempt")
+                finished = finished_of(attempt, transition, looked=False)
+                return self._delivered(attempt, finished, "verify() found the effect of an earlier attempt")
             case NotValid(plan):
                 return self._cancelled(attempt, plan)
             case Failed(error):
@@ -170,7 +179,7 @@ class Ends:
         """Record callbacks that returned, in one transaction. If it fails, record each alone, with all its retries."""
         if len(called) < 2:  # noqa: PLR2004 - a batch has several
             return [self.record(attempt, end) for attempt, end in called]
-        finished = [finished_of(attempt, end.transition) for attempt, end in called]
+        finished = [finished_of(attempt, end.transition, looked=end.looked) for attempt, end in called]
         now = called[0][0].now
         try:
             done = self._store.finish(finished, now=now)
@@ -194,9 +203,8 @@ class Ends:
         return results
 
     def _delivered(
-        self, attempt: Attempt, transition: Transition, detail: str, *, commit_may_have_succeeded: bool = False
+        self, attempt: Attempt, finished: Finished, detail: str, *, commit_may_have_succeeded: bool = False
     ) -> AttemptResult:
-        finished = finished_of(attempt, transition)
         if not recorded(
             self._database,
             attempt.delivery,
@@ -323,16 +331,23 @@ class Ends:
             )
 
 
-def finished_of(attempt: Attempt, transition: Transition) -> Finished:
+def finished_of(attempt: Attempt, transition: Transition, *, looked: bool) -> Finished:
     """What to record of an attempt whose delivery has succeeded."""
-    return finished_delivery(attempt.delivery, transition, attempt.chain_type, attempt.now)
+    return finished_delivery(attempt.delivery, transition, attempt.chain_type, attempt.now, looked=looked)
 
 
 def finished_delivery(
-    delivery: DeliveryRecord, transition: Transition, chain_type: ChainType, now: datetime
+    delivery: DeliveryRecord, transition: Transition, chain_type: ChainType, now: datetime, *, looked: bool
 ) -> Finished:
-    """What to record of a delivery that has succeeded: also until when its chain rests, and when the chain is due."""
-    asked = rest_after_call(transition, delivery.chain_id, now)
+    """What to record of a delivery that has succeeded: also until when its chain rests, and when the chain is due.
+
+    `looked` says that the transition's guard was asked. Where it was not, a property has no facts to compute the rest
+    from, and the rest is that of the plan.
+    """
+    if not looked and delivery.rest_is_known and computes_rest(type(transition)):
+        asked = AfterCall(delivery.rest_until)
+    else:
+        asked = rest_after_call(transition, delivery.chain_id, now)
     due_at = due_after_move(chain_type, delivery.final_state, asked.next_update_at, now)
     return Finished(delivery, asked.next_update_at, due_at, asked.problem)
 

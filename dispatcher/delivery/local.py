@@ -79,7 +79,7 @@ class LocalAttempts:
     def _record_delivered(
         self, delivery: DeliveryRecord, transition: Transition, chain_type: ChainType, now: datetime
     ) -> bool:
-        finished = finished_delivery(delivery, transition, chain_type, now)
+        finished = finished_delivery(delivery, transition, chain_type, now, looked=True)
         done = recorded(
             self._database,
             delivery,

@@ -77,6 +77,8 @@ def _stay(record: ChainRecord, plan: Plan, now: datetime, *, takes_request: bool
     outcome = Outcome.TERMINAL if plan.terminal else Outcome.NONE
     rest = Rest(record=record, due_at=_rest_until(record, plan, now), clear_request=plan.terminal and takes_request)
     result = ChainResult(record.id, outcome, record.state, errors=plan.errors)
+    if record.request is not None and not takes_request:
+        return Decision(result)  # the chain is due for that request, and must stay so
     return Decision(result, None if rest.changes_nothing else rest)
 
 
@@ -116,8 +118,11 @@ def _plan(record: ChainRecord, plan: Plan, callback: str, asked: Request, call: 
 def due_after_move(
     chain_type: ChainType, state: str, next_update_at: datetime | None, now: datetime
 ) -> datetime | None:
-    """When a chain that has just moved to `state` is due: now, or after its rest; None if the state is terminal."""
-    if not chain_type.candidates(state):
+    """When a chain that has just moved to `state` is due: now, or after its rest; None if the state is terminal.
+
+    A state that this configuration does not know is not terminal: another version of the code planned the move.
+    """
+    if state in chain_type.states and not chain_type.candidates(state):
         return None
     return max(now, next_update_at) if next_update_at is not None else now
 
@@ -151,6 +156,11 @@ def rest_after_call(transition: Transition, chain_id: int, now: datetime) -> Aft
             chain_id=chain_id,
         )
         return AfterCall(now + _REST_AFTER_PROBLEM, problem)
+
+
+def computes_rest(transition_class: type[Transition]) -> bool:
+    """Whether `date_next_update` is a property of the class, which no value on an object can replace."""
+    return isinstance(getattr(transition_class, "date_next_update", None), property)
 
 
 def rest_of_plan(delivery: DeliveryRecord, transition_class: type[Transition] | None) -> datetime | None:

@@ -33,7 +33,7 @@ from dispatcher.errors import (
 from dispatcher.requests.checks import checked_requester
 from dispatcher.settings import Settings
 from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction, OperatorAction, SubjectKind
-from dispatcher.storage import actions, chain_types, chains, deliveries, overview
+from dispatcher.storage import actions, chain_types, chains, deliveries, overview, ticks
 from dispatcher.storage.database import Database
 from dispatcher.telemetry import Action, emit
 
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _BATCH: Final = 500
+_SEPARATED: Final = "dispatcher.separate"
 _STOPPED: Final = (DeliveryStatus.DEAD, DeliveryStatus.HELD)
 _PLANNED_AGAIN: Final = (
     "retried by hand: its callback exists only in the process that called execute(), so the chain will be planned again"
@@ -60,12 +61,14 @@ class MapCounts:
 class SeenDelivery:
     """What an operator saw of the delivery that a chain waits for.
 
-    `delivery_id` is None where the chain waited for none. `status` is None where the operator has not seen it.
+    `delivery_id` is None where the chain waited for none. `status` is None where the operator has not seen it. With
+    `attempt`, a dead or held delivery must have had no further attempt since.
     """
 
     chain_id: int
     delivery_id: str | None
     status: str | None = None
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +334,7 @@ class Operations:
             raise ConfigurationError("is not a state", f"chain type {type_name!r}, state {from_state!r}")
         if not dry_run:
             self.refuse_dry_run(f"map the chains of {type_name} from state {from_state!r} to {to_state!r}")
+        what = f"from {from_state} to {to_state}" + (f": {reason}" if reason else "")
         mapped = waiting = after_id = 0
         while True:
             with self._database.read() as connection:
@@ -339,6 +343,8 @@ class Operations:
                 )
             if not ids:
                 break
+            if not after_id and not dry_run:
+                self._database.write(partial(_note_mapping, type_name, what, requested_by))
             after_id = ids[-1]
             for chain_id in ids:
                 outcome = _MapOutcome.MAPPED
@@ -346,18 +352,6 @@ class Operations:
                     outcome = self._map_one(chain_id, from_state, to_state, requested_by=requested_by, reason=reason)
                 mapped += outcome is _MapOutcome.MAPPED
                 waiting += outcome is _MapOutcome.WAITING
-        if mapped and not dry_run:
-            what = f"{mapped} chains from {from_state} to {to_state}" + (f": {reason}" if reason else "")
-            self._database.write(
-                lambda connection: actions.add(
-                    connection,
-                    SubjectKind.TYPE,
-                    type_name,
-                    OperatorAction.MAPPED,
-                    requested_by=requested_by,
-                    reason=what,
-                )
-            )
         return MapCounts(mapped, waiting)
 
     def _map_one(
@@ -394,17 +388,19 @@ class Operations:
         """Give every chain of a copied database a new `uid`, in batches, so that its idempotency keys are others.
 
         `name` is the name of the copy. The new uids begin with digits made of it. So a second call with the same name
-        goes on with what the first has left: chains that waited for a delivery, and all if it was interrupted.
+        goes on with what the first has left: chains that waited for a delivery, and all if it was interrupted. Chains
+        that were made since the first call are no copies, and are left alone.
         """
         if not is_text(name) or not name:
             raise ConfigurationError("give the copy a name, such as staging", "separate")
         mark = uid_mark(name)
         act = f"separate the chains as {name!r}"
         self.refuse_dry_run(act)
+        last_id = self._write(act, partial(_last_copied, mark))
         seen = separated = waiting = after_id = 0
         while True:
             with self._database.read() as connection:
-                ids = chains.list_ids(connection, after_id=after_id, limit=_BATCH)
+                ids = [one for one in chains.list_ids(connection, after_id=after_id, limit=_BATCH) if one <= last_id]
             if not ids:
                 return SeparateCounts(separated, seen - separated - waiting, waiting)
             after_id = ids[-1]
@@ -422,6 +418,19 @@ class Operations:
             for (type_name, state), count in counts.items()
             if (chain_type := self._config.by_type.get(type_name)) is None or state not in chain_type.states
         }
+
+
+def _last_copied(mark: str, connection: Connection) -> int:
+    """The id of the last chain that was in the copy when it was first separated with this mark."""
+    last_ids = ticks.read_position(connection, _SEPARATED)
+    if mark not in last_ids:
+        last_ids = {**last_ids, mark: chains.last_id(connection)}
+        ticks.write_position(connection, _SEPARATED, last_ids)
+    return int(last_ids[mark])
+
+
+def _note_mapping(type_name: str, what: str, requested_by: str | None, connection: Connection) -> None:
+    actions.add(connection, SubjectKind.TYPE, type_name, OperatorAction.MAPPED, requested_by=requested_by, reason=what)
 
 
 def _lock(connection: Connection, chain_id: int) -> tuple[ChainRecord, DeliveryRecord | None]:
@@ -450,6 +459,8 @@ def _lock_seen(connection: Connection, seen: SeenDelivery) -> tuple[ChainRecord,
     if seen.status is not None and delivery.status != seen.status:
         change = f"it is {delivery.status} now, and was {seen.status} when it was read"
         raise DeliveryChanged(record.id, delivery.id, change)
+    if seen.attempt not in (None, delivery.attempt) and delivery.status in _STOPPED:
+        raise DeliveryChanged(record.id, delivery.id, f"it is {delivery.status} again, after another attempt")
     return record, delivery
 
 

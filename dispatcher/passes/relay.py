@@ -89,6 +89,10 @@ class Relay:
             room = None
         while time.monotonic() < stop_at:
             page = self._database.write(partial(self._claim, pending=room is not None and room > 0))
+            lost = [Owed(delivery.id, delivery.attempt + 1) for delivery in page.lost]
+            if room is not None:  # before anything else, because the claim hides them from the next relays
+                room = self._publish(lost, room)
+                relayed += len(lost) if room is not None else 0
             settlements, failures = self._settle(page)
             for settlement in settlements:
                 _log_settlement(settlement)
@@ -96,22 +100,26 @@ class Relay:
                 _log_failure(failure)
             settled += len(settlements)
             failed += len(failures)
-            owed = [Owed(delivery.id, delivery.attempt + 1) for delivery in page.lost]
-            owed += [settlement.owed for settlement in settlements if settlement.owed is not None]
-            try:
-                if owed and room is not None:
-                    self._publisher.deliver(owed)
-                    relayed += len(owed)
-                    room -= len(owed)
-            except PublishFailed as error:
-                _log_not_published(error)
-                room = None
+            owed = [settlement.owed for settlement in settlements if settlement.owed is not None]
+            if room is not None:
+                room = self._publish(owed, room)
+                relayed += len(owed) if room is not None else 0
             if not page.is_full or not (page.lost or settlements):
                 break
         result: dict[str, Any] = {"relayed": relayed, "settled": settled, **({"failed": failed} if failed else {})}
         level = None if any(result.values()) else logging.DEBUG
         emit(logger, Action.RELAYED, "relay: %s", result, level=level, **result)
         return result
+
+    def _publish(self, owed: Sequence[Owed], room: int) -> int | None:
+        """Publish these deliveries; how many more messages the queue may take, or None where none can be published."""
+        try:
+            if owed:
+                self._publisher.deliver(owed)
+        except PublishFailed as error:
+            _log_not_published(error)
+            return None
+        return room - len(owed)
 
     def _claim(self, connection: Connection, *, pending: bool) -> _Claimed:
         grace = self._settings.queued_seconds
@@ -144,13 +152,15 @@ class Relay:
     ) -> tuple[list[Settlement], list[_Failed]]:
         grace = self._settings.queued_seconds
         expired = overdue.lock_expired(connection, running)
-        chains = overdue.waiting_chains(connection, [delivery.chain_id for delivery in running])
+        chain_ids = [delivery.chain_id for delivery in running]
+        free = overdue.lock_chains(connection, chain_ids)
+        chains = overdue.waiting_chains(connection, chain_ids)
         now = self._database.now(connection)
         settlements: list[Settlement] = []
         failures: list[_Failed] = []
         for delivery in sorted(running, key=lambda delivery: delivery.chain_id):
-            if delivery.id not in expired:
-                continue
+            if delivery.id not in expired or (delivery.chain_id in chains and delivery.chain_id not in free):
+                continue  # the attempt is just being ended, or somebody else holds the chain: the next relay sees it
             definition = definitions.get(delivery.id)
             if definition is None:
                 self._set_aside(connection, delivery)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, Unpack
+from typing import Any, Protocol, Unpack
 
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.exc import DBAPIError
@@ -28,8 +28,6 @@ from dispatcher.storage.store import Store
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 class Planner(Protocol):
@@ -109,7 +107,12 @@ class Requests:
             if planned.outcome == Outcome.MISSING:
                 raise ChainMissing(record.id)
             return None
-        self._write(lambda: self._store.write_request(chain_id, request), chain_id)
+
+        def write() -> int:
+            self._store.write_request(chain_id, request)
+            return chain_id
+
+        self._write(write, request, lambda _: chain_id, chain_id=chain_id, wake=record.wake)
         return self._publish(chain_id, best_effort=best_effort)
 
     def enqueue_on_commit(
@@ -197,25 +200,46 @@ class Requests:
             self._plan(found, type_name=type_name, resources=resources, stored_context=None, asked=request)
             return None
         due = bool(chain_type.candidates(NEW))
-        chain_id = self._write(lambda: self._store.request_chain(type_name, resources, request, due=due))
+        chain_id = self._write(
+            lambda: self._store.request_chain(type_name, resources, request, due=due),
+            request,
+            lambda connection: chains.find_exact(connection, type_name, resources),
+        )
         return self._publish(chain_id, best_effort=best_effort)
 
-    @staticmethod
-    def _write(write: Callable[[], Result], chain_id: int | None = None) -> Result:
-        """What `write()` gives. If its commit got no answer it is called once more: to ask the same twice is harmless.
+    def _write(
+        self,
+        write: Callable[[], int],
+        request: Request,
+        find: Callable[[Connection], int | None],
+        *,
+        chain_id: int | None = None,
+        wake: int = 0,
+    ) -> int:
+        """The id that `write()` gives; `find` gives the same id, or None while there is no such chain.
 
-        Raises `EnqueueNotPublished` if that fails, too, because the first may have been written.
+        If the commit got no answer, the row is read. If it has the request, that was written. If it has the `wake` of
+        before (0: nobody has ever enqueued it), nothing was written, and it is written once more. Otherwise the request
+        may be answered already, or another one may have replaced it: `EnqueueNotPublished` says that it is not known.
         """
         try:
             return write()
         except ServiceUnavailable as error:
             if error.written is not None:
                 raise
+            cause: Exception = error
+        problem = "its row has changed meanwhile"
         try:
-            return write()
+            with self._database.read() as connection:
+                chain_id = find(connection)
+                record = None if chain_id is None else chains.read_many(connection, [chain_id]).get(chain_id)
+            if record is not None and record.request == request:
+                return record.id
+            if record is None or record.wake == wake:
+                return write()
         except (ServiceUnavailable, DBAPIError) as error:
-            problem = str(error) if isinstance(error, ServiceUnavailable) else type(error).__name__
-            raise EnqueueNotPublished(chain_id, problem, written=None) from error
+            problem, cause = str(error) if isinstance(error, ServiceUnavailable) else type(error).__name__, error
+        raise EnqueueNotPublished(chain_id, problem, written=None) from cause
 
     def _publish(self, chain_id: int, *, best_effort: bool) -> str | None:
         """Publish the task; gives its id. On failure raises `EnqueueNotPublished`, or gives None with `best_effort`."""

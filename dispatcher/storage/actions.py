@@ -19,8 +19,9 @@ _FIELDS: Final = tuple(ActionRecord.__dataclass_fields__)
 
 
 def resource_subject(resource: Resource) -> str:
-    """How a resource is named as the subject of an action."""
-    return f"{resource[0]}={resource[1]}"
+    """How a resource is named as the subject of an action: no other resource has the same name."""
+    kind = resource[0].replace("%", "%25").replace("=", "%3D")
+    return f"{kind}={resource[1]}"
 
 
 def erased_subject(resource: Resource) -> str:

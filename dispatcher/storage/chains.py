@@ -89,6 +89,11 @@ def find_containing(connection: Connection, type_name: str, resources: Sequence[
     return found[0] if found else None
 
 
+def last_id(connection: Connection) -> int:
+    """The largest id of a chain; 0 if there is none."""
+    return int(connection.execute(select(func.coalesce(func.max(CHAIN.c.id), 0))).scalar_one())
+
+
 def list_ids(
     connection: Connection,
     *,

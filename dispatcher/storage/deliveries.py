@@ -18,7 +18,6 @@ from dispatcher.states import (
     CLOSED_STATUSES,
     OPEN_STATUSES,
     AttemptOutcome,
-    CallbackKind,
     DeliveryStatus,
     EventAction,
     WaitsFor,
@@ -209,24 +208,29 @@ def close_and_stay(
     return True
 
 
+_ENTERING: Final = [str(action) for action in (EventAction.STATE_TRANSITION, EventAction.RESET, EventAction.MOVED)]
+"""With these a chain begins a visit of a state."""
+
+
 def call_off(connection: Connection, delivery: DeliveryRecord, *, now: datetime, reason: str) -> datetime | None:
     """Close a delivery that its last look has cancelled: when the chain is due; None when it changed since it was read.
 
     The request that the plan took is put back, unless a newer one is there. The chain is due at once. From the second
-    cancelled delivery in one visit of the state on, this counts in the chain's failures, and the chain is due after a
-    growing interval, unless a newer request waits. Else old and new workers that disagree during a deploy would plan
-    and cancel as fast as messages travel.
+    delivery that is called off in one visit of the state on, this counts in the chain's failures, and the chain is due
+    after a growing interval, unless a newer request waits. Else old and new workers that disagree during a deploy would
+    plan and cancel as fast as messages travel.
     """
-    last_move = select(func.max(EVENT.c.move_version)).where(EVENT.c.chain_id == delivery.chain_id).scalar_subquery()
+    entered = select(func.max(EVENT.c.chain_version)).where(
+        EVENT.c.chain_id == delivery.chain_id, EVENT.c.action.in_(_ENTERING)
+    )
     before = connection.execute(
         select(func.count()).where(
             DELIVERY.c.chain_id == delivery.chain_id,
-            DELIVERY.c.chain_version > func.coalesce(last_move, 0),
-            DELIVERY.c.status == DeliveryStatus.CANCELLED,
-            DELIVERY.c.callback != CallbackKind.LOCAL,
+            DELIVERY.c.chain_version > func.coalesce(entered.scalar_subquery(), 0),
+            DELIVERY.c.called_off,
         )
     ).scalar_one()
-    if not _close(connection, delivery, status=DeliveryStatus.CANCELLED, error=reason):
+    if not _close(connection, delivery, status=DeliveryStatus.CANCELLED, error=reason, called_off=True):
         return None
     chain = select(CHAIN.c.request.is_not(None)).where(CHAIN.c.id == delivery.chain_id).with_for_update()
     has_newer = connection.execute(chain).scalar_one_or_none()
@@ -324,8 +328,10 @@ CLOSED_VALUES: Final[Mapping[str, Any]] = {
 """The columns of a delivery that is closed."""
 
 
-def _close(connection: Connection, delivery: DeliveryRecord, *, status: DeliveryStatus, error: str | None) -> bool:
-    values: dict[str, Any] = {"status": status, **CLOSED_VALUES}
+def _close(
+    connection: Connection, delivery: DeliveryRecord, *, status: DeliveryStatus, error: str | None, **values: Any
+) -> bool:
+    values.update(status=status, **CLOSED_VALUES)
     if error is not None:
         values["last_error"] = error[:MAX_ERROR]
     done = connection.execute(

@@ -113,6 +113,12 @@ def is_conflict(error: DBAPIError) -> bool:
     return bool(arguments) and arguments[0] in _DEADLOCK_CODES
 
 
+def is_lock_timeout(error: DBAPIError) -> bool:
+    """Whether a statement has waited too long for a lock of another session."""
+    arguments: tuple[Any, ...] = getattr(error.orig, "args", ())
+    return getattr(error.orig, "sqlstate", None) == "55P03" or (bool(arguments) and arguments[0] == 1205)  # noqa: PLR2004
+
+
 def is_unreachable(error: OperationalError) -> bool:
     """Whether the error says that the database cannot be reached."""
     if getattr(error.orig, "sqlstate", None) in (None, "57P03", "57P01", "08006", "08001", "53300", "3D000", "28P01"):

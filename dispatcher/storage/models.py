@@ -36,7 +36,7 @@ from dispatcher.domain.config import MAX_NAME
 from dispatcher.domain.resources import MAX_RESOURCE_ID, MAX_RESOURCE_TYPE
 
 MAX_REQUESTED_BY = 255
-MAX_SUBJECT = MAX_RESOURCE_TYPE + 1 + MAX_RESOURCE_ID
+MAX_SUBJECT = 3 * MAX_RESOURCE_TYPE + 1 + MAX_RESOURCE_ID  # some characters of the type are written as three
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -228,7 +228,8 @@ class DeliveryRow(Base):
     `waits_reason` the same for people, `has_place` whether it has a place in the line of a rate limit. `waits_since` is
     when the wait (or the lease) began, by the database's clock. `rest_until` is the rest that the plan asked for.
     `request` is the request that the plan took, without its context and kwargs, which have columns of their own.
-    `lapse_seen_at` is when a relay first saw that the lease had expired.
+    `lapse_seen_at` is when a relay first saw that the lease had expired. `called_off` says that the last look has
+    cancelled the delivery.
     """
 
     __tablename__ = "chain_dispatcher_delivery"
@@ -262,6 +263,7 @@ class DeliveryRow(Base):
     rest_until: Mapped[datetime | None] = mapped_column(UtcDateTime())
     request: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
     lapse_seen_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    called_off: Mapped[bool] = mapped_column(default=False, server_default=false())
 
     __table_args__ = (
         UniqueConstraint("chain_id", "chain_version"),

@@ -58,6 +58,15 @@ def late(connection: Connection, *, seconds: float, limit: int) -> list[str]:
     return list(connection.execute(query.order_by(DELIVERY.c.publish_after).limit(limit)).scalars())
 
 
+def lock_chains(connection: Connection, chain_ids: Sequence[int]) -> set[int]:
+    """Lock these chains, in the order of their ids; those that somebody else has locked are left out.
+
+    An application may hold a chain for long, in a transaction of its own. The relay must not wait for it.
+    """
+    query = select(CHAIN.c.id).where(CHAIN.c.id.in_(sorted(chain_ids))).order_by(CHAIN.c.id)
+    return set(connection.execute(query.with_for_update(skip_locked=True)).scalars())
+
+
 def waiting_chains(connection: Connection, chain_ids: Sequence[int]) -> dict[int, Waiting]:
     """The chains with these ids, by id; missing ones are left out."""
     rows = connection.execute(

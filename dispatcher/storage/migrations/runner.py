@@ -15,11 +15,13 @@ from typing import Any, Final
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, func, select
+from sqlalchemy.exc import OperationalError
 
 from dispatcher.errors import ServiceUnavailable, WorkersNotStopped
 from dispatcher.states import DeliveryStatus
 from dispatcher.storage import ticks
 from dispatcher.storage.database import Database
+from dispatcher.storage.dialects import is_lock_timeout
 from dispatcher.storage.migrations.revisions import (
     TABLE_PREFIX,
     VERSION,
@@ -35,6 +37,7 @@ _FRESH: Final = timedelta(minutes=1)
 
 _LOCK_NAME: Final = "chain_dispatcher_migration"
 _MYSQL_LOCK_SECONDS: Final = 25
+_LOCK_SECONDS: Final = 30
 
 _alembic_proxies = threading.Lock()  # `alembic.context` and `alembic.op` are one per process
 
@@ -68,8 +71,8 @@ def upgrade(database: Database, *, workers_stopped: bool = False) -> str:
 
     Any number of processes may call this at once: they take turns, and the later ones find nothing to do. A database at
     a newer revision than this version knows is left as it is, without an error. On SQLite and PostgreSQL an upgrade
-    that fails changes nothing. Raises `ServiceUnavailable` when the database cannot be reached, or (MySQL) when another
-    process is still upgrading it after 25 seconds.
+    that fails changes nothing. Raises `ServiceUnavailable` when the database cannot be reached, when another session
+    holds a lock on a table for 30 seconds, or (MySQL) when another process is still upgrading it after 25 seconds.
     """
     with _alembic_proxies, database.patient() as patient, _one_mysql_migrator(patient):
         return patient.write(partial(_upgrade_in_transaction, patient, workers_stopped=workers_stopped))
@@ -79,6 +82,8 @@ def _upgrade_in_transaction(database: Database, connection: Connection, *, worke
     """One process at a time upgrades. On SQLite `Database.write` begins IMMEDIATE; PostgreSQL needs this lock."""
     if database.dialect == "postgresql":
         connection.execute(select(func.pg_advisory_xact_lock(zlib.crc32(_LOCK_NAME.encode()))))
+        # While it waits for a table, everybody else waits behind it.
+        connection.execute(select(func.set_config("lock_timeout", f"{_LOCK_SECONDS}s", True)))  # noqa: FBT003 - SQL
     found = revision_if_any(connection)
     if found is not None:
         if suffices(found):
@@ -87,7 +92,13 @@ def _upgrade_in_transaction(database: Database, connection: Connection, *, worke
             if not workers_stopped:
                 raise WorkersNotStopped(found, head())
             _require_stopped_workers(database, connection, found)
-    command.upgrade(configuration(connection), "head")
+    try:
+        command.upgrade(configuration(connection), "head")
+    except OperationalError as error:
+        if not is_lock_timeout(error):
+            raise
+        problem = "another session holds a lock on a table: end it, and upgrade again"
+        raise ServiceUnavailable("database", database.address, problem) from error
     return head()
 
 

@@ -110,6 +110,21 @@ def test_a_last_look_that_runs_says_how_long(make_dispatcher: shop.Make) -> None
     assert chain.refresh().next_update_at == shop.START + timedelta(hours=3) + REST
 
 
+def test_a_property_has_no_facts_where_no_guard_was_asked(make_dispatcher: shop.Make) -> None:
+    def is_valid(self: Transition) -> bool:
+        self.asked = self.now + REST
+        return True
+
+    computed = shop.transition("Computed", "rested", is_valid, date_next_update=property(lambda self: self.asked))
+    config = shop.cart({NEW: [computed], "rested": [shop.Never]}, callback=shop.Sink())
+    dispatcher = make_dispatcher(config, clock=shop.Clock(), last_look_seconds=3600)
+    chain = shop.new_chain(dispatcher)
+
+    assert shop.attempt(dispatcher, shop.planned(dispatcher, chain)).outcome == "delivered"
+
+    assert rest_of(dispatcher, chain) == REST and "guard_failed" not in shop.actions(chain)
+
+
 def test_a_guard_can_ask_for_none_although_its_class_asks_for_one(make_dispatcher: shop.Make) -> None:
     def is_valid(self: Transition) -> bool:
         self.date_next_update = None

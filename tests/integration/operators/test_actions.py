@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import update
 
 from dispatcher import NEW, ConfigurationError, Dispatcher
+from dispatcher.operators.operations import Operations
 from dispatcher.storage.models import ACTION
 from tests.integration import shop
 
@@ -62,6 +63,19 @@ def test_a_resource_that_is_disabled_and_enabled_is_noted_whatever_changed(dispa
     assert noted(dispatcher, resource=("customer", "1")) == noted(dispatcher, chain_type=shop.CHAIN_TYPE) == []
 
 
+def test_resources_whose_names_look_alike_are_not_taken_for_one_another(dispatcher: Dispatcher) -> None:
+    dispatcher.disable_resource(("a=b", "c"), "ada")
+
+    assert noted(dispatcher, resource=("a", "b=c")) == []
+    dispatcher.erase_resource(("a", "b=c"))
+    assert noted(dispatcher, resource=("a=b", "c")) == [("resource", "a%3Db=c", "disabled", "ada", None)]
+
+
+@pytest.mark.parametrize("odd", ["a\x00b", "\ud800"])
+def test_a_name_that_no_row_can_have_has_no_actions(dispatcher: Dispatcher, odd: str) -> None:
+    assert dispatcher.find_actions(chain_type=odd) == []
+
+
 def test_erasing_forgets_what_was_noted_and_leaves_no_name(dispatcher: Dispatcher) -> None:
     dispatcher.get_or_create_resource_chain(shop.CHAIN_TYPE, [CUSTOMER])
     dispatcher.disable_resource(CUSTOMER, "ada", reason="57844 asked for it")
@@ -75,14 +89,25 @@ def test_erasing_forgets_what_was_noted_and_leaves_no_name(dispatcher: Dispatche
     assert "57844" not in repr(noted(dispatcher)) and len(noted(dispatcher)) == 2
 
 
-def test_a_mapping_of_states_is_noted_with_how_many(dispatcher: Dispatcher) -> None:
+def test_a_mapping_of_states_is_noted_before_it_begins(dispatcher: Dispatcher) -> None:
     for number in range(3):
         shop.change_chain(dispatcher, shop.new_chain(dispatcher, number).id, state="old")
 
     dispatcher.map_states(shop.CHAIN_TYPE, "old", "reminded", requested_by="ada", reason="renamed", dry_run=True)
     dispatcher.map_states(shop.CHAIN_TYPE, "old", "reminded", requested_by="ada", reason="renamed")
 
-    assert noted(dispatcher) == [("type", shop.CHAIN_TYPE, "mapped", "ada", "3 chains from old to reminded: renamed")]
+    assert noted(dispatcher) == [("type", shop.CHAIN_TYPE, "mapped", "ada", "from old to reminded: renamed")]
+
+
+def test_a_mapping_that_is_interrupted_is_noted_too(dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        shop.change_chain(dispatcher, shop.new_chain(dispatcher, number).id, state="old")
+    monkeypatch.setattr(Operations, "_map_one", shop.Raises(KeyboardInterrupt()))
+
+    with pytest.raises(KeyboardInterrupt):
+        dispatcher.map_states(shop.CHAIN_TYPE, "old", "reminded", requested_by="ada", reason="renamed")
+
+    assert [action for _, _, action, _, _ in noted(dispatcher)] == ["mapped"]
 
 
 def test_old_ones_are_pruned(dispatcher: Dispatcher) -> None:

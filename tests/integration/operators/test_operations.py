@@ -797,10 +797,11 @@ def test_an_attempt_that_waited_for_a_mapping_goes_on_from_the_new_state(
     chain = shop.new_chain(person).move_to("old", "to begin with")
     delivery = shop.planned(worker, chain)
 
-    with uncommitted(lambda: person.map_states(shop.CHAIN_TYPE, "old", "half way")) as mapped:
+    map_one = partial(person._services.operations._map_one, requested_by=None, reason=None)  # what map_states repeats
+    with uncommitted(lambda: map_one(delivery.chain_id, "old", "half way")) as mapped:
         made = blocked(lambda: shop.attempt(worker, delivery))
 
-    assert mapped.result() == MapCounts(1, 0)
+    assert mapped.result().name == "MAPPED"
     assert made.result().outcome == "delivered"
     assert seen == ["old", "half way"], "by the plan, and by the last look"
     shop.assert_consistent(person)

@@ -57,6 +57,16 @@ def act(dispatcher: Dispatcher, verb: str, delivery: DeliveryRecord) -> None:
     getattr(dispatcher, f"{verb}_delivery")(delivery, requested_by="ada", reason="as agreed")
 
 
+def test_a_delivery_that_died_again_is_not_the_one_that_was_seen(dispatcher: Dispatcher) -> None:
+    chain = dead(dispatcher)
+    seen = shop.delivery_of(dispatcher, chain)
+    chain.retry_delivery("bob")
+    assert shop.attempt(dispatcher, seen, 2).outcome == "dead"
+
+    with pytest.raises(DeliveryChanged, match="after another attempt"):
+        dispatcher.skip_delivery(seen, requested_by="ada")
+
+
 # --- chains ----------------------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,17 @@ def test_chains_that_wait_for_a_delivery_are_left_and_separated_later(copy: Disp
     shop.assert_consistent(copy)
 
 
+def test_chains_that_were_made_since_are_no_copies(copy: Dispatcher) -> None:
+    copy.separate("staging")
+    made = shop.new_chain(copy, 99)
+    delivery = shop.planned(copy, made)
+    made.refresh().cancel_delivery("ada")
+
+    assert copy.separate("staging") == SeparateCounts(separated=0, before=5, waiting=0)
+
+    assert shop.planned(copy, made).idempotency_key == delivery.idempotency_key, "the same step has the same key"
+
+
 def test_an_interrupted_run_is_gone_on_with(copy: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     separate, calls = chains.separate, []
 

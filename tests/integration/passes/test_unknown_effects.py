@@ -6,6 +6,7 @@ The first answers of `verify()` and `on_unknown` are in `test_deliveries`.
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from dispatcher import NEW, Chain, Dispatcher, PermanentFailure, RetryPolicy, Transition
 from dispatcher.domain.records import DeliveryRecord
@@ -255,4 +256,25 @@ def test_a_call_in_process_that_died_is_planned_anew_with_the_same_key(make_disp
         assert shop.attempt(dispatcher, anew).outcome == "delivered" and len(sink) == 1
 
     assert chain.refresh().state == "verified"
+    shop.assert_consistent(dispatcher)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql", "mariadb"], indirect=True)
+def test_a_chain_that_an_application_holds_does_not_stop_the_relay(make_dispatcher: shop.Make, broker_url: str) -> None:
+    sink = shop.Sink()
+    dispatcher, application = (deployment(make_dispatcher, Plain, sink) for _ in range(2))
+    held, free, lost = (shop.new_chain(dispatcher, number) for number in range(3))
+    owed = {chain.id: shop.planned(dispatcher, chain) for chain in (held, free, lost)}
+    for chain in (held, free):
+        shop.crashed(dispatcher, owed[chain.id])
+    shop.wait_over(dispatcher, owed[lost.id])
+    shop.take_messages(broker_url, shop.CALLBACKS)
+
+    with Session(application.database.engine.execution_options(isolation_level="READ COMMITTED")) as session:
+        application.enqueue_on_commit(session, shop.CHAIN_TYPE, [("online_booking", "b0")])
+        assert dispatcher.relay() == {"relayed": 1, "settled": 1}
+        session.commit()
+
+    assert shop.delivery_of(dispatcher, free).unknown and not shop.delivery_of(dispatcher, held).unknown
+    assert dispatcher.relay()["settled"] == 1
     shop.assert_consistent(dispatcher)

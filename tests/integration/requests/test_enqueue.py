@@ -258,6 +258,20 @@ def test_an_in_process_execution_neither_reads_nor_takes_another_s_request(
     assert [(call.context["a"], call.kwargs) for call in sink.calls] == [(1, {"k": 2})]
 
 
+def test_an_in_process_execution_without_a_winner_leaves_the_chain_due_for_the_request(
+    make_dispatcher: shop.Make,
+) -> None:
+    asked = shop.transition("Asked", "asked", lambda self: bool(self.context.get("please")), recheck_seconds=None)
+    dispatcher = make_dispatcher(shop.cart({NEW: [asked], "asked": [shop.Never]}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    chain.enqueue(initial_context={"please": True})
+
+    assert chain.execute()["outcome"] == "none"
+
+    assert dispatcher.sweep()["due"] == 1
+    assert shop.planned(dispatcher, chain).context == {"please": True}
+
+
 def test_a_last_look_that_cancels_puts_the_request_back(make_dispatcher: shop.Make) -> None:
     """With the name of its callback, which the delivery's row does not have where the transition has one of its own."""
     sink, valid = shop.Sink(), [True]

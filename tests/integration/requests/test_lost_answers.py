@@ -1,4 +1,4 @@
-"""An enqueue whose commit got no answer: it is written once more, and it never says what it does not know."""
+"""An enqueue whose commit got no answer: its row is read, and it never says what it does not know."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from dispatcher import NEW, Dispatcher, EnqueueNotPublished, ServiceUnavailable
-from dispatcher.storage import database
+from dispatcher import NEW, Dispatcher, EnqueueNotPublished, ServiceUnavailable, Transition
+from dispatcher.storage import chains, database
 from tests.chaos.proxy import Proxy
 from tests.integration import shop
 from tests.servers import PostgresServer
@@ -60,7 +60,7 @@ def enqueue_of(way: str, dispatcher: Dispatcher) -> Callable[..., str | None]:
 
 @ways
 @on_servers
-def test_an_enqueue_whose_answer_got_lost_is_written_once_more(
+def test_an_enqueue_whose_answer_got_lost_finds_its_request_in_the_row(
     make_dispatcher: shop.Make, broker_url: str, line: Line, way: str
 ) -> None:
     dispatcher = make_dispatcher(CONFIG, database_url=line.url)
@@ -72,8 +72,7 @@ def test_an_enqueue_whose_answer_got_lost_is_written_once_more(
     assert line.lost == 1
     (chain,) = dispatcher.find_chains()
     row = shop.row_of(dispatcher, chain.id)
-    assert (row.request["context"], row.wake) == ({"a": 1}, 2), "both writes took effect"
-    assert shop.actions(chain) == ["created"], "they ask the same"
+    assert (row.request["context"], row.wake) == ({"a": 1}, 1), "written once"
     (message,) = shop.take_messages(broker_url, shop.REQUESTS)
     assert (message.id, message.kwargs) == (task_id, {"chain_ids": [chain.id]})
 
@@ -81,46 +80,77 @@ def test_an_enqueue_whose_answer_got_lost_is_written_once_more(
 @pytest.mark.parametrize("best_effort", [False, True])
 @ways
 @on_servers
-def test_an_enqueue_that_gets_no_answer_twice_says_that_it_does_not_know(
-    make_dispatcher: shop.Make, broker_url: str, line: Line, way: str, *, best_effort: bool
+def test_an_enqueue_whose_row_cannot_be_read_afterwards_says_that_it_does_not_know(
+    make_dispatcher: shop.Make,
+    broker_url: str,
+    line: Line,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    *,
+    best_effort: bool,
 ) -> None:
     dispatcher = make_dispatcher(CONFIG, database_url=line.url)
     enqueue = enqueue_of(way, dispatcher)
-    line.lose_answers(WRITES, times=2)
+    then_away(line, monkeypatch)
 
     with pytest.raises(EnqueueNotPublished, match="not known") as caught:
         enqueue(initial_context={"a": 1}, best_effort=best_effort)
 
-    assert line.lost == 2
     (chain,) = make_dispatcher(CONFIG).find_chains()
-    assert shop.row_of(dispatcher, chain.id).request["context"] == {"a": 1}
     assert (caught.value.written, caught.value.chain_id) == (None, chain.id if way == "a chain" else None)
-    assert isinstance(caught.value.__cause__, ServiceUnavailable)
+    assert isinstance(caught.value.__cause__, ServiceUnavailable) and caught.value.__cause__.written is False
     assert shop.queue_length(broker_url, shop.REQUESTS) == 0
 
 
-@ways
-@on_servers
-def test_a_second_try_that_cannot_even_connect_leaves_it_unknown(
-    make_dispatcher: shop.Make, line: Line, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    dispatcher = make_dispatcher(CONFIG, database_url=line.url)
-    enqueue = enqueue_of(way, dispatcher)
+def then_away(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to the next write of a request gets lost, and the database is away from then on."""
     line.lose_answers(WRITES)
     commit = database.commit
 
-    def then_away(step: Callable[[], Any]) -> Any:
+    def close_after(step: Callable[[], Any]) -> Any:
         try:
             return commit(step)
         finally:
             line.close()
 
-    monkeypatch.setattr(database, "commit", then_away)
-    with pytest.raises(EnqueueNotPublished) as caught:
-        enqueue()
+    monkeypatch.setattr(database, "commit", close_after)
 
-    assert caught.value.written is None
-    assert isinstance(caught.value.__cause__, ServiceUnavailable) and caught.value.__cause__.written is False
+
+def asked(name: str, to_state: str) -> type[Transition]:
+    """A transition that only a request with `{"please": True}` takes."""
+    return shop.transition(name, to_state, lambda self: bool(self.context.get("please")), recheck_seconds=None)
+
+
+@on_servers
+@pytest.mark.parametrize("meanwhile", ["it is answered", "a newer one comes"])
+def test_a_request_that_may_have_been_dealt_with_is_not_written_again(
+    make_dispatcher: shop.Make, line: Line, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    sink = shop.Sink()
+    config = shop.cart({NEW: [asked("First", "one")], "one": [asked("Second", "two")], "two": []}, callback=sink)
+    dispatcher, others = make_dispatcher(config, database_url=line.url), make_dispatcher(config)
+    chain = shop.new_chain(dispatcher)
+    line.lose_answers(WRITES)
+    read = chains.read_many
+
+    def read_later(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(chains, "read_many", read)
+        if meanwhile == "it is answered":
+            shop.attempt(others, shop.planned(others, chain))
+        else:
+            others.chain(chain.id).enqueue(initial_context={"newer": True})
+        return read(*args, **options)
+
+    monkeypatch.setattr(chains, "read_many", read_later)
+    with pytest.raises(EnqueueNotPublished, match="not known") as caught:
+        chain.enqueue(initial_context={"please": True})
+
+    assert (caught.value.written, caught.value.chain_id) == (None, chain.id)
+    if meanwhile == "it is answered":
+        assert [result.outcome for result in others.execute_chains([chain.id])] == ["none"]
+        assert sink.names == ["First"], "one enqueue, one step"
+    else:
+        assert shop.row_of(others, chain.id).request["context"] == {"newer": True}
 
 
 @ways
@@ -171,12 +201,32 @@ def test_an_answer_that_gets_lost_on_any_database(
         raise OperationalError("COMMIT", None, OSError("connection reset by peer"), connection_invalidated=True)
 
     monkeypatch.setattr(database, "commit", lose_answer)
-    with pytest.raises(EnqueueNotPublished) as caught:
-        enqueue(initial_context={"a": 1})
+    assert isinstance(enqueue(initial_context={"a": 1}), str)
 
-    assert (caught.value.written, len(lost)) == (None, 2)
+    assert len(lost) == 1
     (chain,) = dispatcher.find_chains()
     assert shop.row_of(dispatcher, chain.id).request["context"] == {"a": 1}
+
+
+@ways
+def test_a_commit_that_never_arrives_is_sent_once_more(
+    make_dispatcher: shop.Make, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    dispatcher = make_dispatcher(CONFIG)
+    enqueue, commit, lost = enqueue_of(way, dispatcher), database.commit, []
+
+    def lose_statement(step: Callable[[], Any]) -> Any:
+        if lost:
+            return commit(step)
+        lost.append(step)
+        raise OperationalError("COMMIT", None, OSError("connection reset by peer"), connection_invalidated=True)
+
+    monkeypatch.setattr(database, "commit", lose_statement)
+    assert isinstance(enqueue(initial_context={"a": 1}), str)
+
+    (chain,) = dispatcher.find_chains()
+    row = shop.row_of(dispatcher, chain.id)
+    assert (row.request["context"], row.wake) == ({"a": 1}, 1)
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
@@ -198,18 +248,26 @@ def test_an_enqueue_right_after_a_restart_does_not_meet_a_second_dead_connection
 
 @on_servers
 def test_an_enqueue_after_a_commit_that_gets_no_answer_is_logged_and_not_raised(
-    make_dispatcher: shop.Make, line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_dispatcher: shop.Make,
+    line: Line,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dispatcher = make_dispatcher(CONFIG, database_url=line.url)
     engine = create_engine(f"sqlite:///{tmp_path / 'shop.sqlite'}")
     with Session(engine) as session:
         dispatcher.enqueue_on_commit(session, shop.CHAIN_TYPE, shop.BOOKING)
         dispatcher.find_chains()
-        line.lose_answers(WRITES, times=2)
+        then_away(line, monkeypatch)
         session.commit()
     engine.dispose()
 
-    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    (record,) = [
+        record
+        for record in caplog.records
+        if record.levelno >= logging.WARNING and record.name.startswith("dispatcher.")
+    ]
     assert vars(record)["action"] == "enqueue_on_commit_failed"
     assert record.exc_info is not None and isinstance(record.exc_info[1], EnqueueNotPublished)
     assert record.exc_info[1].written is None

@@ -28,6 +28,7 @@ _NEWER_COLUMNS = {
         "rest_until",
         "request",
         "lapse_seen_at",
+        "called_off",
     },
 }
 

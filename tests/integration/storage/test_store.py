@@ -356,6 +356,16 @@ class TestRequests:
         chain_id = bench.store.request_chain(TYPE, clean_resources([("cart", "78")]), Request(), due=True)
         assert bench.read(chain_id).due_at is not None
 
+    def test_takes_the_place_of_what_postgresql_s_jsonb_refuses(self, bench: Bench) -> None:
+        record = bench.chain()
+        stored: Any = literal('{"context": {"a": "\\u0000"}}', Text())
+        stored = cast(stored, JSON) if bench.database.dialect == "postgresql" else stored
+        raw = update(CHAIN).where(CHAIN.c.id == record.id).values(request=stored)
+        bench.database.write(lambda connection: connection.execute(raw))
+        bench.store.write_request(record.id, Request({"n": 1}))
+        assert bench.read(record.id).request == Request({"n": 1})
+        assert bench.actions(record.id) == ["created", "request_replaced"]
+
 
 class TestBegin:
     def test_gives_the_rows_as_they_stand_after_it(self, bench: Bench) -> None:
@@ -594,6 +604,25 @@ class TestCallOff:
             due_at = call_off(bench, begun)
             assert due_at == NOW, visit
             bench.store.write([move(bench.read(record.id))], now=NOW, timing=PENDING)
+
+    @pytest.mark.parametrize("before", ["a person has cancelled one", "the chain was reset since"])
+    def test_counts_only_what_was_called_off_in_this_visit(self, bench: Bench, before: str) -> None:
+        record = bench.chain()
+        bench.store.write([plan(record)], now=NOW, timing=PENDING)
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+        if before == "a person has cancelled one":
+            first = begun.delivery
+            by_hand = deliveries.close_and_stay
+            bench.database.write(lambda connection: by_hand(connection, first, now=NOW, reason="by hand"))
+        else:
+            call_off(bench, begun)
+            put = {"state": NEW, "action": EventAction.RESET, "due_at": NOW, "requested_by": None, "reason": None}
+            now = bench.read(record.id)
+            bench.database.write(lambda connection: chains.set_state(connection, now, now=NOW, **put))
+        bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+        assert call_off(bench, begun) == NOW
+        assert bench.read(record.id).failures == 0
 
     @pytest.mark.parametrize("newer", [None, Request({"n": 2})])
     def test_puts_the_request_back_unless_a_newer_one_is_there(self, bench: Bench, newer: Request | None) -> None:

@@ -54,7 +54,15 @@ WAITS = {
 }
 """The texts with which pending deliveries waited: `waits_for`, `waits_reason`, `has_place`, and the last real error."""
 
-ERRORS = [None, "OSError: no", "deferred: my own", "Überlauf: \ufffd\nZeile 2 📮", "deferred"]
+ERRORS = [
+    None,
+    "OSError: no",
+    "deferred: my own",
+    "Deferred: Rate limit exceeded",  # LIKE ignores case on SQLite and MariaDB
+    "UNKNOWN DEFINITION: x",
+    "Überlauf: \ufffd\nZeile 2 📮",
+    "deferred",
+]
 """What a user's own errors left there: it stays."""
 
 

@@ -5,8 +5,9 @@ from datetime import UTC, date, datetime, timedelta
 
 import pytest
 
+from dispatcher.domain.config import DispatcherConfig
 from dispatcher.domain.contexts import Evaluated
-from dispatcher.domain.decisions import decide, rest_after_call, rest_of_plan, seconds_to_retry
+from dispatcher.domain.decisions import decide, due_after_move, rest_after_call, rest_of_plan, seconds_to_retry
 from dispatcher.domain.records import DeliveryRecord, Request, unsaved_record
 from dispatcher.errors import UnreadableRow
 from dispatcher.retry import RetryPolicy, back_off
@@ -47,6 +48,20 @@ class TestRestAfterCall:
     def test_a_process_that_must_end_is_not_kept(self, end):
         with pytest.raises(type(end)):
             rest_after_call(asking(end), 1, NOW)
+
+
+CART = DispatcherConfig.parse({"chains": [{"chain_type": "cart", "transitions": {"new": [], "done": []}}]}).get("cart")
+
+
+class TestDueAfterMove:
+    """When a chain is due that has moved."""
+
+    def test_never_where_the_state_is_terminal(self):
+        assert due_after_move(CART, "done", NOW, NOW) is None
+
+    def test_at_once_or_after_its_rest_where_this_configuration_does_not_know_the_state(self):
+        assert due_after_move(CART, "renamed", None, NOW) == NOW
+        assert due_after_move(CART, "renamed", NOW + timedelta(1), NOW) == NOW + timedelta(1)
 
 
 DELIVERY = DeliveryRecord(

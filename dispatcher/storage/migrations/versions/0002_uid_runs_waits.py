@@ -101,7 +101,7 @@ def upgrade() -> None:
         "chain_dispatcher_action",
         sa.Column("id", _big_id(), autoincrement=True, nullable=False),
         sa.Column("subject_kind", _name(16), nullable=False),
-        sa.Column("subject", _name(356), nullable=False),
+        sa.Column("subject", _name(556), nullable=False),
         sa.Column("action", _name(32), nullable=False),
         sa.Column("requested_by", _name(255)),
         sa.Column("reason", _prose()),
@@ -216,6 +216,7 @@ def _widen_deliveries() -> None:
         sa.Column("rest_until", _utc()),
         sa.Column("request", sa.JSON()),
         sa.Column("lapse_seen_at", _utc()),
+        sa.Column("called_off", sa.Boolean(), server_default=sa.false(), nullable=False),
     )
     if _index_columns(before.name, _RELAY_INDEX) == ["publish_after", "id"]:
         op.drop_index(_RELAY_INDEX, before.name)
@@ -259,7 +260,9 @@ def _read_waits_from_errors() -> None:
     page = waiting.order_by(delivery.c.id).limit(_PAGE)
     rows = connection.execute(page).all()
     while rows:
-        connection.execute(change, [{"waiting": row.id, **_wait_of(row.last_error)} for row in rows])
+        found = [(row.id, _wait_of(row.last_error)) for row in rows]
+        if changes := [{"waiting": delivery_id, **wait} for delivery_id, wait in found if wait is not None]:
+            connection.execute(change, changes)
         rows = connection.execute(page.where(delivery.c.id > rows[-1].id)).all()
 
 
@@ -274,8 +277,15 @@ _WAITS: Final = (
 """How the texts began, what the delivery waited for, and whether it had a place in a line."""
 
 
-def _wait_of(text: str) -> dict[str, Any]:
-    waits_for, has_place = next((wait, place) for prefix, wait, place in _WAITS if text.startswith(prefix))
+def _wait_of(text: str) -> dict[str, Any] | None:
+    """The columns of a delivery with this last error; None if it is an error and no wait.
+
+    LIKE ignores case on SQLite and MariaDB, so the query gives errors that only look like a wait.
+    """
+    known = [(wait, place) for prefix, wait, place in _WAITS if text.startswith(prefix)]
+    if not known:
+        return None
+    waits_for, has_place = known[0]
     reason, _, error = text.removeprefix(_DEFERRED).partition("; before: ")
     return {
         "new_waits_for": waits_for,
@@ -291,6 +301,7 @@ def downgrade() -> None:
     op.drop_table("chain_dispatcher_suppression")
     op.drop_index(_RELAY_INDEX, "chain_dispatcher_delivery")
     for name in (
+        "called_off",
         "lapse_seen_at",
         "request",
         "rest_until",
