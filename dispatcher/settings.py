@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     """Deliveries in one `dispatcher.deliver_callback` message. Defaults to 1."""
 
     retention_days: float | None = Field(default=None, gt=0, le=36500)
-    """Age in days at which events and closed deliveries are pruned. Defaults to none (kept)."""
+    """Age in days at which events, closed deliveries and operators' actions are pruned. Defaults to none (kept)."""
 
     dry_run: bool = False
     """Log what sweeps, enqueues and executions would do. Operators' commands still write. Defaults to false."""

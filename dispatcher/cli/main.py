@@ -152,7 +152,7 @@ def relay(as_json: bool) -> None:
 @click.option("--days", type=click.FloatRange(min=0, min_open=True), help="The age in days, instead of the setting.")
 @json_option
 def prune(days: float | None, as_json: bool) -> None:
-    """Delete events and closed deliveries older than DISPATCHER_RETENTION_DAYS; never chains."""
+    """Delete events, closed deliveries and actions older than DISPATCHER_RETENTION_DAYS; never chains."""
     dispatcher = open_dispatcher()
     if days is None and dispatcher.settings.retention_days is None:
         raise click.UsageError("give --days, or set DISPATCHER_RETENTION_DAYS")
