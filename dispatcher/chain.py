@@ -215,8 +215,8 @@ class Chain:
     def reset(self, requested_by: str | None = None, *, reason: str | None = None) -> "Chain":
         """Put the chain back to NEW, and return it, read again.
 
-        It acts on the chain, not on a delivery: whatever the chain waits for now is cancelled, also a delivery that was
-        planned after this object was read. Only a running attempt is not: then it raises `DeliveryPending`.
+        The delivery that the chain waits for now is cancelled, even if it was planned after this object was read.
+        Raises `DeliveryPending` while an attempt runs.
         """
         operations = self._services.operations
         operations.put(self._record.id, NEW, EventAction.RESET, reason=reason, requested_by=requested_by)
@@ -225,8 +225,8 @@ class Chain:
     def move_to(self, state: str, reason: str, requested_by: str | None = None) -> "Chain":
         """Put the chain into a state of its chain type, and return it, read again.
 
-        As for `reset`, whatever the chain waits for now is cancelled. Raises `ConfigurationError` for an unknown state,
-        `DeliveryPending` while an attempt runs.
+        The delivery that the chain waits for now is cancelled, as by `reset`. Raises `ConfigurationError` for an
+        unknown state, `DeliveryPending` while an attempt runs.
         """
         if state not in self._services.config.get(self.chain_type).states:
             raise ConfigurationError("unknown state", f"chain type {self.chain_type!r}, state {state!r}")

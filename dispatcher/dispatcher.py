@@ -323,9 +323,8 @@ class Dispatcher:
     def prune(self, *, days: float | None = None, tick: bool = False) -> dict[str, Any]:
         """Delete events, closed deliveries and operators' actions older than `days` (default: the setting).
 
-        Gives `{"events", "deliveries", "actions"}`: how many of each.
-        If `DISPATCHER_DRY_RUN` is set, nothing is deleted, and it raises `DryRunRefused` unless beat calls it
-        (`tick=True`).
+        Gives `{"events", "deliveries", "actions"}`: how many of each. If `DISPATCHER_DRY_RUN` is set, nothing is
+        deleted, and it raises `DryRunRefused` unless beat calls it (`tick=True`).
         """
         self._ready()
         if not tick:
@@ -352,9 +351,9 @@ class Dispatcher:
     def cancel_delivery(
         self, delivery: DeliveryRecord, *, requested_by: str | None = None, reason: str = "cancelled by hand"
     ) -> None:
-        """Close a delivery as cancelled, if it is still as it was when it was read; its chain stays and is due.
+        """Close a delivery as cancelled, if it is still as it was when it was read.
 
-        Raises as `retry_delivery`.
+        Its chain stays in its state and is due. Raises as `retry_delivery`.
         """
         self._ready()
         self._services.operations.cancel_delivery(_seen(delivery), reason=reason, requested_by=requested_by)
@@ -362,9 +361,9 @@ class Dispatcher:
     def skip_delivery(
         self, delivery: DeliveryRecord, *, requested_by: str | None = None, reason: str = "skipped by hand"
     ) -> None:
-        """Close a delivery as skipped, if it is still as it was when it was read; its chain moves as if it succeeded.
+        """Close a delivery as skipped, if it is still as it was when it was read.
 
-        Raises as `retry_delivery`.
+        Its chain moves as if the delivery had succeeded. Raises as `retry_delivery`.
         """
         self._ready()
         self._services.operations.skip_delivery(_seen(delivery), reason=reason, requested_by=requested_by)
@@ -424,7 +423,7 @@ class Dispatcher:
         reason: str | None = None,
         dry_run: bool = False,
     ) -> MapCounts:
-        """Rename a state of every chain of a type that is in it, in batches; a dry run only counts them.
+        """Give a state another name, in every chain of a type that is in it, in batches; a dry run only counts them.
 
         Open deliveries stay open. Chains with a running attempt are left and counted as waiting.
         """

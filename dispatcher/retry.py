@@ -66,7 +66,7 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class RetryWait:
-    """How long to wait before the next attempt. `problem` is given where the policy's own answer could not be taken."""
+    """How long to wait before the next attempt. `problem` says why the policy's own answer was not taken, if so."""
 
     seconds: float
     problem: BaseException | None = None
@@ -99,7 +99,7 @@ def retry_wait(transition: Any, attempt: int, random: Callable[[], float]) -> Re
 
 
 def back_off(chain_id: int, failures: int) -> timedelta:
-    """The wait of a chain that could not be evaluated `failures` times in a row: always the same for both numbers."""
+    """How long a chain waits after `failures` failed evaluations in a row; always the same for the same two numbers."""
     return growing_interval(failures, spread=spread_of(chain_id, failures))
 
 

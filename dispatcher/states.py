@@ -45,9 +45,11 @@ class CallbackKind(StrEnum):
 class WaitsFor(StrEnum):
     """What a pending delivery waits for, where it waits for more than a worker.
 
-    RETRY: the time between two attempts. RATE: a rate limit. HOURS: its delivery hours. ASKED: the moment that its
-    callback asked for. PAUSED: its chain type is paused. SUPPRESSED: a resource of its chain is suppressed. DEFINITION:
-    a worker that knows its chain type, transition and callback.
+    RETRY: the time between two attempts. RATE: a rate limit. HOURS: its delivery hours. DEFINITION: a worker that knows
+    its chain type, transition and callback.
+
+    Not written yet: ASKED (the moment that its callback asked for), PAUSED (its chain type is paused), SUPPRESSED (a
+    resource of its chain is suppressed).
     """
 
     RETRY = "retry"

@@ -89,7 +89,7 @@ def move(chain_id: int, state: str, reason: str, requested_by: str) -> None:
 def map_states(  # noqa: PLR0917 - click passes them by name
     type_name: str, from_state: str, to_state: str, reason: str | None, requested_by: str, dry_run: bool, yes: bool
 ) -> None:
-    """Rename a state of all chains of a type that are in it."""
+    """Give a state another name, in all chains of a type that are in it."""
     dispatcher = open_dispatcher()
     planned = dispatcher.map_states(type_name, from_state, to_state, dry_run=True)
     click.echo(f"{planned.mapped} chains of {type_name} are in state {from_state}")
@@ -170,7 +170,7 @@ def list_deliveries(
 def _decision(verb: str, past: str, act: "Callable[[Dispatcher], Callable[..., None]]", text: str) -> None:
     """Add a command that retries, cancels or skips deliveries: those named, a chain's, or all that the filters choose.
 
-    Each act gets the delivery as it was read, so that one which has changed meanwhile is left alone.
+    `act` gives the dispatcher's method. It gets each delivery as it was read, and leaves it alone if it has changed.
     """
 
     @click.argument("delivery_ids", metavar="[DELIVERY_ID]...", nargs=-1)
@@ -248,7 +248,7 @@ _decision(
 def _decide_each(
     found: "Iterable[DeliveryRecord]", decide_one: "Callable[[DeliveryRecord], None]", *, shown: bool
 ) -> int:
-    """How many of these deliveries were decided; the others are named with the reason."""
+    """How many of these deliveries were decided; the others are named on stderr with the reason."""
     done = 0
     for delivery in found:
         try:
@@ -265,7 +265,7 @@ def _decide_each(
 
 
 def _named(dispatcher: "Dispatcher", delivery_ids: Sequence[str]) -> "Iterator[DeliveryRecord]":
-    """The deliveries with these ids, as they are read now; ids that belong to none are named."""
+    """The deliveries with these ids, each read when its turn comes; ids that no delivery has are named on stderr."""
     for delivery_id in delivery_ids:
         found = dispatcher.find_deliveries(delivery_ids=[delivery_id])
         if not found:

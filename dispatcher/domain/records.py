@@ -146,7 +146,7 @@ class DeliveryRecord:
 
     @property
     def taken_request(self) -> dict[str, Any] | None:
-        """The JSON object of the request that the plan took from the chain's row, or None."""
+        """The whole request that the plan took from the chain's row, as its JSON object; None if it took none."""
         return None if self.request is None else {**self.request, "context": self.context, "kwargs": self.kwargs}
 
 
@@ -166,7 +166,7 @@ class Move:
     due_at: datetime | None
     requested_by: str | None
     takes_request: bool = True
-    """Whether the request in the row is answered by this move; not where an application executes the chain itself."""
+    """Whether this move answers the request in the row. An application's own `execute()` does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +209,7 @@ class PlannedDelivery:
 
     @property
     def taken_request(self) -> dict[str, Any] | None:
-        """What the delivery's row keeps of the request that it takes: all but the context and the kwargs."""
+        """What goes into the delivery's column `request`: the request without its context and kwargs, or None."""
         asked = self.record.request
         if asked is None or not self.takes_request:
             return None
@@ -369,20 +369,20 @@ def idempotency_key(chain: ChainRecord, transition: str) -> str:
 
 
 def new_uid(mark: str = "") -> str:
-    """A random UUID for a chain. It begins with `mark`, at most 12 hexadecimal digits."""
+    """A random UUID for a chain. It begins with `mark` (at most 12 hexadecimal digits)."""
     return str(uuid.UUID(mark + uuid.uuid4().hex[len(mark) :]))
 
 
 def uid_mark(name: str) -> str:
-    """The hexadecimal digits with which the uids begin that chains got when a copy of a database was named `name`.
+    """12 hexadecimal digits made of the name of a copied database; the new uids of its chains begin with them.
 
-    They are few enough to leave the uids random, and enough that no other chain of a large database has them by chance.
+    A uid has 20 more, so it stays random. 12 are enough that no other chain of a large database has them by chance.
     """
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 def has_mark(uid: str | None, mark: str) -> bool:
-    """Whether a chain has got its uid with this mark."""
+    """Whether a chain's uid begins with this mark."""
     return uid is not None and uid.replace("-", "").startswith(mark)
 
 

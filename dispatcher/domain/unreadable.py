@@ -1,4 +1,4 @@
-"""What stands in a record where a row's JSON cannot be used: whoever reads it gets the error, nobody gets nothing."""
+"""What a record holds where a row's JSON cannot be used: whoever uses the value gets an error, not an empty value."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,12 +9,12 @@ from dispatcher.domain.resources import depth_of
 from dispatcher.errors import UnreadableRow
 
 MAX_READ_DEPTH: Final = 100
-"""How many levels the JSON of a row may have. User code and copies bear that many, and an older version may have stored
-more than `MAX_JSON_DEPTH`."""
+"""How many levels the JSON of a row may have: more than `MAX_JSON_DEPTH`, because an older version may have stored
+more, and few enough to copy such a value without a `RecursionError`."""
 
 
 class Unreadable(Mapping[str, Any]):
-    """An object whose JSON cannot be used. Every use raises `UnreadableRow`; `error` is what it raises."""
+    """Stands for a JSON object that cannot be used. Every use raises `error`."""
 
     __slots__ = ("error",)
 
@@ -43,7 +43,7 @@ def json_object(text: Any, column: str) -> Mapping[str, Any] | None:
         return None
     if not isinstance(value, dict):
         return Unreadable(UnreadableRow(column, f"it is not an object but a {type(value).__name__}"))
-    # Counting is quick, and few brackets cannot be deep.
+    # Counting brackets is quick. Where there are few, the object cannot be deep.
     if text.count("{") + text.count("[") > MAX_READ_DEPTH and depth_of(value) > MAX_READ_DEPTH:
         return Unreadable(UnreadableRow(column, f"it is more than {MAX_READ_DEPTH} levels deep"))
     return value

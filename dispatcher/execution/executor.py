@@ -240,7 +240,7 @@ class Executor:
     # --- messages ----------------------------------------------------------------------------------------------------
 
     def _publish_again(self, alone: Sequence[int], together: Sequence[int]) -> None:
-        """Publish another execution of each chain of `alone`, and one of the rest for each queue."""
+        """Publish these chains again: each of `alone` in its own message, those `together` in one for each queue."""
         if not alone and not together:
             return
         try:

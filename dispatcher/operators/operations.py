@@ -1,7 +1,7 @@
 """`Operations`: what operators do to chains and deliveries, as guarded writes with an event each.
 
-An act on a delivery names the delivery that the operator saw. Under the locks of the rows it is compared with what is
-there now; another delivery in its place, or one that has changed, is left alone.
+An act on a delivery names the delivery that the operator saw. When the rows are locked, it is compared with what is
+there now; another delivery in its place, or one with another status, is left alone.
 
 If a chain and its delivery are both locked, the delivery is locked first, as at the end of every attempt. Otherwise an
 operator and a worker could deadlock.
@@ -61,7 +61,7 @@ class MapCounts:
 class SeenDelivery:
     """What an operator saw of the delivery that a chain waits for.
 
-    `delivery_id` is None where the chain waited for none. `status` is None where the operator has not seen it. With
+    `delivery_id` is None where the chain waited for none. `status` is None where the operator saw only the chain. With
     `attempt`, a dead or held delivery must have had no further attempt since.
     """
 
@@ -318,10 +318,10 @@ class Operations:
         reason: str | None,
         dry_run: bool,
     ) -> MapCounts:
-        """Rename a state of every chain of a type that is in it, in batches; a dry run only counts.
+        """Give a state another name, in every chain of a type that is in it, in batches; a dry run only counts.
 
-        Nothing else of a chain changes: its open delivery stays open, and its request, rest and keys stay. It is due at
-        once if nothing keeps it, because the new state may have other candidates. The new state must be a different
+        Its open delivery stays open, and its request, rest and keys stay. If nothing keeps it, it is due at once, and
+        its failures count from 0, because the new state may have other candidates. The new state must be a different
         state of the configuration. A chain with a running attempt keeps its state and is counted as waiting.
         """
         requested_by = checked_requester(requested_by)
@@ -387,9 +387,9 @@ class Operations:
     def separate(self, name: str) -> SeparateCounts:
         """Give every chain of a copied database a new `uid`, in batches, so that its idempotency keys are others.
 
-        `name` is the name of the copy. The new uids begin with digits made of it. So a second call with the same name
-        goes on with what the first has left: chains that waited for a delivery, and all if it was interrupted. Chains
-        that were made since the first call are no copies, and are left alone.
+        `name` is the name of the copy. The new uids begin with digits made of it, so a second call with the same name
+        knows them. It takes only the chains that are left, because they waited for a delivery or the first call was
+        interrupted. Chains that were made since the first call are no copies, and are left alone.
         """
         if not is_text(name) or not name:
             raise ConfigurationError("give the copy a name, such as staging", "separate")
@@ -444,7 +444,10 @@ def _lock(connection: Connection, chain_id: int) -> tuple[ChainRecord, DeliveryR
 
 
 def _lock_seen(connection: Connection, seen: SeenDelivery) -> tuple[ChainRecord, DeliveryRecord]:
-    """A chain and its open delivery, both locked, if it is the one that was seen. Raises as the acts on deliveries."""
+    """A chain and its open delivery, both locked.
+
+    Raises `NoOpenDelivery`, `DeliveryChanged` if it is not as it was seen, `DeliveryPending` while an attempt runs.
+    """
     delivery = None
     if seen.delivery_id is not None:
         delivery = deliveries.read(connection, seen.delivery_id, lock=True)

@@ -31,7 +31,10 @@ _PAGE: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class _Claimed:
-    """One page of overdue deliveries: which have lost their message, which run beyond their lease, and their types."""
+    """One page of overdue deliveries.
+
+    `lost` have lost their message. `running` run beyond their lease, and `chains` are their chains, by id.
+    """
 
     lost: list[DeliveryRecord]
     running: list[DeliveryRecord]
@@ -130,7 +133,10 @@ class Relay:
         return _Claimed(lost, running, chains)
 
     def _settle(self, page: _Claimed) -> tuple[list[Settlement], list[_Failed]]:
-        """Settle the running deliveries of a page, each for itself. A failed one is hidden from the next relays."""
+        """Settle the running deliveries of a page. What fails for one is undone and logged for that one alone.
+
+        Such a delivery is hidden from the relays of the next `queued_seconds`.
+        """
         if not page.running:
             return [], []
         definitions: dict[str, Definition] = {}
@@ -177,7 +183,7 @@ class Relay:
         return settlements, failures
 
     def _set_aside(self, connection: Connection, delivery: DeliveryRecord) -> None:
-        """Hide a delivery from the next relays. One that cannot even be hidden is found, and logged, each time."""
+        """Hide a delivery from the relays of the next `queued_seconds`. Where that fails, each relay finds it again."""
         hide = partial(overdue.look_later, connection, delivery, seconds=self._settings.queued_seconds)
         try:
             alone(connection, hide)

@@ -43,7 +43,7 @@ class _Look:
     """The fingerprints to remember."""
 
     outdated: bool
-    """Whether they must be remembered, because they are not, or not lately."""
+    """Whether `fresh` must be written even if nothing has changed: the row has none, or old ones."""
 
 
 class Waker:

@@ -380,7 +380,10 @@ def rename_state(
     reason: str | None,
     now: datetime,
 ) -> None:
-    """Give the state of a chain, locked, another name. It is due at once, unless its delivery or its rest keeps it."""
+    """Give the state of a chain, locked, another name, and count its failures from 0.
+
+    It is due at once if the state has candidates, unless a delivery, a rest or its being disabled keeps it.
+    """
     free = and_(CHAIN.c.pending_delivery_id.is_(None), ~CHAIN.c.disabled)
     connection.execute(
         update(CHAIN)
@@ -408,9 +411,9 @@ def rename_state(
 
 
 def separate(connection: Connection, chain_ids: Sequence[int], *, mark: str) -> tuple[list[int], list[int]]:
-    """Give these chains new uids with a mark: `(separated, waiting)`, the ids of two kinds of chains.
+    """Give these chains new uids with a mark: `(ids of chains that have got one, ids of chains left as they are)`.
 
-    A chain that waits for a delivery keeps its uid. One that has the mark already is in neither list.
+    A chain that waits for a delivery is left as it is. One that has the mark already is in neither list.
     """
     rows = connection.execute(
         select(CHAIN.c.id, CHAIN.c.uid, CHAIN.c.pending_delivery_id)

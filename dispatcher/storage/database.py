@@ -190,9 +190,9 @@ class Database:
 
 
 def alone(connection: Connection, work: Callable[[], Result]) -> Result:
-    """What `work()` returns, within a transaction. If it raises, what it has written is undone, and nothing else is.
+    """What `work()` returns, in a savepoint of the open transaction. If it raises, only what it has written is undone.
 
-    After a conflict or a lost connection nothing can be undone alone: see `ends_transaction`.
+    After a conflict or a lost connection the whole transaction is undone: see `ends_transaction`.
     """
     savepoint = connection.begin_nested()
     try:

@@ -213,12 +213,12 @@ _ENTERING: Final = [str(action) for action in (EventAction.STATE_TRANSITION, Eve
 
 
 def call_off(connection: Connection, delivery: DeliveryRecord, *, now: datetime, reason: str) -> datetime | None:
-    """Close a delivery that its last look has cancelled: when the chain is due; None when it changed since it was read.
+    """Close a delivery that its last look has cancelled. Gives when its chain is due, or None if it changed meanwhile.
 
-    The request that the plan took is put back, unless a newer one is there. The chain is due at once. From the second
-    delivery that is called off in one visit of the state on, this counts in the chain's failures, and the chain is due
-    after a growing interval, unless a newer request waits. Else old and new workers that disagree during a deploy would
-    plan and cancel as fast as messages travel.
+    The request that the plan took is put back, unless a newer one is there. The first time the chain is due at once.
+    Where other deliveries were called off in the same visit of the state, their number becomes the chain's `failures`,
+    and the chain is due after a growing interval, or at once if a newer request waits. Otherwise old and new workers
+    that disagree during a deploy would plan and cancel as fast as messages travel.
     """
     entered = select(func.max(EVENT.c.chain_version)).where(
         EVENT.c.chain_id == delivery.chain_id, EVENT.c.action.in_(_ENTERING)
@@ -316,7 +316,7 @@ _STOPPED_VALUES: Final[Mapping[str, Any]] = {
     "publish_after": None,
     "waits_since": None,
 }
-"""The columns of a delivery for which a machine does not wait any more."""
+"""The columns of a delivery that neither a worker nor the relay has to look at."""
 
 CLOSED_VALUES: Final[Mapping[str, Any]] = {
     **_STOPPED_VALUES,

@@ -87,9 +87,10 @@ def look_later(connection: Connection, delivery: DeliveryRecord, *, seconds: flo
 
 
 def lock_expired(connection: Connection, running: Sequence[DeliveryRecord]) -> set[str]:
-    """The ids of those of these attempts that still run and whose lease has ended, locked in the order of their ids.
+    """Which of these attempts still run although their lease has ended: the deliveries' ids. Their rows are locked.
 
-    A row that somebody else has locked is left out: its attempt is just being ended.
+    They are locked in the order of their ids. A row that somebody else has locked is left out, because its attempt is
+    just being recorded.
     """
     query = select(DELIVERY.c.id).where(
         tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_([(delivery.id, delivery.attempt) for delivery in running]),

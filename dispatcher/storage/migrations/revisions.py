@@ -79,7 +79,7 @@ def require_current(database: Database) -> None:
         raise DatabaseNotMigrated(found, head())
     from dispatcher.storage.migrations.runner import upgrade  # noqa: PLC0415 - Alembic, which is needed only here
 
-    upgrade(database, workers_stopped=True)  # which looks whether it is true
+    upgrade(database, workers_stopped=True)  # it raises if the rows show that workers run
 
 
 def needs_stopped_workers(found: str) -> bool:
