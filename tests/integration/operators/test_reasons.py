@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from dispatcher import NEW, Chain, ConfigurationError, Dispatcher, RetryPolicy
-from dispatcher.operators.operations import Operations
 from tests.integration import shop
 
 pytestmark = pytest.mark.integration
@@ -71,31 +70,6 @@ def test_a_mapping_says_from_which_state_and_why(dispatcher: Dispatcher, chain: 
 
     mapped = chain.events[-1]
     assert (mapped.action, mapped.requested_by, mapped.detail) == ("mapped", "ada", "from new: as agreed")
-
-
-@pytest.mark.parametrize(
-    ("method", "act"),
-    [
-        ("set_paused", lambda dispatcher: dispatcher.pause(shop.CHAIN_TYPE, **WHO)),
-        ("set_paused", lambda dispatcher: dispatcher.resume(shop.CHAIN_TYPE, **WHO)),
-        ("set_resource_disabled", lambda dispatcher: dispatcher.disable_resource(CUSTOMER, **WHO)),
-        ("set_resource_disabled", lambda dispatcher: dispatcher.enable_resource(CUSTOMER, **WHO)),
-        ("erase_resource", lambda dispatcher: dispatcher.erase_resource(CUSTOMER, **WHO)),
-    ],
-)
-def test_acts_on_types_and_resources_are_told_who_and_why(
-    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch, method: str, act: Callable[[Dispatcher], Any]
-) -> None:
-    told: list[dict[str, Any]] = []
-    original = getattr(Operations, method)
-
-    def listen(self: Operations, *arguments: Any, **options: Any) -> Any:
-        told.append({name: options[name] for name in WHO})
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(Operations, method, listen)
-    act(dispatcher)
-    assert told == [WHO]
 
 
 @pytest.mark.parametrize(
