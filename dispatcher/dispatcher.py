@@ -21,7 +21,7 @@ from dispatcher.operators.doctor import Finding
 from dispatcher.operators.operations import MapCounts, SeenDelivery, SeparateCounts
 from dispatcher.services import Clock, wire
 from dispatcher.settings import Settings, load_object
-from dispatcher.states import AttemptOutcome, DeliveryStatus, SubjectKind
+from dispatcher.states import AttemptOutcome, DeliveryStatus
 from dispatcher.storage import actions, chain_types, chains, overview
 from dispatcher.storage.store import read_one
 
@@ -463,16 +463,11 @@ class Dispatcher:
         self._ready()
         if chain_type is not None and resource is not None:
             raise ConfigurationError("name a chain type or a resource, not both", "find_actions")
-        kind, subjects = None, []
-        if chain_type is not None:
-            if not is_text(chain_type):  # no stored name contains such text
-                return []
-            kind, subjects = SubjectKind.TYPE, [chain_type]
-        elif resource is not None:
-            (pair,) = clean_resources([resource])
-            kind, subjects = SubjectKind.RESOURCE, [actions.resource_subject(pair), actions.erased_subject(pair)]
+        if not is_text(f"{chain_type}"):  # no stored name contains such text
+            return []
+        pair = clean_resources([resource])[0] if resource is not None else None
         with self.database.read() as connection:
-            return actions.listing(connection, kind=kind, subjects=subjects, limit=limit)
+            return actions.listing(connection, type_name=chain_type, resource=pair, limit=limit)
 
     def examine(self) -> list[Finding]:
         """What is wrong with this deployment, each finding with its remedy; empty if all is well."""

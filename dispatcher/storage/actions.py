@@ -51,13 +51,16 @@ def add(
     )
 
 
-def listing(connection: Connection, *, kind: SubjectKind | None, subjects: list[str], limit: int) -> list[ActionRecord]:
-    """The actions on these subjects (none: on every subject of that kind; kind None: all), newest first."""
+def listing(
+    connection: Connection, *, type_name: str | None = None, resource: Resource | None = None, limit: int
+) -> list[ActionRecord]:
+    """The actions on this chain type and this resource (None: on any), newest first, at most `limit`."""
     query = select(*(ACTION.c[name] for name in _FIELDS))
-    if kind is not None:
-        query = query.where(ACTION.c.subject_kind == kind)
-    if subjects:
-        query = query.where(ACTION.c.subject.in_(subjects))
+    if type_name is not None:
+        query = query.where(ACTION.c.subject_kind == SubjectKind.TYPE, ACTION.c.subject == type_name)
+    if resource is not None:
+        subjects = [resource_subject(resource), erased_subject(resource)]
+        query = query.where(ACTION.c.subject_kind == SubjectKind.RESOURCE, ACTION.c.subject.in_(subjects))
     rows = connection.execute(query.order_by(ACTION.c.id.desc()).limit(limit)).mappings()
     return [ActionRecord(**row) for row in rows]
 
