@@ -182,7 +182,6 @@ class Operations:
                 connection,
                 delivery,
                 max_attempts=maximum,
-                disabled=record.disabled,
                 now=now,
                 requested_by=requested_by,
                 reason=reason,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, select, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.bounds import MAX_ERROR
@@ -334,17 +334,16 @@ def _close(
     values.update(status=status, **CLOSED_VALUES)
     if error is not None:
         values["last_error"] = error[:MAX_ERROR]
-    done = connection.execute(
-        update(DELIVERY)
-        .where(
-            DELIVERY.c.id == delivery.id,
-            DELIVERY.c.attempt == delivery.attempt,
-            DELIVERY.c.begins.is_not_distinct_from(delivery.begins),
-            DELIVERY.c.status == delivery.status,
-        )
-        .values(**values)
+    return one_row(connection.execute(update(DELIVERY).where(_is_unchanged(delivery)).values(**values)))
+
+
+def _is_unchanged(delivery: DeliveryRecord) -> ColumnElement[bool]:
+    return and_(
+        DELIVERY.c.id == delivery.id,
+        DELIVERY.c.attempt == delivery.attempt,
+        DELIVERY.c.begins.is_not_distinct_from(delivery.begins),
+        DELIVERY.c.status == delivery.status,
     )
-    return one_row(done)
 
 
 def _event(
@@ -394,7 +393,6 @@ def reopen(
     delivery: DeliveryRecord,
     *,
     max_attempts: int,
-    disabled: bool,
     now: datetime,
     requested_by: str | None,
     reason: str | None,
@@ -405,19 +403,13 @@ def reopen(
     """
     connection.execute(
         update(DELIVERY)
-        .where(
-            DELIVERY.c.id == delivery.id,
-            DELIVERY.c.attempt == delivery.attempt,
-            DELIVERY.c.status == delivery.status,
-        )
+        .where(_is_unchanged(delivery))
         .values(
             status=DeliveryStatus.PENDING,
             max_attempts=max_attempts,
             unknown=delivery.unknown and delivery.status != DeliveryStatus.HELD,
-            next_attempt_at=clock_plus(0),
-            publish_after=None if disabled else clock_plus(0),
-            waits_since=clock_plus(0),
             **waits_for(None),
+            **waits(0),
         )
     )
     connection.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))
