@@ -21,7 +21,7 @@ from dispatcher.settings import Settings
 from dispatcher.states import DeliveryStatus
 from dispatcher.storage import overdue
 from dispatcher.storage.database import Database, alone, ends_transaction
-from dispatcher.storage.overdue import Waiting
+from dispatcher.storage.overdue import WaitingChain
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class _Claimed:
 
     lost: list[DeliveryRecord]
     running: list[DeliveryRecord]
-    chains: dict[int, Waiting]
+    chains: dict[int, WaitingChain]
 
     @property
     def is_full(self) -> bool:

@@ -11,7 +11,7 @@ from dispatcher.domain.decisions import due_after_move, rest_of_plan, seconds_to
 from dispatcher.domain.records import DeliveryRecord, Owed, is_local
 from dispatcher.states import DeliveryStatus
 from dispatcher.storage import deliveries, overdue
-from dispatcher.storage.overdue import Waiting
+from dispatcher.storage.overdue import WaitingChain
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def define(delivery: DeliveryRecord, chain_type: ChainType | None, random: Calla
 def settle_unknown(
     connection: Connection,
     delivery: DeliveryRecord,
-    chain: Waiting | None,
+    chain: WaitingChain | None,
     definition: Definition,
     *,
     now: datetime,

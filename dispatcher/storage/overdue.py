@@ -16,8 +16,8 @@ from dispatcher.storage.statements import is_running, one_row, waits, waits_for
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """What settling asks of the chain of a delivery. It is read without any JSON."""
+class WaitingChain:
+    """What the relay must know of the chain of a delivery. No JSON is read, because it may be unreadable."""
 
     chain_type: str
     pending_delivery_id: str | None
@@ -67,14 +67,14 @@ def lock_chains(connection: Connection, chain_ids: Sequence[int]) -> set[int]:
     return set(connection.execute(query.with_for_update(skip_locked=True)).scalars())
 
 
-def waiting_chains(connection: Connection, chain_ids: Sequence[int]) -> dict[int, Waiting]:
+def waiting_chains(connection: Connection, chain_ids: Sequence[int]) -> dict[int, WaitingChain]:
     """The chains with these ids, by id; missing ones are left out."""
     rows = connection.execute(
         select(CHAIN.c.id, CHAIN.c.chain_type, CHAIN.c.pending_delivery_id, CHAIN.c.disabled).where(
             CHAIN.c.id.in_(chain_ids)
         )
     )
-    return {row.id: Waiting(row.chain_type, row.pending_delivery_id, row.disabled) for row in rows}
+    return {row.id: WaitingChain(row.chain_type, row.pending_delivery_id, row.disabled) for row in rows}
 
 
 def look_later(connection: Connection, delivery: DeliveryRecord, *, seconds: float) -> None:
