@@ -124,3 +124,8 @@ def test_old_ones_are_pruned(dispatcher: Dispatcher) -> None:
 def test_one_subject_is_asked_for(dispatcher: Dispatcher) -> None:
     with pytest.raises(ConfigurationError, match="not both"):
         dispatcher.find_actions(chain_type=shop.CHAIN_TYPE, resource=CUSTOMER)
+
+
+@pytest.mark.parametrize("name", ["\x00", "\ud800"])
+def test_a_name_that_no_database_stores_has_no_actions(dispatcher: Dispatcher, name: str) -> None:
+    assert dispatcher.find_actions(chain_type=name) == []
