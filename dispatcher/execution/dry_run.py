@@ -7,11 +7,11 @@ from datetime import datetime
 from typing import Any
 
 from dispatcher.coordination.locks import ChainLocks
-from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, LocalCall, choose_for
+from dispatcher.domain.callbacks import NO_CALLBACK_FOUND, LocalCall
 from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.domain.contexts import Evaluated, evaluate_record, load_contexts
-from dispatcher.domain.decisions import standing_of
-from dispatcher.domain.evaluation import GuardFailed, Plan
+from dispatcher.domain.decisions import Decision, decide, standing_of
+from dispatcher.domain.evaluation import GuardFailed
 from dispatcher.domain.records import ChainRecord, Request, unsaved_record
 from dispatcher.domain.resources import Resource
 from dispatcher.domain.results import ChainResult, reasons_text
@@ -68,13 +68,10 @@ class DryRun:
         evaluated = _evaluate(record, chain_type, asked.context, now)
         if isinstance(evaluated.error, GuardFailed | UnreadableRow):
             raise evaluated.error
-        if evaluated.plan is None or chain_type is None:
-            result = ChainResult(chain_id, Outcome.UNKNOWN_DEFINITION, record.state, detail=str(evaluated.error))
-        else:
-            result = _result_of(record, chain_type, evaluated.plan, asked, local)
+        decision = decide(record, chain_type, evaluated, asked, now=now, call=local)
+        result = _result_of(decision, record)
         _log_plan(record, result, standing)
-        outcome = standing or (Outcome.DRY_RUN if result.transition else result.outcome)
-        return replace(result, outcome=outcome)
+        return replace(result, outcome=standing or result.outcome)
 
     def plan_as_worker(
         self,
@@ -112,24 +109,14 @@ def _evaluate(
     return evaluate_record(record, chain_type, loaded, context, now)
 
 
-def _result_of(
-    record: ChainRecord, chain_type: ChainType, plan: Plan, asked: Request, local: LocalCall | None
-) -> ChainResult:
-    chain_id = record.id or None
-    if plan.winner is None:
-        outcome = Outcome.TERMINAL if plan.terminal else Outcome.NONE
-        return ChainResult(chain_id, outcome, record.state, errors=plan.errors)
-    try:
-        choice = choose_for(chain_type, plan.winner, asked, local)
-    except KeyError as error:
-        return ChainResult(
-            chain_id, Outcome.UNKNOWN_DEFINITION, record.state, plan.winner, plan.errors, detail=f"callback {error}"
-        )
-    if choice is NO_CALLBACK_FOUND:
-        return ChainResult(chain_id, Outcome.NO_CALLBACK, record.state, plan.winner, plan.errors, callback="missing")
-    return ChainResult(
-        chain_id, Outcome.DRY_RUN, record.state, plan.winner, plan.errors, callback=choice.kind or "none"
-    )
+def _result_of(decision: Decision, record: ChainRecord) -> ChainResult:
+    """The result of a dry run: that of the decision, for a chain that stays where it is."""
+    result = replace(decision.result, chain_id=record.id or None, state=record.state)
+    if decision.plans:
+        return replace(result, outcome=Outcome.DRY_RUN, callback=result.callback or "none")
+    if result.outcome == Outcome.NO_CALLBACK:
+        return replace(result, callback=NO_CALLBACK_FOUND.kind)
+    return result
 
 
 def _log_plan(record: ChainRecord, result: ChainResult, standing: Outcome | None) -> None:

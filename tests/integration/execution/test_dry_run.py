@@ -333,3 +333,25 @@ def test_a_dry_run_of_a_missing_chain_is_a_named_outcome(make_dispatcher: Callab
 
     assert dispatcher.plan_chain(999).outcome == "missing"
     assert shop.count_rows(dispatcher, ChainRow) == 0
+
+
+@pytest.mark.parametrize("requested", [None, "gone"])
+def test_a_dry_run_has_the_outcome_of_a_real_one_where_no_transition_is_taken(
+    make_dispatcher: Callable[..., Dispatcher], caplog: pytest.LogCaptureFixture, requested: str | None
+) -> None:
+    """The winner has no callback to call, or the request names one of an older configuration."""
+    caplog.set_level(logging.INFO, logger="dispatcher.plan")
+    config = shop.cart({NEW: [shop.Remind]}, callbacks={"gone": shop.Sink()})
+    chain = shop.new_chain(make_dispatcher(config))
+    if requested is not None:
+        chain.enqueue(callback=requested)
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+
+    planned, explained = dispatcher.plan_chain(chain.id or 0), dispatcher.chain(chain.id or 0).explain()
+    (real,) = dispatcher.execute_chains([chain.id or 0])
+
+    assert real.outcome == ("no_callback" if requested is None else "unknown_definition")
+    assert (planned.outcome, explained["outcome"]) == (real.outcome, real.outcome)
+    line = "planned" if requested is None else "nothing planned"
+    assert [said.startswith(f"{line} chain_id={chain.id}") for said in plans(caplog)] == [True, True]
+    assert explained["callback"] == ("missing" if requested is None else None)
