@@ -25,7 +25,10 @@ def resource_subject(resource: Resource) -> str:
 
 
 def erased_subject(resource: Resource) -> str:
-    """How an erased resource is named: who knows the resource can find the row, and nobody can read it from there."""
+    """How an erased resource is named: by a digest, so that the row can be found by whoever knows the resource.
+
+    A short id can be found out from its digest, by trying all ids.
+    """
     return f"sha256:{resource_key([resource])}"
 
 
@@ -66,7 +69,7 @@ def listing(
 
 
 def forget_resource(connection: Connection, resource: Resource) -> None:
-    """Delete what was noted about a resource, because its id may be personal data."""
+    """Delete what was noted about a resource, because its id, or a reason, may be personal data."""
     connection.execute(
         delete(ACTION).where(
             ACTION.c.subject_kind == SubjectKind.RESOURCE, ACTION.c.subject == resource_subject(resource)
