@@ -307,9 +307,8 @@ class Chain:
 
     def _run(self, call: LocalCall, context: Mapping[str, Any] | None, requested_by: str | None) -> ChainResult:
         services = self._services
-        result = services.executor.execute_locally(
-            self._record.id, call=call, context=context or {}, requested_by=checked_requester(requested_by)
-        )
+        asked = Request(context, requested_by=checked_requester(requested_by))
+        result = services.executor.execute_locally(self._record.id, call=call, asked=asked)
         chain_type = services.config.get(self.chain_type)
         if result.outcome == Outcome.PLANNED:
             assert result.transition is not None

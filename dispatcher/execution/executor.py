@@ -82,18 +82,17 @@ class Executor:
         by_id = {result.chain_id: result for result in results}
         return [by_id.get(chain_id, ChainResult(chain_id, Outcome.LOCKED)) for chain_id in distinct]
 
-    def execute_locally(
-        self, chain_id: int, *, call: LocalCall, context: Mapping[str, Any] | None, requested_by: str | None
-    ) -> ChainResult:
+    def execute_locally(self, chain_id: int, *, call: LocalCall, asked: Request) -> ChainResult:
         """Execute one chain in this process; with a callback its delivery is begun, and the caller makes the attempt.
 
-        Raises `GuardFailed`, or `UnreadableRow` if the chain's context cannot be read.
+        `asked` is evaluated instead of the request in the chain's row. Raises `GuardFailed`, or `UnreadableRow` if the
+        chain's context cannot be read.
         """
         held = self._locks.acquire([chain_id])
         if chain_id in held.locked:
             return ChainResult(chain_id, Outcome.LOCKED)
         try:
-            (result,) = self._execute_held(held, call=call, context=context, requested_by=requested_by)
+            (result,) = self._execute_held(held, call=call, asked=asked)
         finally:
             self._locks.release(held)
         return result
@@ -116,8 +115,7 @@ class Executor:
         held: Held,
         *,
         call: LocalCall | None = None,
-        context: Mapping[str, Any] | None = None,
-        requested_by: str | None = None,
+        asked: Request | None = None,
         stop_at: float = math.inf,
     ) -> list[ChainResult]:
         records, machine_now = self._store.read(held.held)
@@ -125,18 +123,16 @@ class Executor:
         waiting, results = self._standing(held, records, now)
         if call is None:
             waiting = self._back_off_crashers(waiting, held, now)
-        evaluations = self._evaluate(waiting, context, now, stop_at)
+        evaluations = self._evaluate(waiting, asked, now, stop_at)
         late = waiting[len(evaluations) :]
         results += [ChainResult(record.id, Outcome.OUT_OF_TIME, record.state) for record in late]
         decisions = []
         for record, evaluated in zip(waiting, evaluations, strict=False):  # those that are late come last
-            asked = record.request or Request()
-            if call is not None:
-                asked = Request(context, None, None, requested_by)
-                if isinstance(evaluated.error, GuardFailed | UnreadableRow):
-                    raise evaluated.error
+            if call is not None and isinstance(evaluated.error, GuardFailed | UnreadableRow):
+                raise evaluated.error
             chain_type = self._config.by_type.get(record.chain_type)
-            decisions.append(decide(record, chain_type, evaluated, asked, now=now, call=call))
+            request = asked or record.request or Request()
+            decisions.append(decide(record, chain_type, evaluated, request, now=now, call=call))
         written = self._write(decisions, now, lease=call is not None)
         for result in written:
             _log(result)
@@ -163,9 +159,12 @@ class Executor:
         return waiting, results
 
     def _evaluate(
-        self, records: Sequence[ChainRecord], context: Mapping[str, Any] | None, now: datetime, stop_at: float
+        self, records: Sequence[ChainRecord], asked: Request | None, now: datetime, stop_at: float
     ) -> list[Evaluated]:
-        """The evaluations of these chains, in order; fewer when `stop_at` (monotonic seconds) has passed."""
+        """The evaluations of these chains, in order; fewer when `stop_at` (monotonic seconds) has passed.
+
+        `asked` is evaluated instead of the requests in their rows.
+        """
         loaded: dict[int, Mapping[str, Any] | BaseException] = {}
         groups: dict[str, list[ChainRecord]] = {}
         for record in records:
@@ -178,9 +177,9 @@ class Executor:
         for record in records:
             if evaluations and time.monotonic() >= stop_at:
                 break
-            asked = context if context is not None else record.request.context if record.request else None
+            request = asked or record.request or Request()
             chain_type = self._config.by_type.get(record.chain_type)
-            evaluations.append(evaluate_record(record, chain_type, loaded.get(record.id, {}), asked, now))
+            evaluations.append(evaluate_record(record, chain_type, loaded.get(record.id, {}), request.context, now))
         return evaluations
 
     def _back_off_crashers(self, records: list[ChainRecord], held: Held, now: datetime) -> list[ChainRecord]:
