@@ -178,8 +178,8 @@ class EnqueueNotPublished(DispatcherError):
     """No message could be published.
 
     If `written` is True, the request is in the chain's row, and the next sweep does the work. If it is None, the
-    database did not answer to the commit: the request is in the row or not, and to enqueue it again is harmless. For an
-    enqueue by resources `chain_id` is then None.
+    database did not answer to the commit: the request is in the row or not, and may be answered already. For an enqueue
+    by resources `chain_id` may then be None.
     """
 
     def __init__(self, chain_id: int | None, problem: str = "", written: bool | None = True) -> None:
@@ -193,7 +193,7 @@ class EnqueueNotPublished(DispatcherError):
         if self.written:
             row = "its request is written, so the next sweep does the work"
         else:
-            row = "it is not known whether the request is written: enqueue it again, which is harmless"
+            row = "it is not known whether the request is written: enqueue it again if asking twice does no harm"
         return f"{where}no message was published ({self.problem}); {row}"
 
 

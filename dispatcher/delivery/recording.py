@@ -73,7 +73,11 @@ def _is_ours(
     with database.read() as connection:
         row = deliveries.read(connection, delivery.id)
     expected_attempt = delivery.attempt if attempt_after is None else attempt_after
-    return row is not None and row.attempt == expected_attempt and row.status in expected_statuses
+    return (
+        row is not None
+        and (row.attempt, row.begins) == (expected_attempt, delivery.begins)
+        and row.status in expected_statuses
+    )
 
 
 def note_problem(database: Database, finished: Finished, now: datetime) -> None:

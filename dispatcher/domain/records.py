@@ -208,7 +208,7 @@ class PlannedDelivery:
     """As in `Move`."""
 
     @property
-    def taken_request(self) -> dict[str, Any] | None:
+    def stored_request(self) -> dict[str, Any] | None:
         """What goes into the delivery's column `request`: the request without its context and kwargs, or None."""
         asked = self.record.request
         if asked is None or not self.takes_request:

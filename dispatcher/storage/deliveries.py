@@ -26,7 +26,15 @@ from dispatcher.storage import chains, history
 from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT
 from dispatcher.storage.rows import deliveries_of, delivery_columns, found_of
-from dispatcher.storage.statements import is_running, leased, moved_values, one_row, unless_disabled, waits, waits_for
+from dispatcher.storage.statements import (
+    is_running,
+    leased,
+    moved_values,
+    one_row,
+    unless_disabled,
+    wait_reason,
+    wait_times,
+)
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -58,7 +66,7 @@ def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
         "kwargs": dict(planned.kwargs) if planned.kwargs else None,
         "context": dict(planned.context) if planned.context else None,
         "rest_until": planned.rest_until,
-        "request": planned.taken_request,
+        "request": planned.stored_request,
     }
 
 
@@ -93,7 +101,7 @@ def give_back(connection: Connection, delivery: DeliveryRecord) -> bool:
     done = connection.execute(
         update(DELIVERY)
         .where(is_running(delivery))
-        .values(status=DeliveryStatus.PENDING, attempt=delivery.attempt - 1, **waits(0))
+        .values(status=DeliveryStatus.PENDING, attempt=delivery.attempt - 1, **wait_times(0))
     )
     return one_row(done)
 
@@ -119,8 +127,8 @@ def postpone(
         .values(
             status=DeliveryStatus.PENDING,
             attempt=delivery.attempt - 1,
-            **waits_for(what, reason=reason[:MAX_ERROR], has_place=has_place),
-            **waits(seconds, grace_seconds=grace_seconds),
+            **wait_reason(what, reason=reason[:MAX_ERROR], has_place=has_place),
+            **wait_times(seconds, grace_seconds=grace_seconds),
         )
     )
     return one_row(done)
@@ -136,8 +144,8 @@ def retry(
         .values(
             status=DeliveryStatus.PENDING,
             last_error=error[:MAX_ERROR],
-            **waits_for(WaitsFor.RETRY),
-            **waits(seconds, grace_seconds=grace_seconds),
+            **wait_reason(WaitsFor.RETRY),
+            **wait_times(seconds, grace_seconds=grace_seconds),
         )
     )
     return one_row(done)
@@ -310,7 +318,7 @@ class LostChain(Exception):  # noqa: N818 - not an error for callers: it undoes 
 
 
 _STOPPED_VALUES: Final[Mapping[str, Any]] = {
-    **waits_for(None),
+    **wait_reason(None),
     "lease_until": None,
     "next_attempt_at": None,
     "publish_after": None,
@@ -408,8 +416,8 @@ def reopen(
             status=DeliveryStatus.PENDING,
             max_attempts=max_attempts,
             unknown=delivery.unknown and delivery.status != DeliveryStatus.HELD,
-            **waits_for(None),
-            **waits(0),
+            **wait_reason(None),
+            **wait_times(0),
         )
     )
     connection.execute(update(CHAIN).where(CHAIN.c.id == delivery.chain_id).values(version=CHAIN.c.version + 1))

@@ -12,7 +12,7 @@ from dispatcher.states import DeliveryStatus, WaitsFor
 from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import CHAIN, DELIVERY
 from dispatcher.storage.rows import found_of, light_deliveries_of, light_delivery_columns
-from dispatcher.storage.statements import is_running, one_row, waits, waits_for
+from dispatcher.storage.statements import is_running, one_row, wait_reason, wait_times
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +111,8 @@ def mark_unknown(
             status=DeliveryStatus.PENDING,
             unknown=True,
             last_error=error[:MAX_ERROR],
-            **waits_for(WaitsFor.RETRY),
-            **waits(seconds, grace_seconds=grace_seconds),
+            **wait_reason(WaitsFor.RETRY),
+            **wait_times(seconds, grace_seconds=grace_seconds),
         )
     )
     return one_row(done)

@@ -401,7 +401,7 @@ def _write_plans(
             "max_attempts": [plan.max_attempts for plan in planned],
             "kwargs": [_json(plan.kwargs) for plan in planned],
             "contexts": [_json(plan.context) for plan in planned],
-            "requests": [_json(plan.taken_request) for plan in planned],
+            "requests": [_json(plan.stored_request) for plan in planned],
             "rests": [plan.rest_until for plan in planned],
             "by": [plan.requested_by for plan in planned],
             "now": now,

@@ -92,7 +92,7 @@ def moved_values(
     }
 
 
-def waits(seconds: float, *, grace_seconds: float = 0) -> dict[str, Any]:
+def wait_times(seconds: float, *, grace_seconds: float = 0) -> dict[str, Any]:
     """The columns of a pending delivery whose next attempt may begin in `seconds`, by the database's clock.
 
     If it has not begun `grace_seconds` later, its message counts as lost.
@@ -105,7 +105,7 @@ def waits(seconds: float, *, grace_seconds: float = 0) -> dict[str, Any]:
     }
 
 
-def waits_for(what: WaitsFor | None, *, reason: str | None = None, has_place: bool = False) -> dict[str, Any]:
+def wait_reason(what: WaitsFor | None, *, reason: str | None = None, has_place: bool = False) -> dict[str, Any]:
     """The columns that say what a pending delivery waits for; None: only for a worker."""
     return {"waits_for": what, "waits_reason": reason, "has_place": has_place}
 

@@ -119,7 +119,7 @@ def test_an_unpublished_enqueue_says_whether_the_request_is_written():
     assert str(EnqueueNotPublished(7, "timeout")) == (
         "chain 7: no message was published (timeout); its request is written, so the next sweep does the work"
     )
-    unknown = "it is not known whether the request is written: enqueue it again, which is harmless"
+    unknown = "it is not known whether the request is written: enqueue it again if asking twice does no harm"
     assert str(EnqueueNotPublished(7, "timeout", written=None)) == (
         f"chain 7: no message was published (timeout); {unknown}"
     )
