@@ -67,7 +67,6 @@ class ChainRecord:
     context: Mapping[str, Any] | None
     request: Request | None
     uid: str | None
-    runs: int
     started_at: datetime
     entered_at: datetime
     resources: tuple[Resource, ...]
@@ -98,7 +97,6 @@ def unsaved_record(
         context=dict(context) if context else None,
         request=None,
         uid=None,
-        runs=1,
         started_at=now,
         entered_at=now,
         resources=resources,
@@ -137,7 +135,6 @@ class DeliveryRecord:
     has_place: bool
     rest_until: datetime | None
     request: Mapping[str, Any] | None
-    lapse_seen_at: datetime | None
 
     @property
     def rest_is_known(self) -> bool:

@@ -186,7 +186,6 @@ SELECT id FROM old"""
 _BEGIN: Final = f"""
 UPDATE chain_dispatcher_delivery d
 SET status = 'running', attempt = d.attempt + 1, begins = d.begins + 1, waits_since = clock_timestamp(),
-  lapse_seen_at = NULL,
   lease_until = clock_timestamp() + make_interval(secs => %(lease_seconds)s::float8),
   publish_after = clock_timestamp() + make_interval(secs => %(lease_seconds)s::float8)
 FROM (

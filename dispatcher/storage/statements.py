@@ -116,7 +116,6 @@ def leased(seconds: float) -> dict[str, Any]:
         "lease_until": clock_plus(seconds),
         "publish_after": clock_plus(seconds),
         "waits_since": clock_plus(0),
-        "lapse_seen_at": None,
     }
 
 
