@@ -6,22 +6,20 @@ itself that its JSON columns are valid and at most 31 levels deep, so its tables
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
 
-import psycopg
 import pytest
-from sqlalchemy import JSON, Row, Text, cast, insert, literal, select, text, update
+from sqlalchemy import JSON, Connection, Row, Text, cast, insert, literal, select, text, update
 
 from dispatcher import NEW, Chain, Dispatcher, RetryPolicy, Transition
 from dispatcher.domain.records import Owed
 from dispatcher.errors import UnreadableRow
+from dispatcher.passes import relay
 from dispatcher.storage.database import Database
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT
 from tests.integration import shop
-from tests.servers import PostgresServer, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -411,35 +409,31 @@ def test_no_connection_is_in_use_while_the_relay_asks_user_code(make_dispatcher:
     assert in_use == [0] * COUNT
 
 
-def test_a_deadlock_reruns_the_settlements_and_sets_nothing_aside(
-    postgres_url: str, redis_url: str, broker_url: str, postgres_server: PostgresServer
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_conflict_reruns_the_settlements_and_sets_nothing_aside(
+    make_dispatcher: shop.Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = shop.cart({NEW: [shop.Remind], "reminded": [shop.Never]}, callback=shop.Sink(), on_dead="skip")
-    dispatcher = Dispatcher(config, database_url=postgres_url, redis_url=redis_url, broker_url=broker_url)
-    chain = shop.new_chain(dispatcher)
-    delivery = shop.planned(dispatcher, chain)
-    shop.crashed(dispatcher, delivery, attempt=delivery.max_attempts)
-    name = postgres_url.rpartition("/")[2]
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
-    url = dispatcher.database.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(url) as other, postgres_server.connect() as watching, ThreadPoolExecutor() as pool:
-        other.execute("SET deadlock_timeout = '30s'")  # so that it is the relay that is given up
-        other.execute("SELECT id FROM chain_dispatcher_chain FOR UPDATE")
-        relayed = pool.submit(dispatcher.relay)
-        wait_until(
-            lambda: watching.execute(waiting, [name]).fetchone() == (1,),
-            seconds=WAIT_SECONDS,
-            what="the relay waits for the chain",
-        )
-        other.execute("SELECT id FROM chain_dispatcher_delivery FOR UPDATE")  # granted once the relay is given up
-        other.commit()
-        first = relayed.result(WAIT_SECONDS)
-    results: Sequence[dict[str, Any]] = [first, dispatcher.relay()]
+    dispatcher = make_dispatcher(config)
+    chains = [shop.new_chain(dispatcher, number) for number in range(2)]
+    for chain in chains:
+        delivery = shop.planned(dispatcher, chain)
+        shop.crashed(dispatcher, delivery, attempt=delivery.max_attempts)
+    settle, calls = relay.settle_unknown, []
 
-    assert sum(result["settled"] for result in results) == 1
-    assert not any("failed" in result for result in results)
-    assert chain.refresh().state == "reminded"
-    dispatcher.close()
+    def meets_a_deadlock(connection: Connection, *arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:  # what the first has written is undone with it
+            connection.execute(text("DO $$ BEGIN RAISE EXCEPTION 'deadlock' USING ERRCODE = '40P01'; END $$"))
+        return settle(connection, *arguments, **options)
+
+    monkeypatch.setattr(relay, "settle_unknown", meets_a_deadlock)
+
+    assert dispatcher.relay() == {"relayed": 0, "settled": 2}
+
+    assert len(calls) == 4, "both again"
+    assert [chain.refresh().state for chain in chains] == ["reminded"] * 2
+    shop.assert_consistent(dispatcher)
 
 
 # --- failed attempts -------------------------------------------------------------------------------------------------
