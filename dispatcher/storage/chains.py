@@ -5,7 +5,7 @@ the function's result says so. Every plan, move, close and operator action incre
 increments `wake`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final
@@ -66,6 +66,19 @@ def find_exact(
     """The id of the chain whose resources are exactly these, or None; `lock=True` reads what is committed by now."""
     query = select(CHAIN.c.id).where(CHAIN.c.chain_type == type_name, CHAIN.c.resource_key == resource_key(resources))
     return connection.execute(query.with_for_update() if lock else query).scalar_one_or_none()
+
+
+def ids_by_key(connection: Connection, type_name: str, keys: Iterable[str]) -> dict[str, int]:
+    """The ids of the chains of a type with these resource keys, by key; missing ones are left out."""
+    wanted = list(keys)
+    if not wanted:
+        return {}
+    rows = connection.execute(
+        select(CHAIN.c.resource_key, CHAIN.c.id).where(
+            CHAIN.c.chain_type == type_name, CHAIN.c.resource_key.in_(wanted)
+        )
+    )
+    return {key: chain_id for key, chain_id in rows}
 
 
 def find_containing(connection: Connection, type_name: str, resources: Sequence[Resource]) -> int | None:

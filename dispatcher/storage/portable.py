@@ -4,7 +4,7 @@ A batch costs a handful of statements, whatever its size.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -483,7 +483,7 @@ def _create_many(
     """`(chain id, created here)` of the chain with exactly each of these resource sets, in their order."""
     keys = [resource_key(pairs) for pairs in resources]
     by_key = dict(zip(keys, resources, strict=True))
-    found = _ids_by_key(connection, type_name, by_key)
+    found = chains.ids_by_key(connection, type_name, by_key)
     missing = [key for key in by_key if key not in found]
     made: dict[str, int] = {}
     if missing:
@@ -497,12 +497,12 @@ def _create_many(
         else:
             connection.execute(statement, rows)
             # Another process commits a chain together with its resources, so a chain without any was made here.
-            ids = _ids_by_key(connection, type_name, missing)
+            ids = chains.ids_by_key(connection, type_name, missing)
             theirs = set(
                 connection.execute(select(RESOURCE.c.chain_id).where(RESOURCE.c.chain_id.in_(ids.values()))).scalars()
             )
             made = {key: chain_id for key, chain_id in ids.items() if chain_id not in theirs}
-        found.update(_ids_by_key(connection, type_name, [key for key in missing if key not in made]), **made)
+        found.update(chains.ids_by_key(connection, type_name, [key for key in missing if key not in made]), **made)
     insert_many(
         connection,
         RESOURCE,
@@ -519,17 +519,10 @@ def _create_many(
             for chain_id in sorted(made.values())
         ],
     )
+    return in_their_order(keys, found, made)
+
+
+def in_their_order(keys: Sequence[str], found: Mapping[str, int], made: Collection[str]) -> list[tuple[int, bool]]:
+    """`(chain id, created here)` for each key; a key that is given twice was created for its first place."""
     first = {key: number for number, key in reversed(list(enumerate(keys)))}
     return [(found[key], key in made and first[key] == number) for number, key in enumerate(keys)]
-
-
-def _ids_by_key(connection: Connection, type_name: str, keys: Iterable[str]) -> dict[str, int]:
-    wanted = list(keys)
-    if not wanted:
-        return {}
-    rows = connection.execute(
-        select(CHAIN.c.resource_key, CHAIN.c.id).where(
-            CHAIN.c.chain_type == type_name, CHAIN.c.resource_key.in_(wanted)
-        )
-    )
-    return {key: chain_id for key, chain_id in rows}

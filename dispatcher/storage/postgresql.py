@@ -45,13 +45,15 @@ from dispatcher.domain.records import (
     Written,
     by_kind,
     idempotency_key,
+    new_uid,
 )
-from dispatcher.domain.resources import Resource
+from dispatcher.domain.resources import Resource, resource_key
 from dispatcher.errors import ChainMissing
+from dispatcher.states import NEW
 from dispatcher.storage import chains
 from dispatcher.storage.database import Database, run_statement
 from dispatcher.storage.models import storable
-from dispatcher.storage.portable import PortableStore
+from dispatcher.storage.portable import PortableStore, in_their_order
 from dispatcher.storage.rows import MACHINE_NOW, RESOURCES, Found, chain_list, chains_of, deliveries_of, delivery_list
 from dispatcher.storage.statements import new_id
 from dispatcher.storage.store import Limit
@@ -235,6 +237,33 @@ SELECT (SELECT array_agg(id::text) FROM moved) AS finished,
   1 / (CASE WHEN (SELECT count(*) FROM closed) = (SELECT count(*) FROM moved) THEN 1 ELSE 0 END) AS whole"""
 
 
+_CREATE: Final = """
+WITH i AS (
+  SELECT * FROM unnest((SELECT %(keys)s::text[]), (SELECT %(uids)s::uuid[])) AS t (resource_key, uid)
+  LIMIT (SELECT cardinality(%(keys)s::text[]))
+), m AS (
+  SELECT coalesce(%(now)s::timestamptz, clock_timestamp()) AS now
+), made AS (
+  INSERT INTO chain_dispatcher_chain (chain_type, resource_key, uid, state, due_at, created_at, updated_at, started_at,
+    entered_at)
+  SELECT %(type_name)s::text, i.resource_key, i.uid, %(new)s::text, CASE WHEN %(due)s::bool THEN m.now END,
+    m.now, m.now, m.now, m.now
+  FROM i CROSS JOIN m ORDER BY i.resource_key
+  ON CONFLICT (chain_type, resource_key) DO NOTHING
+  RETURNING id, resource_key, created_at
+), resources AS (
+  INSERT INTO chain_dispatcher_resource (chain_id, resource_type, resource_id)
+  SELECT made.id, r.resource_type, r.resource_id
+  FROM made JOIN unnest(
+    (SELECT %(owners)s::text[]), (SELECT %(resource_types)s::text[]), (SELECT %(resource_ids)s::text[]))
+  AS r (resource_key, resource_type, resource_id) USING (resource_key)
+), history AS (
+  INSERT INTO chain_dispatcher_event (chain_id, chain_version, action, value, to_state, created_at)
+  SELECT id, 0, 'created', %(new)s::text, %(new)s::text, created_at FROM made ORDER BY id
+)
+SELECT id, resource_key FROM made"""
+
+
 class PostgresqlStore:
     """The store of one PostgreSQL database."""
 
@@ -321,7 +350,33 @@ class PostgresqlStore:
     def create_many(
         self, type_name: str, resource_sets: Sequence[Sequence[Resource]], *, now: datetime | None, due: bool
     ) -> list[tuple[int, bool]]:
-        return self._portable.create_many(type_name, resource_sets, now=now, due=due)
+        keys = [resource_key(pairs) for pairs in resource_sets]
+        by_key = dict(zip(keys, resource_sets, strict=True))
+        with self._database.read() as connection:
+            found = chains.ids_by_key(connection, type_name, by_key)
+        missing = sorted(by_key.keys() - found.keys())
+        if not missing:
+            return in_their_order(keys, found, ())
+        pairs = [(key, kind, identity) for key in missing for kind, identity in by_key[key]]
+        rows = self._database.write_statement(
+            _CREATE,
+            {
+                "type_name": type_name,
+                "keys": missing,
+                "uids": [new_uid() for _ in missing],
+                "owners": [key for key, _, _ in pairs],
+                "resource_types": [kind for _, kind, _ in pairs],
+                "resource_ids": [identity for _, _, identity in pairs],
+                "new": NEW,
+                "due": due,
+                "now": now,
+            },
+        )
+        made = dict(zip(rows.column("resource_key"), rows.column("id"), strict=True))
+        others = [key for key in missing if key not in made]  # another caller was faster
+        with self._database.read() as connection:
+            found.update(chains.ids_by_key(connection, type_name, others), **made)
+        return in_their_order(keys, found, made)
 
 
 def _write(run: _Run, writes: Sequence[Write], *, now: datetime, timing: Timing) -> dict[int, str | None]:
