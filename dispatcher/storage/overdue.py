@@ -27,7 +27,7 @@ class WaitingChain:
 def claim_overdue(
     connection: Connection, *, limit: int, grace_seconds: float, pending: bool = True
 ) -> list[DeliveryRecord]:
-    """The deliveries that the relay must look at, oldest first, without kwargs and context, which it does not need.
+    """The deliveries that the relay must look at, oldest first, without their JSON, which it does not need.
 
     A pending delivery has lost its message (left out with `pending=False`); another relay gets it only after
     `grace_seconds`. A running delivery has outlived its lease.
