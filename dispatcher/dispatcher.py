@@ -368,6 +368,17 @@ class Dispatcher:
         self._ready()
         self._services.operations.skip_delivery(_seen(delivery), reason=reason, requested_by=requested_by)
 
+    def abandon_delivery(
+        self, delivery: DeliveryRecord, *, requested_by: str | None = None, reason: str | None = None
+    ) -> None:
+        """Give up the running attempt at a delivery: its effect is unknown, and what follows is as after a crash.
+
+        For an attempt whose process hangs and cannot be ended. If that process goes on after all, it cannot record the
+        end of its attempt, but its callback may take effect. Raises `DeliveryChanged` if that attempt does not run.
+        """
+        self._ready()
+        self._services.operations.abandon_attempt(_seen(delivery), requested_by=requested_by, reason=reason)
+
     def disable_resource(
         self, resource: tuple[str, str], requested_by: str | None = None, *, reason: str | None = None
     ) -> int:
@@ -505,8 +516,16 @@ class Dispatcher:
         """Forget the connections of the parent process without closing them, so that this process opens new ones."""
         self.database.dispose(close=False)
 
+    def watch_callbacks(self) -> None:
+        """Kill this process when a callback runs longer than `callback_seconds`, or when its parent has died.
+
+        For worker processes that make one attempt at a time, and that another process replaces.
+        """
+        self._services.watchdog.start()
+
     def close(self) -> None:
         """Close this process's connections; the dispatcher can be used again."""
+        self._services.leases.close()
         self.database.dispose()
         self._services.locks.close()
         self._services.publisher.close()

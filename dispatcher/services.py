@@ -10,8 +10,11 @@ from dispatcher.coordination.limiter import RateLimiter
 from dispatcher.coordination.locks import ChainLocks
 from dispatcher.delivery.attempts import Attempts
 from dispatcher.delivery.ends import Ends
+from dispatcher.delivery.groups import Groups
+from dispatcher.delivery.leases import Leases
 from dispatcher.delivery.local import LocalAttempts
 from dispatcher.delivery.pacing import Pacing
+from dispatcher.delivery.watchdog import Watchdog
 from dispatcher.domain.config import DispatcherConfig
 from dispatcher.execution.dry_run import DryRun
 from dispatcher.execution.executor import Executor
@@ -53,6 +56,8 @@ class Services:
     dry_run: DryRun
     attempts: Attempts
     local_attempts: LocalAttempts
+    leases: Leases
+    watchdog: Watchdog
     pages: Pages
     sweeper: Sweeper
     relay: Relay
@@ -97,6 +102,8 @@ def wire(
     pages = Pages(config=config, settings=settings, locks=locks, publisher=publisher)
     pacing = Pacing(limiter=RateLimiter(locks.client, prefix=settings.prefix), own_clock=clock is not None)
     ends = Ends(settings=settings, database=database, store=store, publisher=publisher, random=random.random)
+    leases = Leases(database, lease_seconds=settings.lease_seconds)
+    watchdog = Watchdog(callback_seconds=settings.callback_seconds)
     operations = Operations(config=config, settings=settings, database=database)
     dry_run = DryRun(config=config, database=database, locks=locks, paused=paused)
     return Services(
@@ -127,15 +134,23 @@ def wire(
         ),
         dry_run=dry_run,
         attempts=Attempts(
-            config=config,
             settings=settings,
-            database=database,
-            store=store,
-            publisher=publisher,
-            pacing=pacing,
+            groups=Groups(
+                config=config,
+                settings=settings,
+                database=database,
+                store=store,
+                paused=paused,
+                pacing=pacing,
+                leases=leases,
+                watchdog=watchdog,
+                ends=ends,
+            ),
             ends=ends,
         ),
-        local_attempts=LocalAttempts(config=config, settings=settings, database=database, store=store),
+        local_attempts=LocalAttempts(config=config, database=database, store=store, leases=leases),
+        leases=leases,
+        watchdog=watchdog,
         pages=pages,
         sweeper=Sweeper(
             config=config,

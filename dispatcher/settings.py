@@ -51,7 +51,10 @@ class Settings(BaseSettings):
     """Time to live of a chain's lock, in seconds. Defaults to 30."""
 
     callback_seconds: float = Field(default=60, ge=1, le=86400)
-    """Hard time limit of one attempt, in seconds; its lease is 15 s longer. Defaults to 60."""
+    """Time limit of one callback, in seconds. The process of a callback that runs longer is killed. Defaults to 60."""
+
+    lease_seconds: float = Field(default=20, ge=2, le=3600)
+    """An attempt counts as lost if its process has not renewed it for so many seconds. Defaults to 20."""
 
     last_look_seconds: float = Field(default=0, ge=0, le=86400 * 365)
     """Guards are asked again if an attempt starts more seconds than this after its plan. Defaults to 0 (always)."""
@@ -97,9 +100,18 @@ class Settings(BaseSettings):
         return self.connect_seconds / 2
 
     @property
-    def lease_seconds(self) -> float:
-        """How long the relay leaves a begun attempt alone: the callback's hard time limit plus 15 s."""
-        return self.callback_seconds + 15
+    def lapse_seconds(self) -> float:
+        """How long after a relay saw that a lease had ended another one may settle the attempt.
+
+        Half of the lease, because a process renews every quarter of it and then waits at most 3 s for the database;
+        and a tenth less, because beats are not exact.
+        """
+        return self.lease_seconds * 0.45
+
+    @property
+    def attempt_seconds(self) -> float:
+        """Hard time limit of a task that makes attempts: what comes before the call, the call, and what comes after."""
+        return self.lock_seconds + self.callback_seconds + 30
 
     @property
     def execute_seconds(self) -> float:

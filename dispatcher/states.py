@@ -71,6 +71,7 @@ class EventAction(StrEnum):
     DEAD = "dead"
     HELD = "held"
     RETRIED = "retried"
+    ABANDONED = "abandoned"
     SKIPPED = "skipped"
     DISABLED = "disabled"
     ENABLED = "enabled"

@@ -42,7 +42,7 @@ class Action(StrEnum):
     ENQUEUE_ON_COMMIT_FAILED = "enqueue_on_commit_failed"
     FINISH_FAILED = "finish_failed"
     GUARD_FAILED = "guard_failed"
-    LEASE_NOT_RENEWED = "lease_not_renewed"
+    LEASES_NOT_RENEWED = "leases_not_renewed"
     LOCK_SERVER_AWAY = "lock_server_away"
     MOVED_WITHOUT_CALLBACK = "moved_without_callback"
     NO_CALLBACK = "no_callback"
@@ -93,7 +93,7 @@ WARNINGS: Final = frozenset(
         Action.CHAINS_NOT_PUBLISHED,
         Action.DELIVERIES_NOT_PUBLISHED,
         Action.FINISH_FAILED,
-        Action.LEASE_NOT_RENEWED,
+        Action.LEASES_NOT_RENEWED,
         Action.LOCK_SERVER_AWAY,
         Action.MOVED_WITHOUT_CALLBACK,
         Action.NO_CALLBACK,

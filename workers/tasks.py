@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
+from billiard.process import current_process
 from celery import Celery, Task, signals
 from kombu import Exchange, Queue
 
@@ -38,6 +39,7 @@ _MAX_PAGE: Final = 10_000  # the maximum of `sweep_fanout`
 _BUSY_RETRIES: Final = 5
 _BUSY_COUNTDOWN: Final = 2
 _MAX_REASONS: Final = 10
+_MAIN_PROCESS: Final = "MainProcess"
 
 # No late acknowledgement and no redelivery, because the rows store what is owed. Set on each task, because an
 # application's app may have other defaults.
@@ -64,6 +66,8 @@ def install(app: Celery, dispatcher: Dispatcher) -> None:
     @signals.worker_process_init.connect(weak=False)
     def begin_process(**_: Any) -> None:
         dispatcher.after_fork()
+        if current_process().name != _MAIN_PROCESS:  # a child of a pool; the signal is also sent in a solo worker
+            dispatcher.watch_callbacks()
         # Exclude inherited objects from garbage collection: faster, and their pages stay shared.
         gc.freeze()
 
@@ -122,7 +126,7 @@ def _add_tasks(app: Celery, dispatcher: Dispatcher) -> None:
             raise self.retry(kwargs={"chain_ids": busy}, countdown=_BUSY_COUNTDOWN, queue=REQUESTS_QUEUE)
         return summary_of_chains(results)
 
-    @task(DELIVER, time_limit=settings.callback_seconds, bind=True, max_retries=None)
+    @task(DELIVER, time_limit=settings.attempt_seconds, bind=True, max_retries=None)
     def deliver_callback(self: Task, deliveries: Any = ()) -> Any:
         owed = owed_of(deliveries)
         results = dispatcher.deliver(owed)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -243,6 +243,30 @@ _decision(
     lambda dispatcher: dispatcher.skip_delivery,
     "Close deliveries as skipped; their chains move as if the callbacks had succeeded.",
 )
+
+
+_UNKNOWN: Final = "their effects count as unknown, and callbacks may be called again"
+
+
+@deliveries.command("abandon")
+@click.argument("delivery_ids", metavar="DELIVERY_ID...", nargs=-1, required=True)
+@click.option("--reason", help="The reason, for the history.")
+@by_option
+@yes_option
+def abandon_deliveries(delivery_ids: Sequence[str], reason: str | None, requested_by: str, yes: bool) -> None:
+    """Give up running attempts whose processes hang: their effects are unknown.
+
+    End the process instead, if you can. What follows is as after a crash: a retry with the same idempotency key, a
+    question to verify(), or held for a person.
+    """
+    ids = list(dict.fromkeys(delivery_ids))
+    confirm(f"abandon the attempts at {len(ids)} deliveries? {_UNKNOWN}", yes=yes)
+    dispatcher = open_dispatcher()
+    abandon = partial(dispatcher.abandon_delivery, requested_by=requested_by, reason=reason)
+    done = _decide_each(_named(dispatcher, ids), abandon, shown=True)
+    click.echo(f"{done} abandoned")
+    if done < len(ids):
+        raise SystemExit(1)
 
 
 def _decide_each(

@@ -1,15 +1,18 @@
 """One attempt at a delivery: user code runs here, and the attempt's end is returned as a value.
 
 User code and database writes are in separate `try` blocks, so that a database error is never recorded as a failed
-callback. What each end means for the rows is the business of `ends`.
+callback. What each end means for the rows is the business of `ends`; whether the call may take place at this moment is
+asked of the caller between the last look and the callback.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
 from dispatcher.bounds import refuse_awaitable, refuse_unstarted
+from dispatcher.delivery.pacing import Deferral
 from dispatcher.domain.config import Callback, ChainType
 from dispatcher.domain.contexts import load_contexts, merged_context
 from dispatcher.domain.evaluation import GuardFailed, Plan, evaluate
@@ -20,14 +23,17 @@ from dispatcher.transition import Transition
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A begun attempt with its definition, and until when this process may record its end (monotonic seconds)."""
+    """A begun attempt with its definition. `now` is domain time as of its begin, or of its turn in its group.
+
+    `began` is when that was, in monotonic seconds.
+    """
 
     begun: Begun
     chain_type: ChainType
     transition_class: type[Transition]
     callback: Callback
     now: datetime
-    finish_by: float
+    began: float
 
     @property
     def delivery(self) -> DeliveryRecord:
@@ -89,10 +95,25 @@ class TakenOver:
     """Another process has settled the delivery meanwhile."""
 
 
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """The callback may not be called at this moment: nothing was called, and no attempt is used up."""
+
+    deferral: Deferral
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An attempt before its call: the transition object, and whether a last look has asked its guard."""
+
+    transition: Transition
+    looked: bool
+
+
 Loaded: TypeAlias = Mapping[str, Any] | BaseException
 """What `load_context` gave for a chain, or what it raised."""
 
-End: TypeAlias = Called | Verified | NotValid | Failed | CannotBeRead | StillUnknown | NoneLeft | TakenOver
+End: TypeAlias = Called | Verified | NotValid | Failed | CannotBeRead | StillUnknown | NoneLeft | TakenOver | Deferred
 """How an attempt ended."""
 
 
@@ -102,15 +123,38 @@ def make_attempt(
     *,
     last_look_seconds: float,
     mark_known: Callable[[Attempt], bool],
+    before_call: Callable[[Attempt, Transition], End | None],
+    watched: Callable[[], AbstractContextManager[None]],
 ) -> End:
-    """Settle what an earlier attempt left, look once more, call the callback; how the attempt ended.
+    """Settle what an earlier attempt left, look once more, ask `before_call`, call the callback; how the attempt ended.
 
     `loaded` is what the batch's `load_context` gave for the chain. None loads the facts here: once for `verify()`, and
     again for the callback, because `verify()` may take long and may change nested values. `mark_known` notes in the
-    row that the earlier attempts had no effect; False says that the delivery is no longer ours.
+    row that the earlier attempts had no effect; False says that the delivery is no longer ours. `before_call` gives the
+    end of an attempt that may not be called. The callback runs within `watched()`.
     """
+    prepared = _prepare(attempt, loaded, last_look_seconds=last_look_seconds, mark_known=mark_known)
+    if not isinstance(prepared, Prepared):
+        return prepared
+    refused = before_call(attempt, prepared.transition)
+    if refused is not None:
+        return refused
+    try:
+        with watched():
+            result = attempt.callback(prepared.transition, **(attempt.delivery.kwargs or {}))
+        refuse_unstarted(result, "the callback")
+    except BaseException as error:
+        if ends_process(error):
+            raise
+        return Failed(error)
+    return Called(prepared.transition, prepared.looked)
+
+
+def _prepare(
+    attempt: Attempt, loaded: Loaded | None, *, last_look_seconds: float, mark_known: Callable[[Attempt], bool]
+) -> Prepared | End:
     delivery = attempt.delivery
-    unknown, looked = delivery.unknown, False
+    unknown = delivery.unknown
     if unknown:
         settled = _settle_unknown(attempt, mark_known)
         if not isinstance(settled, bool):
@@ -118,21 +162,19 @@ def make_attempt(
         unknown = settled
     try:
         context = _context(attempt, loaded)
-        transition = bare_transition(attempt, context)
         age = attempt.begun.machine_now - delivery.planned_at
-        if not unknown and age >= timedelta(seconds=last_look_seconds):
-            plan = _look_again(attempt, context)
-            if not _wins_again(plan, attempt):
-                return NotValid(plan)
-            assert plan.winner is not None  # it wins again
-            transition, looked = plan.winner, True
-            transition.idempotency_key = delivery.idempotency_key
-        refuse_unstarted(attempt.callback(transition, **(delivery.kwargs or {})), "the callback")
+        if unknown or age < timedelta(seconds=last_look_seconds):
+            return Prepared(bare_transition(attempt, context), looked=False)
+        plan = _look_again(attempt, context)
+        if not _wins_again(plan, attempt):
+            return NotValid(plan)
     except BaseException as error:
         if ends_process(error):
             raise
         return Failed(error)
-    return Called(transition, looked)
+    assert plan.winner is not None  # it wins again
+    plan.winner.idempotency_key = delivery.idempotency_key
+    return Prepared(plan.winner, looked=True)
 
 
 def _settle_unknown(attempt: Attempt, mark_known: Callable[[Attempt], bool]) -> End | bool:

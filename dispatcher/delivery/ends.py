@@ -1,6 +1,7 @@
 """What the end of an attempt means: the rows that are written, the result, the log line, and what is published next."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -15,6 +16,7 @@ from dispatcher.delivery.attempt import (
     Attempt,
     Called,
     CannotBeRead,
+    Deferred,
     End,
     Failed,
     NoneLeft,
@@ -24,7 +26,7 @@ from dispatcher.delivery.attempt import (
     Verified,
 )
 from dispatcher.delivery.pacing import Deferral
-from dispatcher.delivery.recording import note_problem, recorded
+from dispatcher.delivery.recording import RECORD_SECONDS, note_problem, recorded
 from dispatcher.domain.config import ChainType
 from dispatcher.domain.decisions import (
     AfterCall,
@@ -35,7 +37,7 @@ from dispatcher.domain.decisions import (
     seconds_to_retry,
 )
 from dispatcher.domain.evaluation import Plan
-from dispatcher.domain.records import Begun, DeliveryRecord, Finished
+from dispatcher.domain.records import Begun, DeliveryRecord, Finished, Owed
 from dispatcher.domain.results import AttemptResult, reasons_text
 from dispatcher.errors import PermanentFailure, ServiceUnavailable
 from dispatcher.messages.publisher import Publisher, PublishFailed
@@ -80,7 +82,7 @@ class Ends:
         """The result of an attempt that may not begin."""
         return _logged(AttemptResult(delivery_id, attempt, outcome))
 
-    def unknown_definition(self, begun: Begun, name: str, now: datetime, finish_by: float) -> AttemptResult:
+    def unknown_definition(self, begun: Begun, name: str, now: datetime) -> AttemptResult:
         """Take back the beginning of an attempt whose chain type, transition or callback this process does not know."""
         delivery, record = begun.delivery, begun.chain
         reason = f"unknown definition: {name!r}"
@@ -110,40 +112,50 @@ class Ends:
             delivery,
             partial(self._database.write, work),
             (DeliveryStatus.PENDING,),
-            finish_by=finish_by,
             attempt_after=delivery.attempt - 1,
         )
         return _logged(AttemptResult(delivery.id, delivery.attempt, AttemptOutcome.UNKNOWN_DEFINITION))
 
-    def deferred(self, attempt: Attempt, deferral: Deferral) -> AttemptResult:
-        """Take back the beginning of an attempt that hours or rate limits keep waiting."""
-        by_celery = deferral.seconds <= MAX_COUNTDOWN
-        grace = self._settings.queued_seconds if by_celery else 0.0
+    def give_back(self, attempts: Sequence[Attempt]) -> list[AttemptResult]:
+        """Take back the beginning of attempts that were not called, and publish them again; their results."""
+        if not attempts:
+            return []
+        grace = self._settings.queued_seconds
 
-        def work(connection: Connection) -> bool:
-            return deliveries.postpone(
-                connection,
-                attempt.delivery,
-                what=deferral.waits_for,
-                reason=deferral.reason,
-                seconds=deferral.seconds,
-                grace_seconds=grace,
-                has_place=deferral.has_place,
+        def work(connection: Connection) -> list[bool]:
+            ordered = sorted(attempts, key=lambda attempt: attempt.delivery.id)
+            given = {a.delivery.id: deliveries.give_back(connection, a.delivery, grace_seconds=grace) for a in ordered}
+            return [given[attempt.delivery.id] for attempt in attempts]
+
+        given_back = self._database.write(work)
+        self.publish_again(
+            [
+                Owed(attempt.delivery.id, attempt.delivery.attempt)
+                for attempt, given in zip(attempts, given_back, strict=True)
+                if given
+            ]
+        )
+        return [
+            _result(attempt, AttemptOutcome.DEFERRED, "its turn did not come in time, so it is published again")
+            if given
+            else _result(attempt, AttemptOutcome.STALE)
+            for attempt, given in zip(attempts, given_back, strict=True)
+        ]
+
+    def publish_again(self, owed: Sequence[Owed]) -> None:
+        """Publish these attempts, which have not begun. Where that fails, the relay does it."""
+        try:
+            if owed and self._publisher.configured:
+                self._publisher.deliver(owed)
+        except PublishFailed as error:
+            emit(
+                logger,
+                Action.DELIVERIES_NOT_PUBLISHED,
+                "%d deliveries are not published again (%s); the relay will do it",
+                len(owed),
+                error,
+                deliveries=len(owed),
             )
-
-        if not self._write(attempt, work, (DeliveryStatus.PENDING,), attempt_after=attempt.delivery.attempt - 1):
-            return _result(attempt, AttemptOutcome.STALE)
-        result = _result(attempt, AttemptOutcome.DEFERRED, deferral.reason)
-        return replace(result, retry_seconds=deferral.seconds if by_celery else None)
-
-    def give_back(self, attempts: Sequence[Attempt]) -> None:
-        """Take back the beginning of attempts that were not called: the relay publishes them at once."""
-
-        def work(connection: Connection) -> None:
-            for attempt in attempts:
-                deliveries.give_back(connection, attempt.delivery)
-
-        self._database.write(work)
 
     def mark_known(self, attempt: Attempt) -> bool:
         """Note that the earlier attempts had no effect; False when the delivery is no longer ours."""
@@ -153,17 +165,31 @@ class Ends:
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
-    def record(self, attempt: Attempt, end: End, *, commit_may_have_succeeded: bool = False) -> AttemptResult:
-        """Write what an end means, try again while the database is away, and log it; gives the attempt's result."""
+    def record(
+        self,
+        attempt: Attempt,
+        end: End,
+        *,
+        finish_by: float | None = None,
+        commit_may_have_succeeded: bool = False,
+    ) -> AttemptResult:
+        """Write what an end means, try again while the database is away, and log it; gives the attempt's result.
+
+        It is tried until `finish_by` (monotonic seconds), by default for `RECORD_SECONDS`.
+        """
         match end:
             case Called(transition, looked):
                 finished = finished_of(attempt, transition, looked=looked)
-                return self._delivered(attempt, finished, "", commit_may_have_succeeded=commit_may_have_succeeded)
+                return self._delivered(
+                    attempt, finished, "", finish_by=finish_by, commit_may_have_succeeded=commit_may_have_succeeded
+                )
             case Verified(transition):
                 finished = finished_of(attempt, transition, looked=False)
                 return self._delivered(attempt, finished, "verify() found the effect of an earlier attempt")
             case NotValid(plan):
                 return self._cancelled(attempt, plan)
+            case Deferred(deferral):
+                return self._deferred(attempt, deferral)
             case Failed(error):
                 return self._failed(attempt, error)
             case CannotBeRead(error):  # waiting does not heal a row, so neither retries nor `on_dead` may decide
@@ -191,7 +217,11 @@ class Ends:
                 len(called),
                 type(error).__name__,
             )
-            return [self.record(attempt, end, commit_may_have_succeeded=True) for attempt, end in called]
+            finish_by = time.monotonic() + RECORD_SECONDS
+            return [
+                self.record(attempt, end, finish_by=finish_by, commit_may_have_succeeded=True)
+                for attempt, end in called
+            ]
         results = []
         for (attempt, _), written in zip(called, finished, strict=True):
             ours = attempt.delivery.id in done
@@ -203,14 +233,20 @@ class Ends:
         return results
 
     def _delivered(
-        self, attempt: Attempt, finished: Finished, detail: str, *, commit_may_have_succeeded: bool = False
+        self,
+        attempt: Attempt,
+        finished: Finished,
+        detail: str,
+        *,
+        finish_by: float | None = None,
+        commit_may_have_succeeded: bool = False,
     ) -> AttemptResult:
         if not recorded(
             self._database,
             attempt.delivery,
             lambda: bool(self._store.finish([finished], now=attempt.now)),
             (DeliveryStatus.DELIVERED,),
-            finish_by=attempt.finish_by,
+            finish_by=finish_by,
             commit_may_have_succeeded=commit_may_have_succeeded,
         ):
             return _result(attempt, AttemptOutcome.STALE, "the delivery was taken over while the callback ran")
@@ -236,6 +272,27 @@ class Ends:
         if due_at == attempt.now:
             self._publish_next(attempt)
         return _result(attempt, AttemptOutcome.CANCELLED, reason)
+
+    def _deferred(self, attempt: Attempt, deferral: Deferral) -> AttemptResult:
+        """Take back the beginning of an attempt that may not be called now, without using it up."""
+        by_celery = 0 < deferral.seconds <= MAX_COUNTDOWN
+        grace = self._settings.queued_seconds if by_celery else 0.0
+
+        def work(connection: Connection) -> bool:
+            return deliveries.postpone(
+                connection,
+                attempt.delivery,
+                what=deferral.waits_for,
+                reason=deferral.reason,
+                seconds=deferral.seconds,
+                grace_seconds=grace,
+                has_place=deferral.has_place,
+            )
+
+        if not self._write(attempt, work, (DeliveryStatus.PENDING,), attempt_after=attempt.delivery.attempt - 1):
+            return _result(attempt, AttemptOutcome.STALE)
+        result = _result(attempt, AttemptOutcome.DEFERRED, deferral.reason)
+        return replace(result, retry_seconds=deferral.seconds if by_celery else None)
 
     def _failed(self, attempt: Attempt, error: BaseException) -> AttemptResult:
         delivery, reason = attempt.delivery, describe(error)
@@ -303,13 +360,12 @@ class Ends:
         *,
         attempt_after: int | None = None,
     ) -> bool:
-        """Whether the end of an attempt is committed. Tries again until `finish_by` while the database is away."""
+        """Whether the end of an attempt is committed. Tries again while the database is away."""
         return recorded(
             self._database,
             attempt.delivery,
             partial(self._database.write, work),
             expected_statuses,
-            finish_by=attempt.finish_by,
             attempt_after=attempt_after,
         )
 

@@ -1,10 +1,7 @@
 """The only attempt at a delivery that an application's own process has begun with `chain.execute()`."""
 
 import logging
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -14,12 +11,12 @@ from sqlalchemy.exc import DBAPIError
 
 from dispatcher.bounds import describe, refuse_unstarted
 from dispatcher.delivery.ends import finished_delivery
+from dispatcher.delivery.leases import Leases
 from dispatcher.delivery.recording import note_problem, recorded
 from dispatcher.domain.config import Callback, ChainType, DispatcherConfig
 from dispatcher.domain.records import DeliveryRecord
 from dispatcher.domain.results import ChainResult
 from dispatcher.errors import ServiceUnavailable, ends_process
-from dispatcher.settings import Settings
 from dispatcher.states import DeliveryStatus, Outcome
 from dispatcher.storage import deliveries
 from dispatcher.storage.database import Database
@@ -33,11 +30,11 @@ logger = logging.getLogger(__name__)
 class LocalAttempts:
     """Makes in-process attempts for one deployment."""
 
-    def __init__(self, *, config: DispatcherConfig, settings: Settings, database: Database, store: Store) -> None:
+    def __init__(self, *, config: DispatcherConfig, database: Database, store: Store, leases: Leases) -> None:
         self._store = store
         self._config = config
-        self._settings = settings
         self._database = database
+        self._leases = leases
 
     def deliver(self, result: ChainResult, callback: Callback, kwargs: Mapping[str, Any]) -> ChainResult:
         """Make the attempt at a delivery that `Executor.execute_locally` has begun; the chain's result after it.
@@ -54,7 +51,7 @@ class LocalAttempts:
         transition = result.transition
         transition.idempotency_key = delivery.idempotency_key
         chain_type = self._config.get(transition.chain.chain_type)  # before the callback, which may replace the chain
-        with self._lease(delivery):
+        with self._leases.kept([delivery]):
             try:
                 refuse_unstarted(callback(transition, **kwargs), "the callback")
             except BaseException as error:
@@ -85,7 +82,6 @@ class LocalAttempts:
             delivery,
             lambda: bool(self._store.finish([finished], now=now)),
             (DeliveryStatus.DELIVERED,),
-            finish_by=time.monotonic() + self._settings.lease_seconds,
         )
         if done:
             note_problem(self._database, finished, now)
@@ -107,7 +103,6 @@ class LocalAttempts:
                 delivery,
                 work,
                 (DeliveryStatus.CANCELLED,),
-                finish_by=time.monotonic() + self._settings.lease_seconds,
             )
         except (ServiceUnavailable, DBAPIError) as problem:
             emit(
@@ -119,34 +114,3 @@ class LocalAttempts:
                 chain_id=delivery.chain_id,
                 delivery_id=delivery.id,
             )
-
-    @contextmanager
-    def _lease(self, delivery: DeliveryRecord) -> Iterator[None]:
-        """Renew the lease from a thread while the block runs."""
-        ended = threading.Event()
-        seconds = self._settings.lease_seconds
-
-        def renew() -> None:
-            while not ended.wait(seconds / 3):
-                try:
-                    if not self._database.write(
-                        lambda connection: deliveries.renew_lease(connection, delivery, lease_seconds=seconds)
-                    ):
-                        return
-                except (ServiceUnavailable, DBAPIError) as error:
-                    emit(
-                        logger,
-                        Action.LEASE_NOT_RENEWED,
-                        "delivery %s: its lease is not renewed (%s); trying again",
-                        delivery.id,
-                        type(error).__name__,
-                        delivery_id=delivery.id,
-                    )
-
-        thread = threading.Thread(target=renew, name=f"lease-{delivery.id}", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import Final
+from typing import Final, TypeVar
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
@@ -20,6 +20,11 @@ from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
+RECORD_SECONDS: Final = 90.0
+"""For how long the end of an attempt is tried to be recorded while the database is away."""
+
 _MAX_PAUSE_SECONDS: Final = 2.0
 
 
@@ -29,37 +34,54 @@ def recorded(
     write: Callable[[], bool],
     expected_statuses: Sequence[DeliveryStatus],
     *,
-    finish_by: float,
+    finish_by: float | None = None,
     commit_may_have_succeeded: bool = False,
     attempt_after: int | None = None,
 ) -> bool:
     """Whether `write()` has committed; it is tried again while the database is away, until `finish_by` (monotonic s).
 
+    By default it is tried for `RECORD_SECONDS`. Meanwhile the lease is renewed as soon as the database is back, and
+    the relay leaves it time for that.
     A commit may succeed although its caller sees an error. After an error the row is read: if it has one of
     `expected_statuses` and the attempt `attempt_after` (None: this attempt), our earlier commit succeeded.
     `commit_may_have_succeeded` says that there was an error before this call. Raises the database's error when the time
     is over; the relay then settles the attempt as unknown.
     """
-    pause = 0.05
-    while True:
+    failed = commit_may_have_succeeded
+
+    def step() -> bool:
+        nonlocal failed
         try:
-            if write():
-                return True
-            return commit_may_have_succeeded and _is_ours(database, delivery, expected_statuses, attempt_after)
+            return write() or (failed and _is_ours(database, delivery, expected_statuses, attempt_after))
         except LostChain:  # the chain does not wait for this delivery any more
             return False
         except (ServiceUnavailable, DBAPIError) as error:
-            if time.monotonic() + pause >= finish_by:
-                raise
+            failed = True
             emit(
                 logger,
                 Action.FINISH_FAILED,
-                "delivery %s: could not record the end of its attempt (%s); trying again",
+                "delivery %s: could not record the end of its attempt (%s)",
                 delivery.id,
                 type(error).__name__,
                 delivery_id=delivery.id,
             )
-            commit_may_have_succeeded = True
+            raise
+
+    return patiently(step, until=time.monotonic() + RECORD_SECONDS if finish_by is None else finish_by)
+
+
+def patiently(step: Callable[[], Result], *, until: float) -> Result:
+    """What `step()` gives. While the database is away it is called again, until `until` (monotonic seconds).
+
+    It must be harmless to call it again after a commit that reported an error.
+    """
+    pause = 0.05
+    while True:
+        try:
+            return step()
+        except (ServiceUnavailable, DBAPIError):
+            if time.monotonic() + pause >= until:
+                raise
         time.sleep(pause)
         pause = min(pause * 2, _MAX_PAUSE_SECONDS)
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from dispatcher.domain.config import NOT_GIVEN, Callback, ChainType, NoCallbackGiven
 from dispatcher.domain.records import Request
-from dispatcher.rates import RateLimit, limit_of
+from dispatcher.rates import RateLimit, declared_limits
 from dispatcher.states import DONE, CallbackKind
 from dispatcher.telemetry import Action, emit
 from dispatcher.transition import Transition
@@ -106,10 +106,11 @@ def resolve_callback(chain_type: ChainType, transition: type[Transition], kind: 
 
 
 def limits_of(chain_type: ChainType, transition: type[Transition], kind: str) -> tuple[RateLimit, ...]:
-    """The rate limits of a delivery: those of its chain type and its callback. `kind` is from the delivery's row."""
+    """The rate limits of a delivery: that of its chain type, then its callback's. `kind` is from the delivery's row."""
     is_method = kind == CallbackKind.OWN
     function = transition.callback if is_method else resolve_callback(chain_type, transition, kind)
-    return tuple(limit for limit in (chain_type.rate, limit_of(function)) if limit is not None)
+    of_type = () if chain_type.rate is None else (chain_type.rate,)
+    return (*of_type, *declared_limits(function))
 
 
 def _call_method(transition: Transition, **callback_kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from dispatcher.domain.graph import StateGraph
 from dispatcher.domain.hours import DeliveryHours, zone_of
 from dispatcher.errors import ConfigurationError
-from dispatcher.rates import RateLimit, limit_of
+from dispatcher.rates import RateLimit, declared_limits
 from dispatcher.retry import MAX_WAIT_SECONDS, RetryPolicy
 from dispatcher.states import DONE
 from dispatcher.telemetry import Action, emit
@@ -252,7 +252,7 @@ def _check_transition(candidate: object, where: str) -> None:
     method = getattr(candidate, "callback", None)
     if method is not None and not callable(method):
         raise ConfigurationError("`callback` must be a method, or None for a move without one", path)
-    _check_not_async(method, "`callback`", path)
+    _check_callback(method, "`callback`", path)
     if callable(method) and final_state == DONE:
         emit(logger, Action.CALLBACK_IGNORED, "%s: its callback is never called, because it leads to DONE", path)
     if not isinstance(candidate.retry, RetryPolicy):
@@ -271,14 +271,14 @@ def _check_options(chain_type: ChainType, path: str) -> None:
         chain_type.callback is None or isinstance(chain_type.callback, NoCallbackGiven) or callable(chain_type.callback)
     ):
         raise ConfigurationError("`callback` must be callable, or None for moves without one", path)
-    _check_not_async(chain_type.callback, "`callback`", path)
+    _check_callback(chain_type.callback, "`callback`", path)
     if not isinstance(chain_type.callbacks, Mapping):
         raise ConfigurationError("`callbacks` must be a dict of names to functions", path)
     for name, function in chain_type.callbacks.items():
         _check_name(name, "callback name", path)
         if not callable(function):
             raise ConfigurationError(f"`callbacks`[{name!r}] is not callable", path)
-        _check_not_async(function, f"`callbacks`[{name!r}]", path)
+        _check_callback(function, f"`callbacks`[{name!r}]", path)
     if chain_type.load_context is not None and not callable(chain_type.load_context):
         raise ConfigurationError("`load_context` must be callable", path)
     _check_not_async(chain_type.load_context, "`load_context`", path)
@@ -305,14 +305,20 @@ def _check_pacing(chain_type: ChainType, path: str) -> None:
 
 
 def _check_shared_limits(chain_types: Iterable[ChainType]) -> None:
-    """Limits with the same name must have the same rate. Otherwise calls would silently exceed the stricter one."""
-    limits: dict[str, RateLimit] = {}
+    """Limits with the same name must have the same rates. Otherwise calls would silently exceed the stricter one."""
+    rates: dict[str, set[RateLimit]] = {}
     for chain_type in chain_types:
         methods = [getattr(transition, "callback", None) for transition in chain_type.by_name.values()]
-        for limit in map(limit_of, (chain_type.callback, *chain_type.callbacks.values(), *methods)):
-            if limit is not None and limits.setdefault(limit.name, limit) != limit:
-                problem = f"the limit {limit.name!r} has two rates: {limits[limit.name]} and {limit}"
-                raise ConfigurationError(problem, f"chain type {chain_type.chain_type!r}")
+        for limits in map(declared_limits, (chain_type.callback, *chain_type.callbacks.values(), *methods)):
+            for name in dict.fromkeys(limit.name for limit in limits):
+                own = {limit for limit in limits if limit.name == name}
+                if rates.setdefault(name, own) != own:
+                    problem = f"the limit {name!r} has two rates: {_listed(rates[name])} and {_listed(own)}"
+                    raise ConfigurationError(problem, f"chain type {chain_type.chain_type!r}")
+
+
+def _listed(limits: Iterable[RateLimit]) -> str:
+    return " with ".join(map(str, sorted(limits, key=lambda limit: (limit.seconds, limit.amount))))
 
 
 def _check_recheck(seconds: object, path: str) -> None:
@@ -320,6 +326,12 @@ def _check_recheck(seconds: object, path: str) -> None:
         return
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
         raise ConfigurationError(f"`recheck_seconds` must be a number from 0 to {MAX_WAIT_SECONDS}, or None", path)
+
+
+def _check_callback(function: object, what: str, path: str) -> None:
+    _check_not_async(function, what, path)
+    for limit in declared_limits(function):
+        _check_not_async(limit.key, f"the `key` of the rate limit {limit.name!r}", path)
 
 
 def _check_not_async(function: object, what: str, path: str) -> None:

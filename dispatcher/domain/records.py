@@ -135,6 +135,13 @@ class DeliveryRecord:
     has_place: bool
     rest_until: datetime | None
     request: Mapping[str, Any] | None
+    lapse_seen_at: datetime | None
+    uncalled: int | None
+
+    @property
+    def was_not_called(self) -> bool:
+        """Whether the callback of the running attempt has certainly not been called."""
+        return self.uncalled is not None and self.uncalled == self.begins
 
     @property
     def rest_is_known(self) -> bool:

@@ -1,6 +1,7 @@
 """`Doctor`: compares rows, locks, queues and leases of a deployment, and names each problem and its remedy."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -173,16 +174,23 @@ class Doctor:
                 yield Finding("broker", f"{waiting} messages wait in {queue}", "add workers that consume it")
 
     def _limit_findings(self) -> Iterator[Finding]:
-        """Workers whose time limit for a task is longer than its lock or lease, so that two may do the same work."""
-        ends_by = {EXECUTE: self._settings.lock_seconds, DELIVER: self._settings.lease_seconds}
+        """Workers that end an execution after its lock, so that two may evaluate a chain, or attempts too early."""
+        allowed = {
+            EXECUTE: (0.0, self._settings.lock_seconds, f"within {self._settings.lock_seconds:g} s"),
+            DELIVER: (self._settings.attempt_seconds, math.inf, f"after {self._settings.attempt_seconds:g} s"),
+        }
         inspect = self._publisher.app.control.inspect(timeout=_ANSWER_SECONDS)
         for worker, lines in sorted((inspect.registered("time_limit") or {}).items()):
             for line in sorted(lines):  # such as "dispatcher.execute_chain [time_limit=24.0]"
                 name, _, limit = line.rstrip("]").partition(" [time_limit=")
-                if name in ends_by and not 0 < float(limit or 0) < ends_by[name]:
+                if name not in allowed:
+                    continue
+                least, most, wanted = allowed[name]
+                if not limit or not least <= float(limit) < most:
+                    ends = f"ends {name} after {limit} s" if limit else f"never ends {name}"
                     yield Finding(
                         "worker",
-                        f"{worker} ends {name} after {limit or 'unlimited'} s, not within {ends_by[name]:g} s",
+                        f"{worker} {ends}, not {wanted}",
                         "give all processes the same settings, and leave the time limits of these tasks alone",
                     )
 
@@ -211,11 +219,21 @@ class Doctor:
         with self._database.read() as connection:
             stopped = overview.count_stopped(connection)
             late = overdue.late(connection, seconds=self._late_seconds(), limit=_SHOWN)
+            machine_now = self._database.machine_now(connection)
+            long = overdue.beyond_limit(connection, seconds=self._settings.attempt_seconds, limit=_SHOWN)
         for status, count in sorted(stopped.items()):
             yield Finding(
                 "delivery",
                 f"{count} {status}: a person must decide",
                 f"`dispatcher deliveries list --status {status}`, then retry, cancel or skip",
+            )
+        for attempt in long:
+            began = attempt.next_attempt_at or attempt.planned_at
+            yield Finding(
+                "delivery",
+                f"attempt {attempt.attempt} at {attempt.id} has run {(machine_now - began).total_seconds():.0f} s, "
+                f"longer than {self._settings.attempt_seconds:g} s",
+                f"end the process that makes it, or give it up with `dispatcher deliveries abandon {attempt.id}`",
             )
         for delivery_id in late:
             remedy = f"start beat and a worker on {SWEEPS_QUEUE}, or run `dispatcher relay`"

@@ -8,6 +8,7 @@ operator and a worker could deadlock.
 """
 
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,10 +31,11 @@ from dispatcher.errors import (
     DryRunRefused,
     NoOpenDelivery,
 )
+from dispatcher.passes.unknown_effects import define, settle_lost
 from dispatcher.requests.checks import checked_requester
 from dispatcher.settings import Settings
 from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction, OperatorAction, SubjectKind
-from dispatcher.storage import actions, chain_types, chains, deliveries, overview, ticks
+from dispatcher.storage import actions, chain_types, chains, deliveries, overdue, overview, ticks
 from dispatcher.storage.database import Database
 from dispatcher.telemetry import Action, emit
 
@@ -216,6 +218,36 @@ class Operations:
             )
 
         self._on_delivery("skip", seen, work)
+
+    def abandon_attempt(self, seen: SeenDelivery, *, requested_by: str | None, reason: str | None) -> None:
+        """End the running attempt at a delivery as one whose effect is unknown; what follows is as after a crash.
+
+        The process that makes it cannot record its end any more. Raises `NoOpenDelivery`, and `DeliveryChanged` if it
+        does not run any more, or if another attempt runs.
+        """
+        requested_by = checked_requester(requested_by)
+        if seen.delivery_id is None:
+            raise NoOpenDelivery(seen.chain_id)
+        delivery_id = seen.delivery_id
+        with self._database.read() as connection:
+            delivery = deliveries.read(connection, delivery_id)
+            record = chains.read_one(connection, seen.chain_id)
+        if delivery is None:
+            raise DeliveryChanged(seen.chain_id, delivery_id, "it is deleted")
+        definition = define(delivery, self._config.get(record.chain_type), random.random)
+        by = f" by {requested_by}" if requested_by else ""
+        cause = f"was abandoned{by}" + (f" ({reason})" if reason else "")
+
+        def work(connection: Connection) -> None:
+            locked = deliveries.read(connection, delivery_id, lock=True)
+            chains.read_one(connection, seen.chain_id, lock=True)
+            _require_same_attempt(seen, delivery, locked)
+            now = self._database.now(connection)
+            deliveries.note_abandoned(connection, delivery, now=now, requested_by=requested_by, reason=reason)
+            waiting = overdue.waiting_chains(connection, [seen.chain_id]).get(seen.chain_id)
+            settle_lost(connection, delivery, waiting, definition, now=now, grace_seconds=0.0, cause=cause)
+
+        self._write(f"abandon the attempt at delivery {delivery_id}", work)
 
     def _on_delivery(
         self, verb: str, seen: SeenDelivery, act: Callable[[Connection, ChainRecord, DeliveryRecord, datetime], None]
@@ -464,6 +496,16 @@ def _lock_seen(connection: Connection, seen: SeenDelivery) -> tuple[ChainRecord,
     if seen.attempt not in (None, delivery.attempt) and delivery.status in _STOPPED:
         raise DeliveryChanged(record.id, delivery.id, f"it is {delivery.status} again, after another attempt")
     return record, delivery
+
+
+def _require_same_attempt(seen: SeenDelivery, read: DeliveryRecord, locked: DeliveryRecord | None) -> None:
+    """Raise `DeliveryChanged` unless the attempt that was seen and read still runs."""
+    if locked is None:
+        raise DeliveryChanged(seen.chain_id, read.id, "it is deleted")
+    if locked.status != DeliveryStatus.RUNNING:
+        raise DeliveryChanged(seen.chain_id, read.id, f"no attempt runs, it is {locked.status}")
+    if (locked.attempt, locked.begins) != (read.attempt, read.begins) or seen.attempt not in (None, locked.attempt):
+        raise DeliveryChanged(seen.chain_id, read.id, f"attempt {locked.attempt} runs now")
 
 
 def _why_not_awaited(delivery: DeliveryRecord | None) -> str:

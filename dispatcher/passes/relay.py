@@ -16,12 +16,11 @@ from dispatcher.errors import ends_process
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import CALLBACKS_QUEUE, RELAY
 from dispatcher.passes.turns import Turns, pass_seconds
-from dispatcher.passes.unknown_effects import Definition, Settlement, define, settle_unknown
+from dispatcher.passes.unknown_effects import Definition, Settlement, define, settle_lost
 from dispatcher.settings import Settings
-from dispatcher.states import DeliveryStatus
 from dispatcher.storage import overdue
 from dispatcher.storage.database import Database, alone, ends_transaction
-from dispatcher.storage.overdue import WaitingChain
+from dispatcher.storage.overdue import Overdue, WaitingChain
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
@@ -31,19 +30,15 @@ _PAGE: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class _Claimed:
-    """One page of overdue deliveries.
+    """One page of overdue deliveries, and the chains of those whose attempt is to be settled, by id."""
 
-    `lost` have lost their message. `running` run beyond their lease, and `chains` are their chains, by id.
-    """
-
-    lost: list[DeliveryRecord]
-    running: list[DeliveryRecord]
+    overdue: Overdue
     chains: dict[int, WaitingChain]
 
     @property
     def is_full(self) -> bool:
         """Whether there may be more."""
-        return len(self.lost) + len(self.running) >= _PAGE
+        return len(self.overdue.lost) + len(self.overdue.noted) + len(self.overdue.lapsed) >= _PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ class Relay:
             room = None
         while time.monotonic() < stop_at:
             page = self._database.write(partial(self._claim, pending=room is not None and room > 0))
-            lost = [Owed(delivery.id, delivery.attempt + 1) for delivery in page.lost]
+            lost = [Owed(delivery.id, delivery.attempt + 1) for delivery in page.overdue.lost]
             if room is not None:  # before anything else, because the claim hides them from the next relays
                 room = self._publish(lost, room)
                 relayed += len(lost) if room is not None else 0
@@ -107,7 +102,7 @@ class Relay:
             if room is not None:
                 room = self._publish(owed, room)
                 relayed += len(owed) if room is not None else 0
-            if not page.is_full or not (page.lost or settlements):
+            if not page.is_full or not (page.overdue.lost or page.overdue.noted or settlements):
                 break
         result: dict[str, Any] = {"relayed": relayed, "settled": settled, **({"failed": failed} if failed else {})}
         level = None if any(result.values()) else logging.DEBUG
@@ -125,23 +120,26 @@ class Relay:
         return room - len(owed)
 
     def _claim(self, connection: Connection, *, pending: bool) -> _Claimed:
-        grace = self._settings.queued_seconds
-        found = overdue.claim_overdue(connection, limit=_PAGE, grace_seconds=grace, pending=pending)
-        lost = [delivery for delivery in found if delivery.status == DeliveryStatus.PENDING]
-        running = [delivery for delivery in found if delivery.status == DeliveryStatus.RUNNING]
-        chains = overdue.waiting_chains(connection, [delivery.chain_id for delivery in running]) if running else {}
-        return _Claimed(lost, running, chains)
+        found = overdue.claim_overdue(
+            connection,
+            limit=_PAGE,
+            grace_seconds=self._settings.queued_seconds,
+            lapse_seconds=self._settings.lapse_seconds,
+            pending=pending,
+        )
+        chain_ids = [delivery.chain_id for delivery in found.lapsed]
+        return _Claimed(found, overdue.waiting_chains(connection, chain_ids) if chain_ids else {})
 
     def _settle(self, page: _Claimed) -> tuple[list[Settlement], list[_Failed]]:
-        """Settle the running deliveries of a page. What fails for one is undone and logged for that one alone.
+        """Settle the lapsed attempts of a page. What fails for one is undone and logged for that one alone.
 
         Such a delivery is hidden from the relays of the next `queued_seconds`.
         """
-        if not page.running:
+        if not page.overdue.lapsed:
             return [], []
         definitions: dict[str, Definition] = {}
         failures: list[_Failed] = []
-        for delivery in page.running:
+        for delivery in page.overdue.lapsed:
             chain = page.chains.get(delivery.chain_id)
             chain_type = None if chain is None else self._config.by_type.get(chain.chain_type)
             try:
@@ -150,7 +148,7 @@ class Relay:
                 if ends_process(error):
                     raise
                 failures.append(_Failed(delivery, error))
-        settlements, more = self._database.write(partial(self._write, page.running, definitions))
+        settlements, more = self._database.write(partial(self._write, page.overdue.lapsed, definitions))
         return settlements, failures + more
 
     def _write(
@@ -172,7 +170,7 @@ class Relay:
                 self._set_aside(connection, delivery)
                 continue
             chain = chains.get(delivery.chain_id)
-            settle = partial(settle_unknown, connection, delivery, chain, definition, now=now, grace_seconds=grace)
+            settle = partial(settle_lost, connection, delivery, chain, definition, now=now, grace_seconds=grace)
             try:
                 settlements.append(alone(connection, settle))
             except Exception as error:  # whatever it is, the other deliveries must be settled all the same
@@ -227,7 +225,7 @@ def _log_failure(failure: _Failed) -> None:
     emit(
         logger,
         Action.SETTLE_FAILED,
-        "chain %s: attempt %s of %s ended with its process and cannot be settled; a later relay will try again",
+        "chain %s: attempt %s of %s is lost and cannot be settled; a later relay will try again",
         delivery.chain_id,
         delivery.attempt,
         delivery.transition,

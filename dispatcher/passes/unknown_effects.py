@@ -1,8 +1,12 @@
-"""What becomes of attempts that ended with their process: nobody knows whether their callback took effect."""
+"""What becomes of attempts that ended with their process, or that an operator has given up.
+
+Where their callback may have been called, nobody knows whether it took effect.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from sqlalchemy.engine import Connection
 
@@ -32,7 +36,8 @@ class Settlement:
 class Definition:
     """What this process's configuration says of a delivery: its chain type, if known, and its transition.
 
-    `retry_seconds` is given where a next attempt follows after the wait of the transition's policy.
+    `retry_seconds` is given where a next attempt follows, after that wait. The first one that is lost is made again at
+    once, later ones after the wait of the transition's policy.
     """
 
     chain_type: ChainType | None
@@ -46,13 +51,17 @@ def define(delivery: DeliveryRecord, chain_type: ChainType | None, random: Calla
     known = None if chain_type is None else chain_type.by_name.get(delivery.transition)
     if chain_type is None or known is None or is_local(delivery):
         return Definition(chain_type, known=known is not None)
-    can_verify = delivery.attempt <= delivery.max_attempts and callable(getattr(known, "verify", None))
-    retries = not can_verify and chain_type.on_unknown == "retry" and delivery.attempt < delivery.max_attempts
-    seconds = seconds_to_retry(delivery, known, random) if retries else None
-    return Definition(chain_type, known=True, can_verify=can_verify, retry_seconds=seconds)
+    uncalled = delivery.was_not_called
+    can_verify = not uncalled and delivery.attempt <= delivery.max_attempts and callable(getattr(known, "verify", None))
+    may_retry = uncalled or chain_type.on_unknown == "retry"
+    if can_verify or not may_retry or delivery.attempt >= delivery.max_attempts:
+        return Definition(chain_type, known=True, can_verify=can_verify)
+    first = delivery.attempt == 1 if uncalled else not delivery.unknown
+    seconds = 0.0 if first else seconds_to_retry(delivery, known, random)
+    return Definition(chain_type, known=True, retry_seconds=seconds)
 
 
-def settle_unknown(
+def settle_lost(
     connection: Connection,
     delivery: DeliveryRecord,
     chain: WaitingChain | None,
@@ -60,12 +69,16 @@ def settle_unknown(
     *,
     now: datetime,
     grace_seconds: float,
+    cause: str = "ended with its process",
 ) -> Settlement:
-    """Settle an attempt whose lease has ended, and whose row the caller has locked. `chain` is None if it is missing.
+    """Settle an attempt that nobody makes any more, and whose row the caller has locked.
 
-    An in-process attempt is cancelled (or held). A transition with `verify()` gets one more attempt, after its last one
-    too, because that attempt asks `verify()` first. Otherwise `on_unknown` and the attempts left decide. Where this
-    process does not know the transition, the worker that begins the next attempt knows it and decides.
+    `chain` is None if it is missing. `cause` says in the row why the attempt is lost.
+
+    If its callback was certainly not called, it is a failed attempt. Otherwise its effect is unknown: an in-process
+    attempt is cancelled (or held); a transition with `verify()` gets one more attempt, after its last one too, because
+    that attempt asks `verify()` first; otherwise `on_unknown` and the attempts left decide. Where this process does not
+    know the transition, the worker that begins the next attempt knows it and decides.
     """
     chain_type = definition.chain_type
     if chain is None:  # deleted by hand: no foreign key keeps it
@@ -74,28 +87,38 @@ def settle_unknown(
     if chain_type is None:  # a type of another version of the code: its workers settle it
         overdue.look_later(connection, delivery, seconds=grace_seconds)
         return Settlement(delivery)
-    error = f"attempt {delivery.attempt} ended with its process: its effect is unknown"
+    uncalled = delivery.was_not_called
+    effect = "its callback was not called" if uncalled else "its effect is unknown"
+    error = f"attempt {delivery.attempt} {cause}: {effect}"
+    again = partial(overdue.open_next, connection, delivery, unknown=not uncalled, error=error)
     if chain.pending_delivery_id != delivery.id:  # the relay goes on, and `dispatcher doctor` names it
-        overdue.mark_unknown(connection, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
+        again(seconds=0, grace_seconds=grace_seconds)
         return Settlement(delivery, orphan=True, error=error)
     local = is_local(delivery)
     if not definition.known and not local:
-        overdue.mark_unknown(connection, delivery, seconds=0, grace_seconds=0, error=error)
+        again(seconds=0, grace_seconds=0)
         return Settlement(delivery)
-    if chain_type.on_unknown == "hold" and not definition.can_verify:
+    if chain_type.on_unknown == "hold" and not uncalled and not definition.can_verify:
         deliveries.stop(connection, delivery, status=DeliveryStatus.HELD, unknown=True, error=error, now=now)
         return Settlement(delivery, stopped=DeliveryStatus.HELD, error=error)
     if local:
         deliveries.close_and_stay(connection, delivery, now=now, reason=error)
         return Settlement(delivery)
-    if definition.can_verify:
-        overdue.mark_unknown(connection, delivery, seconds=0, grace_seconds=grace_seconds, error=error)
+    if definition.can_verify or definition.retry_seconds == 0:
+        again(seconds=0, grace_seconds=grace_seconds)
         return Settlement(delivery, owed=None if chain.disabled else Owed(delivery.id, delivery.attempt + 1))
     if definition.retry_seconds is not None:
-        overdue.mark_unknown(connection, delivery, seconds=definition.retry_seconds, grace_seconds=0, error=error)
+        again(seconds=definition.retry_seconds, grace_seconds=0)
         return Settlement(delivery)
+    return _out_of_attempts(connection, delivery, chain_type, unknown=not uncalled, error=error, now=now)
+
+
+def _out_of_attempts(
+    connection: Connection, delivery: DeliveryRecord, chain_type: ChainType, *, unknown: bool, error: str, now: datetime
+) -> Settlement:
     if chain_type.on_dead == "hold":
-        deliveries.stop(connection, delivery, status=DeliveryStatus.DEAD, unknown=True, error=error, now=now)
+        unknown = unknown or delivery.unknown
+        deliveries.stop(connection, delivery, status=DeliveryStatus.DEAD, unknown=unknown, error=error, now=now)
         return Settlement(delivery, stopped=DeliveryStatus.DEAD, error=error)
     next_update_at = rest_of_plan(delivery, chain_type.by_name.get(delivery.transition))
     deliveries.skip(

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _RERUNS = 12
+_HASTY_RERUNS = 1
 
 
 class Database:
@@ -50,6 +51,7 @@ class Database:
         self.connect_seconds = connect_seconds
         self.clock = _aware(clock) if clock is not None else None
         self._patient = False
+        self._answer_seconds: float | None = None
         self._made: Engines | None = None
         self._pid = 0
 
@@ -81,7 +83,12 @@ class Database:
         return self._made
 
     def _make_engines(self) -> Engines:
-        return make_engines(self.url, connect_seconds=self.connect_seconds, patient=self._patient)
+        return make_engines(
+            self.url,
+            connect_seconds=self.connect_seconds,
+            patient=self._patient,
+            answer_seconds=self._answer_seconds,
+        )
 
     @contextmanager
     def patient(self) -> Iterator["Database"]:
@@ -92,6 +99,15 @@ class Database:
             yield other
         finally:
             other.dispose()
+
+    def hasty(self, seconds: float) -> "Database":
+        """The same database, with connections of its own, whose every wait ends with an error after `seconds`.
+
+        After an error the caller must `dispose` of it, because the connection may be in the middle of an answer.
+        """
+        other = copy(self)
+        other.connect_seconds, other._answer_seconds, other._made = min(seconds, self.connect_seconds), seconds, None
+        return other
 
     def dispose(self, *, close: bool = True) -> None:
         """Drop this process's connections; with `close=False`, or if a parent made them, without closing them."""
@@ -134,11 +150,12 @@ class Database:
         return self._rerun(attempt)
 
     def _rerun(self, attempt: Callable[[], Result]) -> Result:
-        for rerun in range(_RERUNS + 1):
+        reruns = _RERUNS if self._answer_seconds is None else _HASTY_RERUNS
+        for rerun in range(reruns + 1):
             try:
                 return attempt()
             except DBAPIError as error:
-                if rerun == _RERUNS or not is_conflict(error):
+                if rerun == reruns or not is_conflict(error):
                     raise
                 logger.debug("transaction rerun after %s", type(error.orig).__name__)
             time.sleep(random.uniform(0, 0.005 * 2 ** min(rerun, 8)))  # noqa: S311 - spreading, not secrecy

@@ -76,32 +76,59 @@ def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
 def why_not_begun(connection: Connection, delivery_ids: Sequence[str]) -> dict[str, AttemptOutcome]:
     """The outcomes of attempts that did not begin, by delivery id."""
     rows = connection.execute(
-        select(DELIVERY.c.id, DELIVERY.c.status, CHAIN.c.disabled)
+        select(DELIVERY.c.id, DELIVERY.c.status, DELIVERY.c.waits_for, DELIVERY.c.publish_after, CHAIN.c.disabled)
         .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
         .where(DELIVERY.c.id.in_(delivery_ids))
     )
     outcomes = dict.fromkeys(delivery_ids, AttemptOutcome.MISSING)
     for row in rows:
-        waits = row.disabled and row.status == DeliveryStatus.PENDING
-        outcomes[row.id] = AttemptOutcome.DISABLED if waits else AttemptOutcome.STALE
+        outcomes[row.id] = AttemptOutcome.STALE
+        if row.status == DeliveryStatus.PENDING and row.disabled:
+            outcomes[row.id] = AttemptOutcome.DISABLED
+        elif row.status == DeliveryStatus.PENDING and row.publish_after is None and row.waits_for == WaitsFor.PAUSED:
+            outcomes[row.id] = AttemptOutcome.DEFERRED
     return outcomes
 
 
-def renew_lease(connection: Connection, delivery: DeliveryRecord, *, lease_seconds: float) -> bool:
-    """Give a running attempt a new lease; False when it is no longer ours."""
-    done = connection.execute(update(DELIVERY).where(is_running(delivery)).values(leased(lease_seconds)))
-    return one_row(done)
+def renew(
+    connection: Connection,
+    running: Sequence[DeliveryRecord],
+    *,
+    lease_seconds: float,
+    skip_locked: bool = False,
+    **values: Any,
+) -> list[str]:
+    """Give running attempts a new lease; the ids of those that are still ours, sorted.
+
+    With `skip_locked`, one whose row somebody else has locked is left out: its end is just being recorded.
+    """
+    ours = {delivery.id: (delivery.attempt, delivery.begins) for delivery in running}
+    if not ours:
+        return []
+    rows = connection.execute(
+        select(DELIVERY.c.id, DELIVERY.c.attempt, DELIVERY.c.begins)
+        .where(DELIVERY.c.id.in_(sorted(ours)), DELIVERY.c.status == DeliveryStatus.RUNNING)
+        .order_by(DELIVERY.c.id)
+        .with_for_update(skip_locked=skip_locked)
+    )
+    ids = [row.id for row in rows if (row.attempt, row.begins) == ours[row.id]]
+    if ids:
+        connection.execute(update(DELIVERY).where(DELIVERY.c.id.in_(ids)).values(**leased(lease_seconds), **values))
+    return ids
 
 
-def give_back(connection: Connection, delivery: DeliveryRecord) -> bool:
-    """Take back the beginning of an attempt that was not called, without using it up; the relay publishes it at once.
+def give_back(connection: Connection, delivery: DeliveryRecord, *, grace_seconds: float) -> bool:
+    """Take back the beginning of an attempt that was not called, without using it up; False when it is not ours.
 
-    What it waited for before stands in its row as it was.
+    It may begin again at once. Its message counts as lost after `grace_seconds`. What it waited for before stands in
+    its row as it was.
     """
     done = connection.execute(
         update(DELIVERY)
         .where(is_running(delivery))
-        .values(status=DeliveryStatus.PENDING, attempt=delivery.attempt - 1, **wait_times(0))
+        .values(
+            status=DeliveryStatus.PENDING, attempt=delivery.attempt - 1, **wait_times(0, grace_seconds=grace_seconds)
+        )
     )
     return one_row(done)
 
@@ -394,6 +421,13 @@ def follow_disabling(connection: Connection, chain_ids: Sequence[int], *, disabl
 def rename_from_state(connection: Connection, delivery: DeliveryRecord, state: str) -> None:
     """Give the state from which a delivery, locked and not running, leads another name."""
     connection.execute(update(DELIVERY).where(DELIVERY.c.id == delivery.id).values(from_state=state))
+
+
+def note_abandoned(
+    connection: Connection, delivery: DeliveryRecord, *, now: datetime, requested_by: str | None, reason: str | None
+) -> None:
+    """Add the event of an operator who gives up the running attempt at a delivery."""
+    _event(connection, delivery, EventAction.ABANDONED, now=now, requested_by=requested_by, detail=reason)
 
 
 def reopen(

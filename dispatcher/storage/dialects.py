@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,15 @@ class Engines:
     writes: Engine
 
 
-def make_engines(url: URL, *, connect_seconds: float, patient: bool = False) -> Engines:
+def make_engines(
+    url: URL, *, connect_seconds: float, patient: bool = False, answer_seconds: float | None = None
+) -> Engines:
     """New engines for a database; nothing is connected yet. `ConfigurationError` where its driver is not installed.
 
-    With `patient` a statement may take any time.
+    With `patient` a statement may take any time. With `answer_seconds` each of its waits for the server (SQLite: for
+    another writer) ends with an error after that time.
     """
-    engine = _make_engine(url, connect_seconds, patient=patient)
+    engine = _make_engine(url, connect_seconds, patient=patient, answer_seconds=answer_seconds)
     reading: dict[str, Any] = {"dispatcher_writes": False}
     writing: dict[str, Any] = {"dispatcher_writes": True}
     dialect = url.get_backend_name()
@@ -48,7 +52,7 @@ def make_engines(url: URL, *, connect_seconds: float, patient: bool = False) -> 
     return Engines(engine, engine.execution_options(**reading), engine.execution_options(**writing))
 
 
-def _make_engine(url: URL, connect_seconds: float, *, patient: bool) -> Engine:
+def _make_engine(url: URL, connect_seconds: float, *, patient: bool, answer_seconds: float | None) -> Engine:
     dialect = url.get_backend_name()
     arguments: dict[str, Any] = {}
     options: dict[str, Any] = {"hide_parameters": True}
@@ -68,7 +72,8 @@ def _make_engine(url: URL, connect_seconds: float, *, patient: bool) -> Engine:
         if patient:  # but not for a table that a forgotten session holds
             arguments["init_command"] = f"SET SESSION lock_wait_timeout = {_MYSQL_ANSWER_SECONDS}"
         else:
-            arguments["read_timeout"] = arguments["write_timeout"] = _MYSQL_ANSWER_SECONDS
+            seconds = _MYSQL_ANSWER_SECONDS if answer_seconds is None else max(1, round(answer_seconds))
+            arguments["read_timeout"] = arguments["write_timeout"] = seconds
         if url.get_driver_name() == "pymysql" and url.password:
             arguments["password"] = url.password.encode()  # as bytes, because the driver would encode text as Latin-1
         options["isolation_level"] = _ISOLATION
@@ -78,15 +83,23 @@ def _make_engine(url: URL, connect_seconds: float, *, patient: bool) -> Engine:
         engine = create_engine(url, connect_args=arguments, **options)
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise ConfigurationError(f"no driver for {url.drivername!r} is installed: {error}") from error
+    _listen(engine, dialect, answer_seconds)
+    return engine
+
+
+def _listen(engine: Engine, dialect: str, answer_seconds: float | None) -> None:
+    """Prepare the engine's connections when they are made and used."""
     if dialect == "sqlite":
-        event.listen(engine, "connect", _prepare_sqlite)
+        busy_ms = _SQLITE_BUSY_MS if answer_seconds is None else round(answer_seconds * 1000)
+        event.listen(engine, "connect", partial(_prepare_sqlite, busy_ms))
         event.listen(engine, "begin", _begin_sqlite)
     else:
         if dialect == "postgresql":
+            if answer_seconds is not None:
+                event.listen(engine, "connect", partial(_bound_answers, answer_seconds))
             event.listen(engine, "connect", _use_utc)
         event.listen(engine, "checkin", _note_use)
         event.listen(engine, "checkout", _ping_idle)
-    return engine
 
 
 def normal_url(url: str) -> URL:
@@ -163,10 +176,18 @@ def _use_utc(connection: Any, _: Any) -> None:
     connection.autocommit = autocommit
 
 
-def _prepare_sqlite(connection: Any, _: Any) -> None:
+def _bound_answers(seconds: float, connection: Any, _: Any) -> None:
+    """End each wait of a psycopg connection for its server after `seconds`. The connection cannot be used after that.
+
+    A timeout of the server does not end a wait for a connection that swallows everything.
+    """
+    connection.wait = partial(connection.wait, timeout=seconds)
+
+
+def _prepare_sqlite(busy_ms: int, connection: Any, _: Any) -> None:
     connection.isolation_level = None  # the driver's BEGIN is deferred; _begin_sqlite chooses ours
     cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {_SQLITE_BUSY_MS}")
+    cursor.execute(f"PRAGMA busy_timeout = {busy_ms}")
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")

@@ -228,8 +228,13 @@ class DeliveryRow(Base):
     `waits_reason` the same for people, `has_place` whether it has a place in the line of a rate limit. `waits_since` is
     when the wait (or the lease) began, by the database's clock. `rest_until` is the rest that the plan asked for.
     `request` is the request that the plan took, without its context and kwargs, which have columns of their own.
-    `lapse_seen_at` is when a relay first saw that the lease had expired. `called_off` says that the last look has
-    cancelled the delivery.
+    `lapse_seen_at` is when a relay first saw that the lease had expired; NULL again with each renewal. `called_off`
+    says that the last look has cancelled the delivery.
+
+    `next_attempt_at` is, for a pending delivery, when its next attempt may begin, and for a running one, when its
+    attempt began. `uncalled` is the number of the begin (see `begins`) whose callback has certainly not been called
+    yet. With NULL or another number the callback may have been called. (A program from before revision 0003 does not
+    write it, so that its begins are never taken for uncalled ones.)
     """
 
     __tablename__ = "chain_dispatcher_delivery"
@@ -264,6 +269,7 @@ class DeliveryRow(Base):
     request: Mapped[dict[str, Any] | None] = mapped_column(_JSON)
     lapse_seen_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
     called_off: Mapped[bool] = mapped_column(default=False, server_default=false())
+    uncalled: Mapped[int | None] = mapped_column(Integer)
 
     __table_args__ = (
         UniqueConstraint("chain_id", "chain_version"),

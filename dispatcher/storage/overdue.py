@@ -24,27 +24,56 @@ class WaitingChain:
     disabled: bool
 
 
-def claim_overdue(
-    connection: Connection, *, limit: int, grace_seconds: float, pending: bool = True
-) -> list[DeliveryRecord]:
-    """The deliveries that the relay must look at, oldest first, without their JSON, which it does not need.
+@dataclass(frozen=True, slots=True)
+class Overdue:
+    """A page of deliveries that the relay has to look at, without their JSON, which it does not need.
 
-    A pending delivery has lost its message (left out with `pending=False`); another relay gets it only after
-    `grace_seconds`. A running delivery has outlived its lease.
+    `lost` are pending and have lost their message. `noted` run beyond their lease, which no relay had seen before.
+    `lapsed` run beyond their lease, and a relay saw that some time ago: nobody makes these attempts any more.
+    """
+
+    lost: list[DeliveryRecord]
+    noted: list[DeliveryRecord]
+    lapsed: list[DeliveryRecord]
+
+
+def claim_overdue(
+    connection: Connection, *, limit: int, grace_seconds: float, lapse_seconds: float, pending: bool = True
+) -> Overdue:
+    """The deliveries that the relay must look at, the oldest first, at most `limit`.
+
+    Those that have lost their message (left out with `pending=False`) are hidden from other relays for `grace_seconds`.
+    Those that outlived their lease are noted by the first relay that sees it, and hidden for `lapse_seconds`. In that
+    time a process that lives can renew the lease, also after an outage of the database.
     """
     query = select(*light_delivery_columns()).where(_overdue())
     if not pending:
         query = query.where(DELIVERY.c.status == DeliveryStatus.RUNNING, DELIVERY.c.finished_at.is_(None))
     query = query.order_by(DELIVERY.c.publish_after, DELIVERY.c.id).limit(limit).with_for_update(skip_locked=True)
     found = light_deliveries_of(found_of(connection.execute(query)))
-    lost = [delivery.id for delivery in found if delivery.status == DeliveryStatus.PENDING]
-    if lost:
-        connection.execute(
-            update(DELIVERY)
-            .where(DELIVERY.c.id.in_(lost))
-            .values(publish_after=clock_plus(grace_seconds), waits_since=clock_plus(0))
-        )
-    return found
+    lost = [delivery for delivery in found if delivery.status == DeliveryStatus.PENDING]
+    noted, lapsed = _noted(connection, [delivery for delivery in found if delivery.status == DeliveryStatus.RUNNING])
+    for deliveries, values in (
+        (lost, {"publish_after": clock_plus(grace_seconds)}),
+        (noted, {"publish_after": clock_plus(lapse_seconds), "lapse_seen_at": clock_plus(0)}),
+    ):
+        ids = [delivery.id for delivery in deliveries]
+        if ids:
+            changed = update(DELIVERY).where(DELIVERY.c.id.in_(ids))
+            connection.execute(changed.values(**values, waits_since=clock_plus(0)))
+    return Overdue(lost, noted, lapsed)
+
+
+def _noted(
+    connection: Connection, running: Sequence[DeliveryRecord]
+) -> tuple[list[DeliveryRecord], list[DeliveryRecord]]:
+    """Those whose lease nobody has seen ended, and the others. A note from the future does not count."""
+    if not running:
+        return [], []
+    now = connection.execute(select(clock_plus(0))).scalar_one()
+    seen = [delivery.lapse_seen_at is not None and delivery.lapse_seen_at <= now for delivery in running]
+    noted = [delivery for delivery, is_seen in zip(running, seen, strict=True) if not is_seen]
+    return noted, [delivery for delivery, is_seen in zip(running, seen, strict=True) if is_seen]
 
 
 def _overdue(seconds: float = 0) -> ColumnElement[bool]:
@@ -86,6 +115,16 @@ def look_later(connection: Connection, delivery: DeliveryRecord, *, seconds: flo
     )
 
 
+def beyond_limit(connection: Connection, *, seconds: float, limit: int) -> list[DeliveryRecord]:
+    """Attempts that began more than `seconds` ago and still run, the oldest first, without their JSON."""
+    query = select(*light_delivery_columns()).where(
+        DELIVERY.c.status == DeliveryStatus.RUNNING,
+        DELIVERY.c.finished_at.is_(None),
+        DELIVERY.c.next_attempt_at <= clock_plus(-seconds),
+    )
+    return light_deliveries_of(found_of(connection.execute(query.order_by(DELIVERY.c.next_attempt_at).limit(limit))))
+
+
 def lock_expired(connection: Connection, running: Sequence[DeliveryRecord]) -> set[str]:
     """Which of these attempts still run although their lease has ended: the deliveries' ids. Their rows are locked.
 
@@ -100,16 +139,19 @@ def lock_expired(connection: Connection, running: Sequence[DeliveryRecord]) -> s
     return set(connection.execute(query.order_by(DELIVERY.c.id).with_for_update(skip_locked=True)).scalars())
 
 
-def mark_unknown(
-    connection: Connection, delivery: DeliveryRecord, *, seconds: float, grace_seconds: float, error: str
+def open_next(
+    connection: Connection, delivery: DeliveryRecord, *, unknown: bool, seconds: float, grace_seconds: float, error: str
 ) -> bool:
-    """Open the next attempt of a delivery whose worker died during an attempt, so that its effect is unknown."""
+    """Open the next attempt of a delivery whose running attempt is lost, and whose row the caller has locked.
+
+    `unknown` says that the callback may have been called. What earlier attempts left unknown stays so.
+    """
     done = connection.execute(
         update(DELIVERY)
-        .where(is_running(delivery), DELIVERY.c.lease_until <= clock_plus(0))
+        .where(is_running(delivery))
         .values(
             status=DeliveryStatus.PENDING,
-            unknown=True,
+            unknown=True if unknown else DELIVERY.c.unknown,
             last_error=error[:MAX_ERROR],
             **wait_reason(WaitsFor.RETRY),
             **wait_times(seconds, grace_seconds=grace_seconds),

@@ -15,6 +15,7 @@ from dispatcher.domain.records import (
     Begun,
     Budget,
     ChainRecord,
+    DeliveryRecord,
     Finished,
     Move,
     Owed,
@@ -91,8 +92,18 @@ class PortableStore:
 
         return self._database.write(work)
 
-    def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
-        return self._database.write(lambda connection: _begin(connection, owed, lease_seconds=lease_seconds))
+    def begin(self, owed: Sequence[Owed], *, lease_seconds: float, called: bool) -> list[Begun]:
+        return self._database.write(
+            lambda connection: _begin(connection, owed, lease_seconds=lease_seconds, called=called)
+        )
+
+    def begin_anew(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> list[Begun]:
+        return self._database.write(lambda connection: _begin_anew(connection, running, lease_seconds=lease_seconds))
+
+    def mark_called(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> set[str]:
+        return self._database.write(
+            lambda connection: set(deliveries.renew(connection, running, lease_seconds=lease_seconds, uncalled=None))
+        )
 
     def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
         return self._database.write(lambda connection: _finish(connection, finished, now=now))
@@ -340,6 +351,7 @@ def _standing(timing: Timing) -> dict[str, Any]:
         "status": DeliveryStatus.RUNNING,
         "attempt": 1,
         "begins": 1,
+        "next_attempt_at": clock_plus(0),
         "publish_after": clock_plus(timing.lease_seconds),
         "lease_until": clock_plus(timing.lease_seconds),
     }
@@ -348,7 +360,7 @@ def _standing(timing: Timing) -> dict[str, Any]:
 # --- attempts --------------------------------------------------------------------------------------------------------
 
 
-def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
+def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float, called: bool) -> list[Begun]:
     ids = list(
         connection.execute(
             select(DELIVERY.c.id)
@@ -373,13 +385,36 @@ def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float
     connection.execute(
         update(DELIVERY)
         .where(DELIVERY.c.id.in_(ids))
-        .values(
-            status=DeliveryStatus.RUNNING,
-            attempt=DELIVERY.c.attempt + 1,
-            begins=DELIVERY.c.begins + 1,
-            **leased(lease_seconds),
+        .ordered_values(  # MySQL evaluates from left to right, and `uncalled` needs the old number
+            (DELIVERY.c.uncalled, None if called else DELIVERY.c.begins + 1),
+            (DELIVERY.c.begins, DELIVERY.c.begins + 1),
+            (DELIVERY.c.attempt, DELIVERY.c.attempt + 1),
+            (DELIVERY.c.status, DeliveryStatus.RUNNING),
+            (DELIVERY.c.next_attempt_at, clock_plus(0)),
+            *((DELIVERY.c[name], value) for name, value in leased(lease_seconds).items()),
         )
     )
+    return _begun(connection, ids)
+
+
+def _begin_anew(connection: Connection, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> list[Begun]:
+    waited_for = set(
+        connection.execute(
+            select(CHAIN.c.pending_delivery_id).where(
+                CHAIN.c.pending_delivery_id.in_([delivery.id for delivery in running]),
+                CHAIN.c.id.in_([delivery.chain_id for delivery in running]),
+                ~CHAIN.c.disabled,
+            )
+        ).scalars()
+    )
+    waiting = [delivery for delivery in running if delivery.id in waited_for]
+    return _begun(connection, deliveries.renew(connection, waiting, lease_seconds=lease_seconds))
+
+
+def _begun(connection: Connection, ids: Sequence[str]) -> list[Begun]:
+    """The begun attempts at these deliveries, with their chains, in the same order."""
+    if not ids:
+        return []
     found = found_of(connection.execute(_WITH_CHAIN, {"ids": ids}))
     records = joined_chains_of(found)
     begun = zip(deliveries_of(found), found.column(MACHINE_NOW), strict=True)  # each once per resource of its chain

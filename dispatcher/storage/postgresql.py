@@ -152,7 +152,7 @@ WITH i AS (
     CASE WHEN l.seconds IS NULL THEN 'pending' ELSE 'running' END, CASE WHEN l.seconds IS NULL THEN 0 ELSE 1 END,
     CASE WHEN l.seconds IS NULL THEN 0 ELSE 1 END, max_attempts, requested_by, kwargs::json, context::json,
     request::json, rest_until, clock_timestamp(), clock_timestamp(),
-    CASE WHEN l.seconds IS NULL THEN clock_timestamp() END,
+    clock_timestamp(),
     clock_timestamp() + make_interval(secs => coalesce(l.seconds, %(publish_seconds)s::float8)),
     clock_timestamp() + make_interval(secs => l.seconds)
   FROM planned CROSS JOIN (SELECT %(lease_seconds)s::float8 AS seconds) l
@@ -184,12 +184,15 @@ WITH old AS (
 SELECT id FROM old"""
 
 
+_LEASED: Final = """waits_since = clock_timestamp(), lapse_seen_at = NULL,
+  lease_until = clock_timestamp() + make_interval(secs => %(lease_seconds)s::float8),
+  publish_after = clock_timestamp() + make_interval(secs => %(lease_seconds)s::float8)"""
+
 # `publish_after` is asked in a CASE, because the planner would otherwise search the relay's index instead of the key.
 _BEGIN: Final = f"""
 UPDATE chain_dispatcher_delivery d
-SET status = 'running', attempt = d.attempt + 1, begins = d.begins + 1, waits_since = clock_timestamp(),
-  lease_until = clock_timestamp() + make_interval(secs => %(lease_seconds)s::float8),
-  publish_after = clock_timestamp() + make_interval(secs => %(lease_seconds)s::float8)
+SET status = 'running', attempt = d.attempt + 1, begins = d.begins + 1, next_attempt_at = clock_timestamp(),
+  uncalled = CASE WHEN NOT %(called)s THEN d.begins + 1 END, {_LEASED}
 FROM (
   SELECT * FROM unnest((SELECT %(ids)s::uuid[]), (SELECT %(attempts)s::int[])) AS t (id, attempt)
   LIMIT (SELECT cardinality(%(ids)s::uuid[]))
@@ -199,6 +202,29 @@ WHERE d.id = i.id AND d.attempt = i.attempt - 1 AND d.status = 'pending'
   AND c.id = d.chain_id AND c.pending_delivery_id = d.id AND NOT c.disabled
 RETURNING {delivery_list("d")},
   {_CHAIN}"""
+
+_RUNNING: Final = """
+  SELECT * FROM unnest((SELECT %(ids)s::uuid[]), (SELECT %(attempts)s::int[]), (SELECT %(begins)s::int[]))
+  AS t (id, attempt, begins)
+  LIMIT (SELECT cardinality(%(ids)s::uuid[]))"""
+
+_BEGIN_ANEW: Final = f"""
+UPDATE chain_dispatcher_delivery d
+SET {_LEASED}
+FROM ({_RUNNING}
+) i, chain_dispatcher_chain c
+WHERE d.id = i.id AND d.attempt = i.attempt AND d.begins IS NOT DISTINCT FROM i.begins AND d.status = 'running'
+  AND c.id = d.chain_id AND c.pending_delivery_id = d.id AND NOT c.disabled
+RETURNING {delivery_list("d")},
+  {_CHAIN}"""
+
+_MARK_CALLED: Final = f"""
+UPDATE chain_dispatcher_delivery d
+SET uncalled = NULL, {_LEASED}
+FROM ({_RUNNING}
+) i
+WHERE d.id = i.id AND d.attempt = i.attempt AND d.begins IS NOT DISTINCT FROM i.begins AND d.status = 'running'
+RETURNING d.id::text AS id"""
 
 # A single statement cannot ROLLBACK. It divides by zero to abort itself when fewer chains moved than deliveries closed,
 # because a chain was taken from its delivery while the statement waited for a row; `finish` then runs it again.
@@ -314,7 +340,7 @@ class PostgresqlStore:
                 return chain_id
         return self._portable.request_chain(type_name, resources, request, due=due)
 
-    def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
+    def begin(self, owed: Sequence[Owed], *, lease_seconds: float, called: bool) -> list[Begun]:
         owed = sorted(owed, key=lambda message: message.delivery_id)
         found = self._database.write_statement(
             _BEGIN,
@@ -322,10 +348,18 @@ class PostgresqlStore:
                 "ids": [message.delivery_id for message in owed],
                 "attempts": [message.attempt for message in owed],
                 "lease_seconds": lease_seconds,
+                "called": called,
             },
         )
-        rows = zip(deliveries_of(found), chains_of(found), found.column(MACHINE_NOW), strict=True)
-        return sorted((_begun(*row) for row in rows), key=lambda attempt: attempt.delivery.id)
+        return _all_begun(found)
+
+    def begin_anew(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> list[Begun]:
+        if not running:
+            return []
+        return _all_begun(self._database.write_statement(_BEGIN_ANEW, _ours(running, lease_seconds)))
+
+    def mark_called(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> set[str]:
+        return set(self._database.write_statement(_MARK_CALLED, _ours(running, lease_seconds)).column("id"))
 
     def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
         finished = sorted(finished, key=lambda end: end.delivery.id)
@@ -478,6 +512,22 @@ def _read_as(records: Iterable[ChainRecord]) -> dict[str, list[int]]:
         "versions": [record.version for record in read],
         "wakes": [record.wake for record in read],
     }
+
+
+def _ours(running: Sequence[DeliveryRecord], lease_seconds: float) -> dict[str, Any]:
+    running = sorted(running, key=lambda delivery: delivery.id)
+    return {
+        "ids": [delivery.id for delivery in running],
+        "attempts": [delivery.attempt for delivery in running],
+        "begins": [delivery.begins for delivery in running],
+        "lease_seconds": lease_seconds,
+    }
+
+
+def _all_begun(found: Found) -> list[Begun]:
+    """The begun attempts in the rows of a statement, in the order of their ids."""
+    rows = zip(deliveries_of(found), chains_of(found), found.column(MACHINE_NOW), strict=True)
+    return sorted((_begun(*row) for row in rows), key=lambda attempt: attempt.delivery.id)
 
 
 def _begun(delivery: DeliveryRecord, chain: ChainRecord, machine_now: datetime) -> Begun:

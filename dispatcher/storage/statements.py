@@ -116,6 +116,7 @@ def leased(seconds: float) -> dict[str, Any]:
         "lease_until": clock_plus(seconds),
         "publish_after": clock_plus(seconds),
         "waits_since": clock_plus(0),
+        "lapse_seen_at": None,
     }
 
 

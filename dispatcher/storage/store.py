@@ -20,7 +20,17 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol, TypeAlias
 
-from dispatcher.domain.records import Begun, ChainRecord, Finished, Owed, Request, Timing, Write, Written
+from dispatcher.domain.records import (
+    Begun,
+    ChainRecord,
+    DeliveryRecord,
+    Finished,
+    Owed,
+    Request,
+    Timing,
+    Write,
+    Written,
+)
 from dispatcher.domain.resources import Resource
 from dispatcher.errors import ChainMissing
 
@@ -75,13 +85,29 @@ class Store(Protocol):
         request's `requested_by`. Concurrent callers get the same chain.
         """
 
-    def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
+    def begin(self, owed: Sequence[Owed], *, lease_seconds: float, called: bool) -> list[Begun]:
         """Begin those of these attempts that may begin, in the order of their ids.
 
         Guard: the delivery is pending, its last attempt is the one before, its `next_attempt_at` is reached by the
         database's clock, its `publish_after` is set (it is NULL while the chain is disabled), its chain waits for it
         and is not disabled. The rows in `Begun` are those after the write: running, with the new attempt and lease, and
         one more of `begins`. What the delivery waited for before stands there as it was.
+
+        `called` says that the callbacks may be called from now on. Otherwise the rows say that they are not called yet
+        (`uncalled`), and `mark_called` must come before the call.
+        """
+
+    def begin_anew(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> list[Begun]:
+        """These running attempts with their chains as they are now, and a new lease, in the order of their ids.
+
+        Guard: the delivery is running, has this attempt and this number of `begins`, its chain waits for it and is not
+        disabled. `attempt`, `begins` and `uncalled` stay.
+        """
+
+    def mark_called(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> set[str]:
+        """Say of running attempts that their callbacks may be called from now on; the ids of those that are still ours.
+
+        They get a new lease. Guard: the delivery is running, has this attempt and this number of `begins`.
         """
 
     def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from threading import Barrier, Event
-from typing import Any
+from typing import Any, Final
 
 import redis
 from kombu import Connection, Exchange, Queue
@@ -237,16 +237,19 @@ def wait_over(dispatcher: Dispatcher, delivery: DeliveryRecord) -> None:
     change_delivery(dispatcher, delivery.id, next_attempt_at=LONG_AGO, publish_after=LONG_AGO)
 
 
+LAPSED: Final[dict[str, Any]] = {"lease_until": LONG_AGO, "publish_after": LONG_AGO, "lapse_seen_at": LONG_AGO}
+"""The columns of a running delivery whose lease has ended, as a relay saw long ago."""
+
+
 def crashed(dispatcher: Dispatcher, delivery: DeliveryRecord, **values: Any) -> None:
-    """The worker that began the delivery's next attempt died, and the lease is over."""
+    """The worker that began the delivery's next attempt died, and a relay has seen that the lease is over."""
     change_delivery(
         dispatcher,
         delivery.id,
         **{
             "status": "running",
             "attempt": delivery.attempt + 1,
-            "lease_until": LONG_AGO,
-            "publish_after": LONG_AGO,
+            **LAPSED,
             **values,
         },
     )

@@ -18,7 +18,7 @@ import redis
 from psycopg import sql
 from sqlalchemy import Engine, NullPool, create_engine, event, text
 
-from dispatcher import DONE, NEW, Dispatcher
+from dispatcher import DONE, NEW, Dispatcher, rate_limit
 from dispatcher.domain.records import Owed
 from tests.conftest import running
 from tests.integration import shop
@@ -33,6 +33,7 @@ COSTS = {
     "a move without callback": (2, 11, 8, 2, 0, 0),
     "a plan": (2, 12, 9, 2, 1, 1),
     "a delivered attempt": (2, 12, 12, 0, 0, 0),
+    "a delivered attempt with two limits": (2, 12, 12, 1, 0, 0),
     "an enqueue of a chain": (2, 6, 5, 0, 1, 1),
     "an enqueue that makes the chain": (11, 10, 9, 0, 1, 1),
     "200 evaluations that learn nothing": (1, 6, 3, 2, 0, 0),
@@ -196,6 +197,14 @@ CONFIG = {
         }.items()
     ]
 }
+CONFIG["chains"].append(
+    {
+        "chain_type": "limited",
+        "callback": rate_limit("1000/s", name="sends")(shop.Sink()),
+        "rate_limit": "9000/m",
+        "transitions": {NEW: [shop.transition("Sends", "sent")], "sent": [], DONE: []},
+    }
+)
 _numbers = iter(range(10**9))
 
 
@@ -209,9 +218,9 @@ def made(dispatcher: Dispatcher, chain_type: str, count: int) -> list[int]:
     return [chain_id for chain_id, _ in dispatcher.bulk_get_or_create(chain_type, orders(count))]
 
 
-def owed(dispatcher: Dispatcher, count: int) -> list[Owed]:
+def owed(dispatcher: Dispatcher, count: int, chain_type: str) -> list[Owed]:
     """So many deliveries that wait for their first attempt."""
-    results = dispatcher.execute_chains(made(dispatcher, "sends", count))
+    results = dispatcher.execute_chains(made(dispatcher, chain_type, count))
     return [Owed(result.delivery_id, 1) for result in results if result.delivery_id is not None]
 
 
@@ -228,8 +237,8 @@ def executed(chain_type: str, count: int, outcome: str) -> Work:
     return Work(lambda one: made(one, chain_type, count), lambda one, ids: one.execute_chains(ids), outcome)
 
 
-def delivered(count: int) -> Work:
-    return Work(lambda one: owed(one, count), lambda one, deliveries: one.deliver(deliveries), "delivered")
+def delivered(count: int, chain_type: str = "sends") -> Work:
+    return Work(lambda one: owed(one, count, chain_type), lambda one, deliveries: one.deliver(deliveries), "delivered")
 
 
 def enqueued(*, exists: bool) -> Work:
@@ -248,6 +257,7 @@ WORK = {
     "a move without callback": executed("moves", 1, "moved"),
     "a plan": executed("sends", 1, "planned"),
     "a delivered attempt": delivered(1),
+    "a delivered attempt with two limits": delivered(1, "limited"),
     "an enqueue of a chain": enqueued(exists=True),
     "an enqueue that makes the chain": enqueued(exists=False),
     "200 evaluations that learn nothing": executed("waits", 200, "none"),

@@ -25,6 +25,7 @@ DEFAULTS = {
     "relay_seconds": 10,
     "lock_seconds": 30,
     "callback_seconds": 60,
+    "lease_seconds": 20,
     "last_look_seconds": 0,
     "queued_seconds": 60,
     "sweep_fanout": 0,
@@ -47,6 +48,7 @@ OTHERS = {
     "relay_seconds": ("2", 2),
     "lock_seconds": ("45", 45),
     "callback_seconds": ("120", 120),
+    "lease_seconds": ("30", 30),
     "last_look_seconds": ("300", 300),
     "queued_seconds": ("5", 5),
     "sweep_fanout": ("500", 500),
@@ -98,10 +100,14 @@ class TestSources:
         with pytest.raises(ValidationError):
             Settings().prefix = "other"
 
-    def test_a_lease_is_longer_than_an_attempt_and_an_execution_shorter_than_its_lock(self):
+    def test_a_task_of_attempts_has_time_before_the_call_for_it_and_after_it(self):
         settings = Settings(callback_seconds=120, lock_seconds=50)
-        assert settings.lease_seconds == 135
+        assert settings.attempt_seconds == 50 + 120 + 30
         assert settings.execute_seconds == 40
+
+    def test_a_process_renews_twice_before_a_lapsed_lease_is_settled(self):
+        settings = Settings(lease_seconds=20)
+        assert settings.lapse_seconds > 20 / 4 + 3
 
     @pytest.mark.parametrize("seconds", [1, 30, 3600])
     def test_an_execution_ends_before_its_lock_whatever_its_length(self, seconds):
@@ -130,6 +136,7 @@ class TestRefused:
             ("relay_seconds", "-1"),
             ("lock_seconds", "0.5"),
             ("callback_seconds", "0"),
+            ("lease_seconds", "1"),
             ("last_look_seconds", "-1"),
             ("last_look_seconds", "inf"),
             ("last_look_seconds", "nan"),

@@ -14,7 +14,7 @@ import pytest
 import dispatcher
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"alembic", "celery", "kombu", "limits", "pydantic", "redis", "sqlalchemy"}
+HEAVY = {"alembic", "celery", "kombu", "pydantic", "redis", "sqlalchemy"}
 
 
 def run(*arguments: str, **environment: str) -> tuple[str, set[str]]:

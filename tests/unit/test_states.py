@@ -40,8 +40,8 @@ def test_the_callback_kinds_are_a_closed_set():
 
 def test_the_event_actions_are_a_closed_set():
     assert set(EventAction) == words(
-        "created, state_transition, planned, cancelled, dead, held, retried, skipped, disabled, enabled, reset, moved, "
-        "mapped, request_replaced, no_callback, unknown_definition, guard_failed"
+        "created, state_transition, planned, cancelled, dead, held, retried, abandoned, skipped, disabled, enabled, "
+        "reset, moved, mapped, request_replaced, no_callback, unknown_definition, guard_failed"
     )
 
 

@@ -15,7 +15,7 @@ from dispatcher.delivery import attempts
 from dispatcher.delivery.attempt import make_attempt
 from dispatcher.delivery.attempts import Attempts
 from dispatcher.delivery.ends import Ends
-from dispatcher.delivery.pacing import Pacing
+from dispatcher.delivery.groups import Groups
 from dispatcher.dispatcher import Dispatcher
 from dispatcher.domain.contexts import evaluate_record
 from dispatcher.domain.decisions import decide
@@ -96,7 +96,7 @@ _PATH: Final[tuple[Function, ...]] = (
     Publisher.deliver,
     Dispatcher.deliver,
     Attempts.deliver,
-    Pacing.deferral,
+    Groups.deliver,
     make_attempt,
     Ends.record,
     Store.finish,
@@ -113,7 +113,7 @@ _EXECUTE: Final = _Task(
 _DELIVER: Final = _Task(
     queues.DELIVER,
     Attempts.deliver,
-    ("begin, hours and rates", f"{make_attempt.__name__}: last look", "finish and move"),
+    ("begin", f"{make_attempt.__name__}: last look", "hours, rates", "finish and move"),
     "your callback",
 )
 _RELAY: Final = _Task(queues.RELAY, Relay.relay, ("finds lost messages and dead workers",))

@@ -9,7 +9,7 @@ from dispatcher.errors import DatabaseNotMigrated
 from dispatcher.storage.database import Database
 from dispatcher.storage.dialects import is_conflict
 
-REVISIONS: Final = ("0002", "0001")
+REVISIONS: Final = ("0003", "0002", "0001")
 """All revisions known here, newest first."""
 
 STOP_WORKERS: Final = frozenset({"0002"})

@@ -23,7 +23,7 @@ from dispatcher import (
     Transition,
 )
 from dispatcher.domain.records import Owed
-from dispatcher.storage import database, deliveries
+from dispatcher.storage import clock, database, deliveries
 from dispatcher.storage.models import ChainRow
 from tests.integration import shop
 from tests.servers import PostgresServer
@@ -574,7 +574,7 @@ def test_a_running_attempt_within_its_lease_is_left_alone(make_dispatcher: shop.
     with gate.during(lambda: shop.attempt(dispatcher, delivery)) as future:
         lease_until = shop.delivery_of(dispatcher, chain).lease_until
         assert lease_until is not None
-        assert timedelta(seconds=60) < lease_until - datetime.now(UTC) <= timedelta(seconds=75)
+        assert timedelta(seconds=10) < lease_until - datetime.now(UTC) <= timedelta(seconds=20)
         shop.change_delivery(dispatcher, delivery.id, publish_after=shop.LONG_AGO)  # whatever made the relay look
         dispatcher.relay()
         assert shop.delivery_of(dispatcher, chain).status == "running"
@@ -582,20 +582,130 @@ def test_a_running_attempt_within_its_lease_is_left_alone(make_dispatcher: shop.
     assert future.result().outcome == "delivered"
 
 
+def test_the_second_relay_that_sees_a_lease_ended_settles_it(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    shop.crashed(dispatcher, delivery, lapse_seen_at=None)
+
+    assert dispatcher.relay() == {"relayed": 0, "settled": 0}
+    assert dispatcher.relay() == {"relayed": 0, "settled": 0}, "its process has time to renew it"
+    with clock.shift(timedelta(seconds=dispatcher.settings.lapse_seconds - 1)):
+        assert dispatcher.relay() == {"relayed": 0, "settled": 0}
+    with clock.shift(timedelta(seconds=dispatcher.settings.lapse_seconds + 1)):
+        assert dispatcher.relay() == {"relayed": 1, "settled": 1}
+
+
+def test_a_lease_that_is_renewed_after_a_relay_saw_it_ended_is_not_settled(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    shop.crashed(dispatcher, delivery, lapse_seen_at=None, begins=1)
+    dispatcher.relay()
+    running = shop.delivery_of(dispatcher, chain)
+    assert running.lapse_seen_at is not None
+
+    assert dispatcher.database.write(lambda connection: deliveries.renew(connection, [running], lease_seconds=20))
+
+    renewed = shop.delivery_of(dispatcher, chain)
+    assert renewed.lapse_seen_at is None
+    with clock.shift(timedelta(seconds=19)):
+        assert dispatcher.relay() == {"relayed": 0, "settled": 0}
+    with clock.shift(timedelta(seconds=21)):
+        assert dispatcher.relay() == {"relayed": 0, "settled": 0}, "that is the first relay that sees it"
+    shop.crashed(dispatcher, delivery)
+
+
+def test_a_note_of_a_clock_that_was_wrong_is_made_anew(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    shop.crashed(dispatcher, delivery, lapse_seen_at=datetime.now(UTC) + timedelta(days=2))
+
+    assert dispatcher.relay() == {"relayed": 0, "settled": 0}
+    with clock.shift(timedelta(seconds=dispatcher.settings.lapse_seconds + 1)):
+        assert dispatcher.relay()["settled"] == 1
+
+
+def test_an_attempt_that_died_before_its_callback_is_a_failed_one(make_dispatcher: shop.Make, broker_url: str) -> None:
+    """Nothing is unknown of it, so that neither `verify()` nor `on_unknown` is asked, and the guards are."""
+    verdicts = [True]
+    sink = shop.Sink()
+    wants = shop.transition(
+        "Wants", "wanted", lambda _: bool(verdicts and verdicts.pop()), verify=shop.Raises(AssertionError("asked"))
+    )
+    dispatcher = make_dispatcher(shop.cart({NEW: [wants]}, callback=sink, on_unknown="hold"))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    shop.crashed(dispatcher, delivery, begins=1, uncalled=1)
+
+    assert dispatcher.relay() == {"relayed": 1, "settled": 1}
+
+    row = shop.delivery_of(dispatcher, chain)
+    assert (row.status, row.attempt, row.unknown) == ("pending", 1, False)
+    assert row.last_error == "attempt 1 ended with its process: its callback was not called"
+    assert shop.attempt(dispatcher, delivery, 2).outcome == "cancelled" and len(sink) == 0
+
+
+@pytest.mark.parametrize(("on_dead", "status"), [("hold", "dead"), ("skip", "skipped")])
+def test_attempts_that_die_before_their_callback_are_used_up(
+    make_dispatcher: shop.Make, on_dead: str, status: str
+) -> None:
+    """A guard that kills its process must not do so for ever."""
+    retry = RetryPolicy(max_attempts=2)
+    remind = shop.transition("Remind", "reminded", retry=retry)
+    dispatcher = make_dispatcher(shop.cart({NEW: [remind], "reminded": []}, callback=shop.Sink(), on_dead=on_dead))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    shop.crashed(dispatcher, delivery, begins=1, uncalled=1)
+    dispatcher.relay()
+    shop.crashed(dispatcher, shop.delivery_of(dispatcher, chain), begins=2, uncalled=2)
+
+    assert dispatcher.relay()["settled"] == 1
+
+    row = shop.delivery_of(dispatcher, chain)
+    assert (row.status, row.unknown, row.attempt) == (status, False, 2)
+
+
+def test_what_an_earlier_attempt_left_unknown_stays_so_after_one_that_was_not_called(
+    make_dispatcher: shop.Make,
+) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    delivery = shop.planned(dispatcher, chain)
+    shop.crashed(dispatcher, delivery, attempt=2, unknown=True, begins=2, uncalled=2)
+
+    dispatcher.relay()
+
+    assert shop.delivery_of(dispatcher, chain).unknown
+
+
 def test_after_a_crash_the_attempt_is_retried_with_the_same_key(make_dispatcher: shop.Make, broker_url: str) -> None:
     sink = shop.Sink()
     dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=sink))
     chain = shop.new_chain(dispatcher)
 
-    assert settled(dispatcher, broker_url, chain) == [], "after its back-off"
+    (published,) = settled(dispatcher, broker_url, chain)
 
     delivery = shop.delivery_of(dispatcher, chain)
+    assert published == [[delivery.id, 2]], "the first unknown effect of a visit is settled at once"
     assert (delivery.status, delivery.attempt, delivery.unknown) == ("pending", 1, True)
-    assert shop.attempt(dispatcher, delivery, 2).outcome == "stale"
-    shop.wait_over(dispatcher, delivery)
-    assert dispatcher.relay()["relayed"] == 1
     assert shop.attempt(dispatcher, delivery, 2).outcome == "delivered"
     assert sink.calls[0].key == delivery.idempotency_key
+
+
+def test_a_further_crash_waits_for_the_back_off(make_dispatcher: shop.Make, broker_url: str) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
+    chain = shop.new_chain(dispatcher)
+    settled(dispatcher, broker_url, chain)
+    delivery = shop.delivery_of(dispatcher, chain)
+    shop.crashed(dispatcher, delivery)
+
+    assert dispatcher.relay() == {"relayed": 0, "settled": 1}
+
+    assert shop.attempt(dispatcher, delivery, 3).outcome == "stale"
+    shop.wait_over(dispatcher, delivery)
+    assert dispatcher.relay()["relayed"] == 1
 
 
 def test_a_delivery_with_an_unknown_attempt_is_not_cancelled_by_the_last_look(
@@ -738,7 +848,7 @@ def test_an_in_process_call_whose_process_died_is_cancelled_or_held(
     with gate.during(lambda: chain.execute(callback=shop.Sink(gate.wait))) as future:
         delivery = shop.delivery_of(dispatcher, chain)
         assert (delivery.callback, delivery.status, delivery.attempt) == ("local", "running", 1)
-        shop.change_delivery(dispatcher, delivery.id, lease_until=shop.LONG_AGO, publish_after=shop.LONG_AGO)
+        shop.change_delivery(dispatcher, delivery.id, **shop.LAPSED)
         assert dispatcher.relay() == {"relayed": 0, "settled": 1}
 
         assert shop.delivery_of(dispatcher, chain).status == status
@@ -757,7 +867,7 @@ def test_an_attempt_that_was_settled_meanwhile_does_not_move_the_chain(make_disp
     delivery = shop.planned(dispatcher, chain)
 
     with gate.during(lambda: shop.attempt(dispatcher, delivery)) as future:
-        shop.change_delivery(dispatcher, delivery.id, lease_until=shop.LONG_AGO, publish_after=shop.LONG_AGO)
+        shop.change_delivery(dispatcher, delivery.id, **shop.LAPSED)
         dispatcher.relay()
         shop.wait_over(dispatcher, delivery)
         gate.reached.clear()
@@ -781,7 +891,7 @@ def test_a_late_failure_of_an_attempt_that_was_settled_changes_nothing(make_disp
     delivery = shop.planned(dispatcher, chain)
 
     with gate.during(lambda: shop.attempt(dispatcher, delivery)) as future:
-        shop.change_delivery(dispatcher, delivery.id, lease_until=shop.LONG_AGO, publish_after=shop.LONG_AGO)
+        shop.change_delivery(dispatcher, delivery.id, **shop.LAPSED)
         dispatcher.relay()
         before = shop.dump_rows(dispatcher)
 

@@ -181,7 +181,7 @@ def test_a_type_whose_budget_is_used_up_stands_still_until_a_person_resumes_it(
     assert outcomes(after, [chains[3]]) == ["paused"]
     assert shop.row_of(after, chains[3].id).request["requested_by"] == "shop"
     delivered = [shop.attempt(after, one).outcome for one in after.find_deliveries()]
-    assert delivered == ["delivered", "delivered"], "what is owed already goes on"
+    assert delivered == ["deferred", "deferred"], "no attempt begins while it is paused"
     change_type(after, window_at=datetime.now(UTC) - timedelta(hours=2))
     assert make_dispatcher(config).sweep()["due"] == 0, "time alone does not resume it"
 
@@ -189,6 +189,8 @@ def test_a_type_whose_budget_is_used_up_stands_still_until_a_person_resumes_it(
 
     resumed = make_dispatcher(config)
     assert (type_row(resumed).paused, type_row(resumed).paused_reason) == (False, None)
+    delivered = [shop.attempt(resumed, one).outcome for one in resumed.find_deliveries()]
+    assert delivered == ["delivered", "delivered"]
     assert resumed.sweep()["due"] == 5
     again = [outcomes(resumed, [chain])[0] for chain in chains[2:]]
     assert again == ["planned", "planned", "paused"], "the budget is new"

@@ -18,7 +18,6 @@ from dispatcher import (
     ConfigurationError,
     DeliveryPending,
     Dispatcher,
-    Settings,
     Transition,
 )
 from dispatcher.domain.results import ChainResult
@@ -841,10 +840,9 @@ def test_a_chain_disabled_during_an_in_process_evaluation_is_not_moved(make_disp
 
 
 def test_the_lease_of_an_in_process_callback_is_renewed_while_it_runs(
-    make_dispatcher: shop.Make, monkeypatch: pytest.MonkeyPatch
+    make_dispatcher: shop.Make,
 ) -> None:
-    monkeypatch.setattr(Settings, "lease_seconds", property(lambda _: 1.5))
-    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}), lease_seconds=2)
     chain = shop.new_chain(dispatcher)
     leases: list[datetime | None] = []
 
@@ -869,9 +867,7 @@ def test_an_in_process_callback_whose_lease_ended_does_not_move_the_chain(
     chain = shop.new_chain(dispatcher)
 
     def suspended(_: object) -> None:
-        shop.change_delivery(
-            dispatcher, shop.delivery_of(dispatcher, chain).id, lease_until=shop.LONG_AGO, publish_after=shop.LONG_AGO
-        )
+        shop.change_delivery(dispatcher, shop.delivery_of(dispatcher, chain).id, **shop.LAPSED)
         dispatcher.relay()
 
     result = chain.execute(callback=shop.Sink(suspended))

@@ -185,7 +185,7 @@ def test_a_held_delivery_of_a_call_in_process_is_planned_anew_when_retried(
     chain = shop.new_chain(dispatcher)
     with gate.during(lambda: chain.execute(callback=shop.Sink(gate.wait))):
         local = shop.delivery_of(dispatcher, chain)
-        shop.change_delivery(dispatcher, local.id, lease_until=shop.LONG_AGO, publish_after=shop.LONG_AGO)
+        shop.change_delivery(dispatcher, local.id, **shop.LAPSED)
         dispatcher.relay()
         assert shop.delivery_of(dispatcher, chain).status == "held"
         dispatcher.chain(local.chain_id).retry_delivery("ada", reason="as agreed")

@@ -29,6 +29,7 @@ _NEWER_COLUMNS = {
         "request",
         "lapse_seen_at",
         "called_off",
+        "uncalled",
     },
 }
 

@@ -328,9 +328,9 @@ def test_a_relay_reads_what_is_overdue_and_nothing_of_what_is_under_way(
     owing: Database, pending: bool, count: int
 ) -> None:
     with sent(owing) as statements, owing.engine.connect() as connection:
-        found = overdue.claim_overdue(connection, limit=PAGE, grace_seconds=60, pending=pending)
+        found = overdue.claim_overdue(connection, limit=PAGE, grace_seconds=60, lapse_seconds=9, pending=pending)
         connection.rollback()
-    assert len(found) == count
+    assert (len(found.lost), len(found.noted)) == (OVERDUE if pending else 0, OVERDUE)
     (statement,) = [one for one in statements if "FROM chain_dispatcher_delivery" in one[0]]
 
     plan = explain(owing, *statement)

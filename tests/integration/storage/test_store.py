@@ -96,7 +96,7 @@ class Bench:
 
     def begun(self) -> Begun:
         """A chain's delivery, begun."""
-        (begun,) = self.store.begin([Owed(self.planned().id, 1)], lease_seconds=75)
+        (begun,) = self.store.begin([Owed(self.planned().id, 1)], lease_seconds=75, called=True)
         return begun
 
 
@@ -186,7 +186,8 @@ class TestWrite:
         record = bench.chain()
         bench.store.write([plan(record)], now=NOW, timing=BEGUN)
         delivery = bench.delivery(record.id)
-        assert (delivery.status, delivery.attempt, delivery.next_attempt_at) == ("running", 1, None)
+        assert (delivery.status, delivery.attempt, delivery.uncalled) == ("running", 1, None)
+        assert abs(delivery.next_attempt_at - delivery.planned_at) < timedelta(seconds=1), "when it began"
         assert abs(delivery.lease_until - delivery.publish_after) < timedelta(seconds=1)
         assert timedelta(seconds=74) < delivery.lease_until - delivery.planned_at < timedelta(seconds=76)
 
@@ -370,7 +371,7 @@ class TestRequests:
 class TestBegin:
     def test_gives_the_rows_as_they_stand_after_it(self, bench: Bench) -> None:
         delivery = bench.planned()
-        (begun,) = bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75)
+        (begun,) = bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75, called=True)
         assert begun.delivery == bench.delivery(delivery.chain_id)
         assert begun.chain == bench.read(delivery.chain_id)
         assert (begun.delivery.status, begun.delivery.attempt) == ("running", 1)
@@ -387,7 +388,7 @@ class TestBegin:
             statement = update(table).where(table.c.id == row_id).values(context=bad)
             bench.database.write(lambda connection, statement=statement: connection.execute(statement))
 
-        begun = bench.store.begin([Owed(delivery.id, 1) for delivery in planned], lease_seconds=75)
+        begun = bench.store.begin([Owed(delivery.id, 1) for delivery in planned], lease_seconds=75, called=True)
 
         assert [row.delivery.id for row in begun] == sorted(delivery.id for delivery in planned)
         by_id = {row.delivery.id: row for row in begun}
@@ -399,7 +400,7 @@ class TestBegin:
     def test_begins_each_attempt_once(self, bench: Bench) -> None:
         owed = [Owed(bench.planned().id, 1) for _ in range(6)]
         with ThreadPoolExecutor(4) as pool:
-            rounds = list(pool.map(lambda _: bench.store.begin(owed, lease_seconds=75), range(4)))
+            rounds = list(pool.map(lambda _: bench.store.begin(owed, lease_seconds=75, called=True), range(4)))
         begun = [attempt.delivery.id for attempts in rounds for attempt in attempts]
         assert sorted(begun) == sorted(message.delivery_id for message in owed)
         assert all(
@@ -409,7 +410,7 @@ class TestBegin:
 
     @pytest.mark.parametrize("attempt", [0, 2, 7])
     def test_asks_for_the_attempt_that_is_next(self, bench: Bench, attempt: int) -> None:
-        assert bench.store.begin([Owed(bench.planned().id, attempt)], lease_seconds=75) == []
+        assert bench.store.begin([Owed(bench.planned().id, attempt)], lease_seconds=75, called=True) == []
 
     @pytest.mark.parametrize(
         "status",
@@ -422,13 +423,13 @@ class TestBegin:
                 update(DELIVERY).where(DELIVERY.c.id == delivery.id).values(status=status)
             )
         )
-        assert bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75) == []
+        assert bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75, called=True) == []
 
     @pytest.mark.parametrize("change", [{"disabled": True}, {"pending_delivery_id": None}])
     def test_asks_the_chain(self, bench: Bench, change: Mapping[str, Any]) -> None:
         delivery = bench.planned()
         bench.change(bench.read(delivery.chain_id), **change)
-        assert bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75) == []
+        assert bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75, called=True) == []
 
     def test_asks_whether_it_is_time_by_the_clock_of_the_rows(self, bench: Bench) -> None:
         begun = bench.begun()
@@ -437,12 +438,102 @@ class TestBegin:
             lambda connection: retry(connection, begun.delivery, seconds=3600, grace_seconds=60, error="down")
         )
         owed = [Owed(begun.delivery.id, 2)]
-        assert bench.store.begin(owed, lease_seconds=75) == []
+        assert bench.store.begin(owed, lease_seconds=75, called=True) == []
         with clock.shift(timedelta(minutes=59)):
-            assert bench.store.begin(owed, lease_seconds=75) == []
+            assert bench.store.begin(owed, lease_seconds=75, called=True) == []
         with clock.shift(timedelta(minutes=61)):
-            (again,) = bench.store.begin(owed, lease_seconds=75)
+            (again,) = bench.store.begin(owed, lease_seconds=75, called=True)
         assert again.delivery.attempt == 2
+
+    @pytest.mark.parametrize("called", [True, False])
+    def test_says_whether_the_callback_may_be_called(self, bench: Bench, called: bool) -> None:
+        owed = [Owed(bench.planned().id, 1)]
+        (begun,) = bench.store.begin(owed, lease_seconds=75, called=called)
+        assert begun.delivery.begins == 1 and begun.delivery.was_not_called is not called
+
+    def test_forgets_what_an_earlier_begin_said(self, bench: Bench) -> None:
+        """Also if a program began it that does not know the mark, and the mark of an earlier begin is still there."""
+        owed = [Owed(bench.planned().id, 1)]
+        (first,) = bench.store.begin(owed, lease_seconds=75, called=False)
+        bench.database.write(lambda connection: deliveries.give_back(connection, first.delivery, grace_seconds=0))
+        of_old = {"status": "running", "attempt": 1, "begins": 2}
+        statement = update(DELIVERY).where(DELIVERY.c.id == first.delivery.id).values(of_old)
+        bench.database.write(lambda connection: connection.execute(statement))
+        assert not bench.delivery(first.chain.id).was_not_called
+
+        pending = update(DELIVERY).where(DELIVERY.c.id == first.delivery.id).values(status="pending", attempt=0)
+        bench.database.write(lambda connection: connection.execute(pending))
+        (third,) = bench.store.begin(owed, lease_seconds=75, called=True)
+        assert not third.delivery.was_not_called
+
+    def test_notes_when_the_attempt_began(self, bench: Bench) -> None:
+        (begun,) = bench.store.begin([Owed(bench.planned().id, 1)], lease_seconds=75, called=True)
+        assert begun.delivery.next_attempt_at is not None
+        assert abs(begun.machine_now - begun.delivery.next_attempt_at) < timedelta(seconds=5)
+
+
+def other_begin(bench: Bench, begun: Begun) -> None:
+    """The attempt was given back, and another process has begun it again."""
+    bench.database.write(lambda connection: deliveries.give_back(connection, begun.delivery, grace_seconds=0))
+    bench.store.begin([Owed(begun.delivery.id, begun.delivery.attempt)], lease_seconds=75, called=False)
+
+
+class TestMarkCalled:
+    def test_marks_those_that_are_ours_and_gives_them_a_new_lease(self, bench: Bench) -> None:
+        owed = sorted((Owed(bench.planned().id, 1) for _ in range(3)), key=lambda one: one.delivery_id)
+        first, other, last = bench.store.begin(owed, lease_seconds=5, called=False)
+        lapsed = update(DELIVERY).where(DELIVERY.c.id == last.delivery.id).values(lapse_seen_at=NOW)
+        bench.database.write(lambda connection: connection.execute(lapsed))
+        other_begin(bench, other)
+
+        ours = bench.store.mark_called([one.delivery for one in (last, other, first)], lease_seconds=75)
+
+        assert ours == {first.delivery.id, last.delivery.id}
+        marked, left = bench.delivery(last.chain.id), bench.delivery(other.chain.id)
+        assert not marked.was_not_called and left.was_not_called
+        assert marked.lease_until - marked.waits_since > timedelta(seconds=70)
+        assert marked.lapse_seen_at is None
+
+    def test_can_be_called_again(self, bench: Bench) -> None:
+        begun = bench.begun()
+        for _ in range(2):
+            assert bench.store.mark_called([begun.delivery], lease_seconds=75) == {begun.delivery.id}
+
+    @pytest.mark.parametrize("status", [status for status in DeliveryStatus if status != DeliveryStatus.RUNNING])
+    def test_asks_for_a_running_one(self, bench: Bench, status: DeliveryStatus) -> None:
+        begun = bench.begun()
+        statement = update(DELIVERY).where(DELIVERY.c.id == begun.delivery.id).values(status=status)
+        bench.database.write(lambda connection: connection.execute(statement))
+        assert bench.store.mark_called([begun.delivery], lease_seconds=75) == set()
+
+
+class TestBeginAnew:
+    def test_gives_chain_and_clock_as_they_are_now(self, bench: Bench) -> None:
+        begun = bench.begun()
+        bench.change(begun.chain, context={"paid": True})
+
+        (anew,) = bench.store.begin_anew([begun.delivery], lease_seconds=200)
+
+        assert anew.chain.context == {"paid": True} and anew.machine_now >= begun.machine_now
+        assert (anew.delivery.attempt, anew.delivery.begins) == (begun.delivery.attempt, begun.delivery.begins)
+        assert anew.delivery.lease_until is not None
+        assert anew.delivery.lease_until - anew.machine_now > timedelta(seconds=190)
+        assert anew.delivery == bench.delivery(begun.chain.id)
+
+    @pytest.mark.parametrize("change", [{"disabled": True}, {"pending_delivery_id": None}])
+    def test_asks_the_chain(self, bench: Bench, change: Mapping[str, Any]) -> None:
+        begun = bench.begun()
+        bench.change(begun.chain, **change)
+        assert bench.store.begin_anew([begun.delivery], lease_seconds=75) == []
+
+    def test_leaves_out_what_is_no_longer_ours(self, bench: Bench) -> None:
+        ours, theirs = bench.begun(), bench.begun()
+        other_begin(bench, theirs)
+        anew = bench.store.begin_anew([theirs.delivery, ours.delivery], lease_seconds=75)
+        assert [one.delivery.id for one in anew] == [ours.delivery.id]
+
+    def test_of_nothing_is_nothing(self, bench: Bench) -> None:
+        assert bench.store.begin_anew([], lease_seconds=75) == []
 
 
 class TestFinish:
@@ -505,13 +596,13 @@ class TestFinish:
     def test_leaves_out_an_earlier_begin_of_the_same_attempt(self, bench: Bench) -> None:
         """It was given back, and begun again with the same number: the process of the first begin is too late."""
         first = bench.begun()
-        bench.database.write(lambda connection: deliveries.give_back(connection, first.delivery))
-        (second,) = bench.store.begin([Owed(first.delivery.id, 1)], lease_seconds=75)
+        bench.database.write(lambda connection: deliveries.give_back(connection, first.delivery, grace_seconds=0))
+        (second,) = bench.store.begin([Owed(first.delivery.id, 1)], lease_seconds=75, called=True)
         assert second.delivery.attempt == first.delivery.attempt
         late = first.delivery
         writes: dict[str, Callable[[Any], Any]] = {
-            "renew": lambda connection: deliveries.renew_lease(connection, late, lease_seconds=1),
-            "give back": lambda connection: deliveries.give_back(connection, late),
+            "renew": lambda connection: bool(deliveries.renew(connection, [late], lease_seconds=1)),
+            "give back": lambda connection: deliveries.give_back(connection, late, grace_seconds=0),
             "postpone": lambda connection: deliveries.postpone(
                 connection, late, what=WaitsFor.HOURS, reason="night", seconds=9
             ),
@@ -536,7 +627,7 @@ class TestFinish:
                 update(DELIVERY).where(DELIVERY.c.id == delivery.id).values(begins=None)
             )
         )
-        (begun,) = bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75)
+        (begun,) = bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75, called=True)
         assert (begun.delivery.attempt, begun.delivery.begins) == (1, None)
         assert bench.store.finish([Finished(begun.delivery, None, NOW)], now=NOW) == {delivery.id}
 
@@ -568,7 +659,7 @@ class TestIdentity:
         record = bench.chain()
         bench.store.write([plan(record)], now=NOW + HOUR, timing=PENDING)
         assert bench.read(record.id).entered_at == record.entered_at, "a plan is no move"
-        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
         bench.store.finish([Finished(begun.delivery, None, NOW)], now=NOW + 2 * HOUR)
         moved = bench.read(record.id)
         assert (moved.started_at, moved.entered_at) == (record.started_at, NOW + 2 * HOUR)
@@ -589,7 +680,7 @@ class TestCallOff:
         record, waits = bench.chain(), []
         for _ in range(4):
             bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
-            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
             due_at = call_off(bench, begun)
             after = bench.read(record.id)
             assert after.due_at == due_at and after.failures == len(waits)
@@ -600,7 +691,7 @@ class TestCallOff:
         record = bench.chain()
         for visit in range(2):
             bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
-            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
             due_at = call_off(bench, begun)
             assert due_at == NOW, visit
             bench.store.write([move(bench.read(record.id))], now=NOW, timing=PENDING)
@@ -609,7 +700,7 @@ class TestCallOff:
     def test_counts_only_what_was_called_off_in_this_visit(self, bench: Bench, before: str) -> None:
         record = bench.chain()
         bench.store.write([plan(record)], now=NOW, timing=PENDING)
-        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
         if before == "a person has cancelled one":
             first = begun.delivery
             by_hand = deliveries.close_and_stay
@@ -620,7 +711,7 @@ class TestCallOff:
             now = bench.read(record.id)
             bench.database.write(lambda connection: chains.set_state(connection, now, now=NOW, **put))
         bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
-        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
         assert call_off(bench, begun) == NOW
         assert bench.read(record.id).failures == 0
 
@@ -632,7 +723,7 @@ class TestCallOff:
         read = bench.read(record.id)
         bench.store.write([plan(read, context=asked.context, kwargs=asked.kwargs)], now=NOW, timing=PENDING)
         assert bench.read(record.id).request is None
-        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
         if newer is not None:
             bench.store.write_request(record.id, newer)
         call_off(bench, begun)
@@ -651,7 +742,7 @@ class TestCallOff:
             if taken is not None:
                 bench.store.write_request(record.id, taken)
             bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
-            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
             if visit == 2:
                 bench.store.write_request(record.id, Request({"n": 2}))
                 if disabled:
@@ -669,7 +760,7 @@ class TestCallOff:
             bench.store.write(
                 [plan(bench.read(record.id), context=asked.context, kwargs=asked.kwargs)], now=NOW, timing=PENDING
             )
-            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
             waits.append((call_off(bench, begun) - NOW).total_seconds())
             assert bench.read(record.id).request == asked
         assert waits[0] == 0 < waits[1] < waits[2]
@@ -805,7 +896,7 @@ class RandomHistory:
             ).all()
         owed = [Owed(row.id, row.attempt + self._random.choice((1, 1, 1, 2))) for row in rows[:4]]
         if owed:
-            begun = self._store.begin(owed, lease_seconds=75)
+            begun = self._store.begin(owed, lease_seconds=75, called=True)
             self._running += sorted(begun, key=lambda attempt: attempt.chain.id)
 
     def _end(self) -> None:
@@ -903,4 +994,6 @@ def end_otherwise(connection: Any, attempt: Begun, how: str, *, now: datetime, d
         deliveries.stop(connection, delivery, status=DeliveryStatus.DEAD, error="no such address", now=now)
     else:
         with clock.shift(timedelta(hours=1)):
-            overdue.mark_unknown(connection, delivery, seconds=-3600, grace_seconds=0, error="its process died")
+            overdue.open_next(
+                connection, delivery, unknown=True, seconds=-3600, grace_seconds=0, error="its process died"
+            )

@@ -166,7 +166,7 @@ class TestProgramsOfTheVersionBefore:
         old_program.begin(deferred)
         old_program.defer(deferred, "rate limit 3/h")
         old_program.begin(died)
-        shop.change_delivery(dispatcher, died, lease_until=shop.LONG_AGO, publish_after=shop.LONG_AGO)
+        shop.change_delivery(dispatcher, died, **shop.LAPSED)
 
         assert dispatcher.relay()["settled"] == 1
         shop.change_delivery(dispatcher, died, next_attempt_at=shop.LONG_AGO)

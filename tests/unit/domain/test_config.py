@@ -606,3 +606,40 @@ class TestRateLimits:
             cart(chain_type=name, callback=self.limited(rate, "mail")) for name, rate in (("x", "1/s"), ("y", "2/s"))
         ]
         refused(lambda: DispatcherConfig(types), "'callback/mail' has two rates: 1/s and 2/s", "chain type 'y'")
+
+    def test_a_callback_has_all_limits_that_it_was_given(self):
+        sends = rate_limit("10/s", name="mail")(
+            rate_limit("1/d", key=lambda _: 1, name="mail")(self.limited("9/h", "a"))
+        )
+        chain = cart(callback=sends, rate_limit="100/m")
+        assert [str(limit) for limit in limits_of(chain, Reminder, "type")] == ["100/m", "10/s", "1/d", "9/h"]
+        assert DispatcherConfig([chain])
+
+    def test_two_functions_may_give_the_keys_of_one_limit(self):
+        types = [
+            cart(chain_type=name, callback=rate_limit("1/d", key=lambda _: 1, name="mail")(lambda _: None))
+            for name in ("x", "y")
+        ]
+        assert len({limits_of(chain, Reminder, "type") for chain in types}) == 1
+        assert DispatcherConfig(types)
+
+    def test_one_limit_with_other_rates_besides_is_refused(self):
+        both = rate_limit("9/m", name="mail")(self.limited("1/s", "mail"))
+        types = [cart(chain_type="x", callback=self.limited("1/s", "mail")), cart(chain_type="y", callback=both)]
+        refused(lambda: DispatcherConfig(types), "'callback/mail' has two rates: 1/s and 1/s with 9/m", "'y'")
+
+    def test_a_key_function_that_must_be_awaited_is_refused(self):
+        async def customer(_):
+            return 1
+
+        def customers(_):
+            yield 1
+
+        for key, problem in ((customer, "an async function"), (customers, "`yield`")):
+            callback = rate_limit("1/d", key=key, name="mail")(lambda _: None)
+            own = variant(Reminder, "Own", callback=callback)
+            for options in ({"callback": callback}, {"callbacks": {"mail": callback}}, {"transitions": {NEW: [own]}}):
+                transitions = options.pop("transitions", {NEW: [Reminder]})
+                with pytest.raises(ConfigurationError, match="the `key` of the rate limit 'key/mail'") as caught:
+                    cart(transitions, **options)
+                assert problem in str(caught.value)

@@ -93,6 +93,8 @@ DELIVERY = DeliveryRecord(
     has_place=False,
     rest_until=NOW + timedelta(days=3),
     request=None,
+    lapse_seen_at=None,
+    uncalled=None,
 )
 
 

@@ -1,0 +1,274 @@
+"""A group of attempts: begun together, called one after the other, recorded together.
+
+    begin · peek · load · [last look · hours · mark · count · call] for each · finish
+
+The facts of a group are loaded together, and are at most a second old when an attempt's turn comes. When the second has
+passed, what was called is recorded. Then as many of the rest as that second held begin anew, with facts of their own;
+the others go back and are published again, so that other workers take them.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, Final, Protocol
+
+from sqlalchemy.exc import DBAPIError
+
+from dispatcher.delivery.attempt import (
+    Attempt,
+    Called,
+    CannotBeRead,
+    Deferred,
+    End,
+    Failed,
+    TakenOver,
+    make_attempt,
+)
+from dispatcher.delivery.ends import Ends
+from dispatcher.delivery.leases import Leases
+from dispatcher.delivery.marks import Marks, Tempo
+from dispatcher.delivery.pacing import Deferral, Pacing
+from dispatcher.delivery.recording import patiently
+from dispatcher.delivery.watchdog import Watchdog
+from dispatcher.domain.callbacks import resolve_callback
+from dispatcher.domain.config import DispatcherConfig
+from dispatcher.domain.contexts import load_contexts
+from dispatcher.domain.records import Begun, Owed
+from dispatcher.domain.results import AttemptResult
+from dispatcher.domain.unreadable import unreadable
+from dispatcher.errors import ServiceUnavailable, ends_process
+from dispatcher.settings import Settings
+from dispatcher.states import AttemptOutcome, WaitsFor
+from dispatcher.storage import deliveries
+from dispatcher.storage.database import Database
+from dispatcher.storage.store import Store
+from dispatcher.transition import Transition
+
+logger = logging.getLogger(__name__)
+
+_SECOND: Final = 1.0
+
+
+class PausedTypes(Protocol):
+    """The names of the chain types that are paused."""
+
+    def __contains__(self, type_name: str, /) -> bool: ...
+
+
+class OutOfTime(Exception):  # noqa: N818 - its name is shown as the reason of a failed attempt
+    """The facts and guards of an attempt took so long that its callback may not begin any more in this task."""
+
+
+@dataclass(slots=True)
+class _Turns:
+    """The turns of one begun group: since when its facts are loaded, and how many turns there were since then."""
+
+    marks: Marks
+    call_by: float
+    waiting: Sequence[Attempt] = ()
+    since: float = field(default_factory=time.monotonic)
+    taken: int = 0
+
+    @property
+    def are_over(self) -> bool:
+        """Whether no further turn may begin. The first after each load always may."""
+        now = time.monotonic()
+        return self.taken > 0 and (now - self.since >= _SECOND or now >= self.call_by)
+
+    @property
+    def turn_seconds(self) -> float:
+        """How long a turn took; 0 before the first one has ended."""
+        return (time.monotonic() - self.since) / self.taken if self.taken else 0.0
+
+
+class Groups:
+    """Makes groups of attempts for one deployment."""
+
+    def __init__(
+        self,
+        *,
+        config: DispatcherConfig,
+        settings: Settings,
+        database: Database,
+        store: Store,
+        paused: PausedTypes,
+        pacing: Pacing,
+        leases: Leases,
+        watchdog: Watchdog,
+        ends: Ends,
+    ) -> None:
+        self._config = config
+        self._settings = settings
+        self._database = database
+        self._store = store
+        self._paused = paused
+        self._pacing = pacing
+        self._leases = leases
+        self._watchdog = watchdog
+        self._ends = ends
+        self._tempo = Tempo()
+
+    @property
+    def size(self) -> int:
+        """How many attempts to begin together: as many as a second held lately."""
+        return self._tempo.group_size
+
+    def deliver(self, owed: Sequence[Owed], *, call_by: float) -> list[AttemptResult]:
+        """Make one attempt at each of these deliveries. No callback begins after `call_by` (monotonic seconds)."""
+        began, called = time.monotonic(), self._tempo.is_quick
+        begun = self._store.begin(owed, lease_seconds=self._leases.seconds, called=called)
+        with self._leases.kept(row.delivery for row in begun):
+            waiting, results = self._ready(begun, began)
+            marked = {attempt.delivery.id for attempt in waiting} if called else set()
+            turns = _Turns(Marks(self._store, self._leases.seconds, marked=marked, at=began), call_by, waiting)
+            while turns.waiting:
+                results += self._call_for_a_second(turns)
+                self._tempo.note(turns.taken, turn_seconds=turns.turn_seconds, group_seconds=time.monotonic() - began)
+                results += self._go_on(turns)
+        return results + self._not_begun(owed, begun)
+
+    # --- begun -------------------------------------------------------------------------------------------------------
+
+    def _ready(self, begun: Sequence[Begun], began: float) -> tuple[list[Attempt], list[AttemptResult]]:
+        """The attempts that may go on, and the results of the others."""
+        attempts: list[Attempt] = []
+        results: list[AttemptResult] = []
+        for row in begun:
+            ready = self._ready_to_load(row, began)
+            if isinstance(ready, Attempt):
+                attempts.append(ready)
+            else:
+                results.append(ready)
+        return attempts, results
+
+    def _ready_to_load(self, begun: Begun, began: float) -> Attempt | AttemptResult:
+        """The attempt with its definition; a result where that is unknown here, or where the attempt has to wait."""
+        now = self._database.domain_now(begun.machine_now)
+        delivery = begun.delivery
+        try:
+            chain_type = self._config.by_type[begun.chain.chain_type]
+            transition_class = chain_type.by_name[delivery.transition]
+            callback = resolve_callback(chain_type, transition_class, delivery.callback)
+        except KeyError as error:
+            return self._ends.unknown_definition(begun, error.args[0], now)
+        attempt = Attempt(begun, chain_type, transition_class, callback, now, began)
+        if chain_type.chain_type in self._paused:
+            reason = f"chain type {chain_type.chain_type} is paused"
+            return self._ends.record(attempt, Deferred(Deferral(WaitsFor.PAUSED, reason, 0.0)))
+        problem = unreadable(begun.chain.context, delivery.context, delivery.kwargs, delivery.request)
+        if problem is not None:
+            return self._ends.record(attempt, CannotBeRead(problem))
+        try:
+            deferral = self._pacing.peek(chain_type, begun, now)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the attempt must not stay begun
+            return self._ends.record(attempt, Failed(error))
+        return attempt if deferral is None else self._ends.record(attempt, Deferred(deferral))
+
+    def _not_begun(self, owed: Sequence[Owed], begun: Sequence[Begun]) -> list[AttemptResult]:
+        """The results of attempts that did not begin. It is asked last, because an error here must not keep others."""
+        begun_ids = {row.delivery.id for row in begun}
+        refused = [message for message in owed if message.delivery_id not in begun_ids]
+        if not refused:
+            return []
+        try:
+            with self._database.read() as connection:
+                outcomes = deliveries.why_not_begun(connection, [message.delivery_id for message in refused])
+        except (ServiceUnavailable, DBAPIError):
+            if not begun:
+                raise
+            outcomes = {message.delivery_id: AttemptOutcome.STALE for message in refused}
+        return [
+            self._ends.not_begun(message.delivery_id, message.attempt, outcomes[message.delivery_id])
+            for message in refused
+        ]
+
+    # --- turns -------------------------------------------------------------------------------------------------------
+
+    def _call_for_a_second(self, turns: _Turns) -> list[AttemptResult]:
+        """Load the facts, and give each attempt its turn while these are fresh; record callbacks that returned."""
+        loaded = _load([attempt for attempt in turns.waiting if not attempt.delivery.unknown])
+        turns.since, turns.taken = time.monotonic(), 0
+        called: list[tuple[Attempt, Called]] = []
+        results: list[AttemptResult] = []
+        try:
+            while turns.waiting and not turns.are_over:
+                attempt, turns.waiting = self._at_its_turn(turns.waiting[0]), turns.waiting[1:]
+                end = make_attempt(
+                    attempt,
+                    None if attempt.delivery.unknown else loaded.get(attempt.begun.chain.id, {}),
+                    last_look_seconds=self._settings.last_look_seconds,
+                    mark_known=self._ends.mark_known,
+                    before_call=partial(self._before_call, turns),
+                    watched=self._watchdog.watched,
+                )
+                turns.taken += 1
+                if isinstance(end, Called):
+                    called.append((attempt, end))
+                else:
+                    results.append(self._ends.record(attempt, end))
+        finally:  # an error with one of the others must not make their effects unknown
+            results += self._ends.record_called(called)
+        return results
+
+    def _before_call(self, turns: _Turns, attempt: Attempt, transition: Transition) -> End | None:
+        """The end of an attempt whose callback may not be called now. None: it may, and is counted for its limits."""
+        chain_type, delivery = attempt.chain_type, attempt.delivery
+        if time.monotonic() >= turns.call_by:
+            return Failed(OutOfTime(f"no callback begins later than {self._settings.lock_seconds:g} s into its task"))
+        try:
+            hours = None
+            if chain_type.hours is not None:
+                now = self._domain_now(attempt)
+                hours = self._pacing.hours(chain_type, delivery.chain_id, transition.context, now)
+            asked = self._pacing.asked(chain_type, transition, delivery)
+        except BaseException as error:  # the key of a limit is user code, and guards may replace the context
+            if ends_process(error):
+                raise
+            return Failed(error)
+        if hours is not None:
+            return Deferred(hours)
+        following = [waiting.delivery for waiting in turns.waiting]
+        allow = partial(turns.marks.allow, delivery, following, turn_seconds=turns.turn_seconds)
+        if not patiently(allow, until=turns.call_by):
+            return TakenOver()
+        deferral = self._pacing.count(asked, delivery)
+        return None if deferral is None else Deferred(deferral)
+
+    def _go_on(self, turns: _Turns) -> list[AttemptResult]:
+        """Begin as many of the waiting attempts anew as the last second held; the results of the others, given back."""
+        if not turns.waiting:
+            return []
+        kept = [] if time.monotonic() >= turns.call_by else turns.waiting[: turns.taken]
+        kept = [attempt for attempt in kept if attempt.chain_type.chain_type not in self._paused]
+        began = time.monotonic()
+        rows = self._store.begin_anew([attempt.delivery for attempt in kept], lease_seconds=self._leases.seconds)
+        anew = {row.delivery.id: row for row in rows}
+        back = [attempt for attempt in turns.waiting if attempt.delivery.id not in anew]
+        turns.waiting = [
+            replace(attempt, begun=anew[attempt.delivery.id], began=began)
+            for attempt in kept
+            if attempt.delivery.id in anew
+        ]
+        return self._ends.give_back(back)
+
+    def _at_its_turn(self, attempt: Attempt) -> Attempt:
+        return replace(attempt, now=self._domain_now(attempt))
+
+    def _domain_now(self, attempt: Attempt) -> datetime:
+        """Domain time at this moment, reckoned from the database's clock as of the begin."""
+        elapsed = timedelta(seconds=time.monotonic() - attempt.began)
+        return self._database.domain_now(attempt.begun.machine_now + elapsed)
+
+
+def _load(attempts: Sequence[Attempt]) -> dict[int, Mapping[str, Any] | BaseException]:
+    """What each chain type's `load_context` gives for its chains: `{chain id: context or what it raised}`."""
+    groups: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt.chain_type.chain_type, []).append(attempt)
+    loaded: dict[int, Mapping[str, Any] | BaseException] = {}
+    for group in groups.values():
+        loaded.update(load_contexts(group[0].chain_type, [attempt.begun.chain for attempt in group]))
+    return loaded

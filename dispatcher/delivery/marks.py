@@ -1,0 +1,58 @@
+"""Which attempts of a group may be called: a mark in the row says that the callback may have been called.
+
+If the process dies, an attempt without the mark was certainly not called: the next attempt looks again. One with the
+mark has an unknown effect. The mark is written for as many attempts as are called within the next hundredths of a
+second: slow callbacks get a mark each, and quick ones share one. Where whole groups were quick lately, the begin itself
+marks them, so that the mark costs nothing.
+"""
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Final
+
+from dispatcher.domain.records import DeliveryRecord
+from dispatcher.storage.store import Store
+
+_EXPOSED_SECONDS: Final = 0.02
+"""For how long an attempt may be marked before its turn comes."""
+
+_FIRST_GROUP: Final = 10
+_LARGEST_GROUP: Final = 50
+
+
+class Tempo:
+    """How fast the attempts of this process were lately."""
+
+    def __init__(self) -> None:
+        self.group_size = _FIRST_GROUP
+        self.is_quick = False
+
+    def note(self, turns: int, *, turn_seconds: float, group_seconds: float) -> None:
+        """Note one group: how many attempts had their turn, how long a turn took, and all of it from the begin on."""
+        fits = int(1 / turn_seconds) if turn_seconds * _LARGEST_GROUP > 1 else _LARGEST_GROUP
+        self.group_size = max(1, fits)
+        self.is_quick = turns > 0 and group_seconds < _EXPOSED_SECONDS
+
+
+class Marks:
+    """The marks of one begun group. `marked` are the ids of those that its begin has marked, at `at` (monotonic s)."""
+
+    def __init__(self, store: Store, lease_seconds: float, *, marked: Collection[str], at: float) -> None:
+        self._store = store
+        self._lease_seconds = lease_seconds
+        self._marked = marked
+        self._at = at
+
+    def allow(self, delivery: DeliveryRecord, following: Sequence[DeliveryRecord], *, turn_seconds: float) -> bool:
+        """Whether the attempt may be called: it is still ours, its row has the mark, and its lease is fresh.
+
+        `following` are those whose turns come next, and `turn_seconds` says how long a turn takes.
+        """
+        now = time.monotonic()
+        if delivery.id in self._marked and now - self._at < self._lease_seconds / 4:
+            return True
+        more = int(_EXPOSED_SECONDS / turn_seconds) if turn_seconds else 0
+        asked = [delivery, *following[:more]]
+        self._marked = self._store.mark_called(asked, lease_seconds=self._lease_seconds)
+        self._at = now
+        return delivery.id in self._marked
