@@ -2,63 +2,73 @@
 
 Every function works when Redis is away: `acquire` then succeeds for all chains, and `mark_queued` gives all chains, so
 that evaluation continues. Keys, each with a TTL: `{prefix}:lock:{chain_id}` (the token of the holder),
-`{prefix}:queued:{chain_id}`, and `{prefix}:crash:{chain_id}` (how many executions have begun and not ended).
+`{prefix}:queued:{chain_id}`, and `{prefix}:crash:{chain_id}` (how many executions have begun and not ended). A key that
+would stay longer than its own length, because the server's clock was wrong when it was set, counts as not set.
 """
 
-import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, Final
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
+from dispatcher.coordination.scripts import Script
 from dispatcher.errors import ConfigurationError, ServiceUnavailable
 from dispatcher.telemetry import Action, emit
 from dispatcher.urls import require_plain, without_password
 
 logger = logging.getLogger(__name__)
 
-_CRASH_SECONDS: Final = 86_400
+_CRASH_MILLISECONDS: Final = 86_400_000
 _AWAY_SECONDS: Final = 5.0
 
 
-class _Script:
-    """A Lua script, and the hash under which the server caches it."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-
-# The scripts build the keys from the prefix and from the ids, which are one argument. Three keys per chain as KEYS
-# would cost a batch more than the rest of the script. (This does not work on a Redis cluster, but Celery cannot use a
-# cluster as its broker either.)
+# The end of a key is a moment of the server's clock. If that clock was ahead when the key was set and is right again,
+# the key would stay for too long, days perhaps. So a value says how long its key lives ("<token>.<milliseconds>"). A
+# key that would live longer, and longer than a key of the caller, counts as not set. Five seconds more are allowed, so
+# that a small correction of the clock ends no lock. Only keys that are in the way are looked at.
+_LATE: Final = """
+local function is_late(key, value, milliseconds)
+  local longest = math.max(tonumber(milliseconds), tonumber(string.match(value, '%.(%d+)$')) or 0)
+  return redis.call('PTTL', key) > longest + 5000
+end
+"""
 
 # SET NX PX for each lock. A lock that has our token already counts as taken, because the reply to an earlier try may be
 # lost. The same round trip counts the execution as begun and clears its queued marker. The answer leaves out each chain
 # that was locked and has no crash. For the others it has the id, and then -1 if another process has the lock, else the
 # number of earlier executions that never ended.
-_ACQUIRE: Final = _Script("""
-local prefix, token, milliseconds, crash_seconds = unpack(ARGV, 1, 4)
+_ACQUIRE: Final = Script(
+    _LATE
+    + """
+local prefix, token, milliseconds, crash_milliseconds = unpack(ARGV, 1, 4)
 local answer = {}
 for id in string.gmatch(ARGV[5], '%d+') do
   local lock = prefix .. ':lock:' .. id
   local mine = redis.call('SET', lock, token, 'NX', 'PX', milliseconds)
-  if not mine then mine = redis.call('GET', lock) == token end
+  if not mine then
+    local holder = redis.call('GET', lock)
+    mine = holder == token
+    if not mine and is_late(lock, holder, milliseconds) then
+      mine = redis.call('SET', lock, token, 'PX', milliseconds)
+    end
+  end
   redis.call('DEL', prefix .. ':queued:' .. id)
   local earlier = -1
   if mine then
     local crash = prefix .. ':crash:' .. id
     earlier = redis.call('INCR', crash) - 1
-    redis.call('EXPIRE', crash, crash_seconds)
+    if earlier > 0 and is_late(crash, '', crash_milliseconds) then
+      redis.call('SET', crash, 1)
+      earlier = 0
+    end
+    redis.call('PEXPIRE', crash, crash_milliseconds)
   end
   if earlier ~= 0 then
     answer[#answer + 1] = id
@@ -66,10 +76,11 @@ for id in string.gmatch(ARGV[5], '%d+') do
   end
 end
 return answer
-""")
+"""
+)
 
 # Deletes only locks with our token, because a lock may have expired and now belong to another process.
-_RELEASE: Final = _Script("""
+_RELEASE: Final = Script("""
 local prefix, token = ARGV[1], ARGV[2]
 local released = 0
 for id in string.gmatch(ARGV[3], '%d+') do
@@ -82,7 +93,7 @@ return released
 """)
 
 # Releases the locks of chains that were not executed. `_ACQUIRE` counted each as begun; this takes the one back.
-_SET_ASIDE: Final = _Script("""
+_SET_ASIDE: Final = Script("""
 local prefix, token = ARGV[1], ARGV[2]
 for id in string.gmatch(ARGV[3], '%d+') do
   local lock = prefix .. ':lock:' .. id
@@ -93,6 +104,43 @@ for id in string.gmatch(ARGV[3], '%d+') do
 end
 return 0
 """)
+
+# Gives the chains that are locked.
+_LOCKED: Final = Script(
+    _LATE
+    + """
+local prefix, milliseconds = ARGV[1], ARGV[2]
+local locked = {}
+for id in string.gmatch(ARGV[3], '%d+') do
+  local lock = prefix .. ':lock:' .. id
+  local holder = redis.call('GET', lock)
+  if holder and not is_late(lock, holder, milliseconds) then locked[#locked + 1] = id end
+end
+return locked
+"""
+)
+
+# SET NX PX for each marker; gives the chains that were not marked. A marker that has our token was not there before.
+_MARK: Final = Script(
+    _LATE
+    + """
+local prefix, token, milliseconds = unpack(ARGV, 1, 3)
+local fresh = {}
+for id in string.gmatch(ARGV[4], '%d+') do
+  local marker = prefix .. ':queued:' .. id
+  local is_fresh = redis.call('SET', marker, token, 'NX', 'PX', milliseconds)
+  if not is_fresh then
+    local value = redis.call('GET', marker)
+    is_fresh = value == token
+    if not is_fresh and is_late(marker, value, milliseconds) then
+      is_fresh = redis.call('SET', marker, token, 'PX', milliseconds)
+    end
+  end
+  if is_fresh then fresh[#fresh + 1] = id end
+end
+return fresh
+"""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +172,7 @@ class ChainLocks:
     def __init__(self, url: str | None, *, prefix: str, lock_seconds: float, connect_seconds: float) -> None:
         self.prefix = prefix
         self.lock_seconds = lock_seconds
+        self._milliseconds = int(lock_seconds * 1000)
         self.address = without_password(url) if url else ""
         self._client: redis.Redis | None = None
         self._away_until = 0.0
@@ -156,9 +205,9 @@ class ChainLocks:
         """Take the locks of these chains without waiting. Chains locked by others are in `locked` of the result."""
         if not chain_ids:
             return Held(None, ())
-        token = secrets.token_hex(16)
-        milliseconds = str(int(self.lock_seconds * 1000))
-        answer = self._ask(partial(self._run, _ACQUIRE, token, milliseconds, str(_CRASH_SECONDS), _listed(chain_ids)))
+        token = _token(16, self._milliseconds)
+        lengths = (self._milliseconds, _CRASH_MILLISECONDS)
+        answer = self._ask(_ACQUIRE, token, *lengths, _listed(chain_ids))
         if answer is None:
             return Held(None, tuple(chain_ids))
         if not answer:
@@ -171,45 +220,34 @@ class ChainLocks:
     def release(self, held: Held) -> None:
         """Release the locks of `held`, and clear the crash counters of its chains."""
         if held.token is not None and held.held:
-            self._ask(partial(self._run, _RELEASE, held.token, _listed(held.held)))
+            self._ask(_RELEASE, held.token, _listed(held.held))
 
     def set_aside(self, held: Held, chain_ids: Sequence[int]) -> Held:
         """Release the locks of chains that were not executed, without counting a crash; gives the locks still held."""
         if held.token is not None:
-            self._ask(partial(self._run, _SET_ASIDE, held.token, _listed(chain_ids)))
+            self._ask(_SET_ASIDE, held.token, _listed(chain_ids))
         left = tuple(chain_id for chain_id in held.held if chain_id not in set(chain_ids))
         return Held(held.token, left, held.locked)
 
     def locked(self, chain_ids: Sequence[int]) -> set[int]:
         """The chains among these that are locked now; reads only."""
-        client = self._client
-        if client is None or not chain_ids:
-            return set()
-        values = self._ask(lambda: client.mget([self._key("lock", chain_id) for chain_id in chain_ids]))
-        return {chain_id for chain_id, value in zip(chain_ids, values or (), strict=False) if value is not None}
+        answer = self._ask(_LOCKED, self._milliseconds, _listed(chain_ids)) if chain_ids else ()
+        return set(map(int, answer or ()))
 
     def mark_queued(self, chain_ids: Sequence[int], *, seconds: float) -> list[int]:
         """Mark chains as queued; gives those that were not marked before, in order (all of them when Redis is away)."""
-        client = self._client
-        if client is None or not chain_ids:
-            return list(chain_ids)
-
-        def mark() -> list[Any]:
-            pipeline = client.pipeline(transaction=False)
-            for chain_id in chain_ids:
-                pipeline.set(self._key("queued", chain_id), "1", nx=True, px=int(seconds * 1000))
-            return pipeline.execute()
-
-        answers = self._ask(mark)
-        if answers is None:
-            return list(chain_ids)
-        return [chain_id for chain_id, fresh in zip(chain_ids, answers, strict=True) if fresh]
+        if not chain_ids:
+            return []
+        milliseconds = int(seconds * 1000)
+        answer = self._ask(_MARK, _token(6, milliseconds), milliseconds, _listed(list(dict.fromkeys(chain_ids))))
+        return list(chain_ids) if answer is None else list(map(int, answer))
 
     def unmark_queued(self, chain_ids: Sequence[int]) -> None:
         """Remove the queued markers of chains whose message could not be published."""
         client = self._client
         if client is not None and chain_ids:
-            self._ask(lambda: client.delete(*(self._key("queued", chain_id) for chain_id in chain_ids)))
+            keys = [f"{self.prefix}:queued:{chain_id}" for chain_id in chain_ids]
+            self._answer(lambda: client.delete(*keys))
 
     def examine(self) -> "LockFacts | None":
         """Facts about the lock server and its keys; None without a lock server. Raises `ServiceUnavailable`."""
@@ -245,31 +283,14 @@ class ChainLocks:
         if self._client is not None:
             self._client.close()
 
-    def _run(self, script: "_Script", *arguments: str) -> Any:
-        """The answer of a script. Bypasses `register_script` of the client, which takes three times as long."""
-        assert self._client is not None
-        pool = self._client.connection_pool
-        connection: Any = pool.get_connection()
+    def _ask(self, script: Script, *arguments: str | int) -> Any:
+        """The answer of a script, or None if the server is away."""
+        client = self._client
+        return None if client is None else self._answer(lambda: script.run(client, self.prefix, *arguments))
 
-        def exchange() -> Any:
-            connection.send_command("EVALSHA", script.sha, 0, self.prefix, *arguments)
-            try:
-                return connection.read_response()
-            except NoScriptError:  # the server was restarted, or its scripts were flushed
-                connection.send_command("EVAL", script.text, 0, self.prefix, *arguments)
-                return connection.read_response()
-
-        try:
-            return connection.retry.call_with_retry(exchange, lambda _: connection.disconnect())
-        finally:
-            pool.release(connection)
-
-    def _key(self, kind: str, chain_id: int) -> str:
-        return f"{self.prefix}:{kind}:{chain_id}"
-
-    def _ask(self, question: Any) -> Any:
+    def _answer(self, question: Callable[[], Any]) -> Any:
         """The server's answer, or None if the server is away; it is then not asked again for some seconds."""
-        if self._client is None or time.monotonic() < self._away_until:
+        if time.monotonic() < self._away_until:
             return None
         try:
             return question()
@@ -283,6 +304,11 @@ class ChainLocks:
                 type(error).__name__,
             )
             return None
+
+
+def _token(size: int, milliseconds: int) -> str:
+    """A value that no other caller writes, and that says how long its key lives."""
+    return f"{secrets.token_hex(size)}.{milliseconds}"
 
 
 def _listed(chain_ids: Sequence[int]) -> str:

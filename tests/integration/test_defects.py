@@ -203,7 +203,7 @@ def test_each_reason_has_an_exception_of_its_own_and_all_have_one_root(
     dispatcher = make_dispatcher(shop.cart({NEW: [shop.Never], "sending": [shop.Remind]}, callback=shop.Sink()))
     locked, resting, disabled, waiting = (shop.new_chain(dispatcher, number) for number in range(4))
     with redis.Redis.from_url(redis_url) as client:
-        client.set(f"dispatcher:lock:{locked.id}", "another's", px=60_000)
+        client.set(f"dispatcher:lock:{locked.id}", "another's", px=30_000)
     shop.change_chain(dispatcher, resting.id, next_update_at=datetime.now(UTC) + timedelta(days=1))
     disabled.disable()
     waiting.move_to("sending", "set up")

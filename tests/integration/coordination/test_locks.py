@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Self
 
 import pytest
@@ -150,6 +150,21 @@ def test_a_lock_whose_reply_was_lost_counts_as_acquired(make_locks: Locks, redis
         locks.close()
 
 
+def test_a_marker_whose_reply_was_lost_counts_as_set(redis_server: RedisServer) -> None:
+    """Otherwise nobody would publish the chain until its marker ends."""
+    redis_server.clear()
+    with (
+        Proxy(redis_server.port) as proxy,
+        closing(ChainLocks(proxy.url, prefix="test", lock_seconds=30, connect_seconds=2)) as locks,
+    ):
+        assert locks.mark_queued([1], seconds=60) == [1]
+        proxy.lose_reply.set()
+
+        assert locks.mark_queued([1, 2, 3], seconds=60) == [2, 3]
+
+        assert proxy.lost == 1
+
+
 def test_a_chain_whose_executions_never_ended_is_counted(make_locks: Locks, redis_url: str) -> None:
     locks = make_locks()
     for crashes in range(3):
@@ -256,7 +271,7 @@ def test_a_chain_that_is_locked_is_not_executed_and_stays_due(
     dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
     chain, other = shop.new_chain(dispatcher, 1), shop.new_chain(dispatcher, 2)
     with redis.Redis.from_url(redis_url) as client:
-        client.set(f"dispatcher:lock:{chain.id}", "another's", px=60_000)
+        client.set(f"dispatcher:lock:{chain.id}", "another's", px=30_000)
 
     results = dispatcher.execute_chains([chain.id, other.id])
 
