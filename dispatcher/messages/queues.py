@@ -1,5 +1,6 @@
 """The names of tasks and queues, and Celery's settings for a deployment."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -21,6 +22,12 @@ QUEUES: Final = (REQUESTS_QUEUE, CHAINS_QUEUE, CALLBACKS_QUEUE, SWEEPS_QUEUE)
 MAX_COUNTDOWN: Final = 60.0
 """The longest wait in the broker, in seconds. Longer waits are in rows."""
 
+MAX_BEAT: Final = 60.0
+"""The longest interval of a beat entry, in seconds."""
+
+PRUNE_SECONDS: Final = 86_400.0
+"""The interval of the prune."""
+
 RETRY_POLICY: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0.2}
 
 
@@ -30,12 +37,13 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
     `queues` are the queues of the chain types, in addition to the four of this package.
     """
     seconds = settings.broker_seconds
-    schedule: dict[str, Any] = {
-        SWEEP: {"task": SWEEP, "schedule": settings.sweep_seconds, "options": {"queue": SWEEPS_QUEUE}},
-        RELAY: {"task": RELAY, "schedule": settings.relay_seconds, "options": {"queue": SWEEPS_QUEUE}},
-    }
+    passes = {SWEEP: settings.sweep_seconds, RELAY: settings.relay_seconds}
     if settings.retention_days is not None:
-        schedule[PRUNE] = {"task": PRUNE, "schedule": 86_400.0, "options": {"queue": SWEEPS_QUEUE}}
+        passes[PRUNE] = PRUNE_SECONDS
+    schedule: dict[str, Any] = {
+        name: {"task": name, "schedule": beat_seconds(interval), "options": {"queue": SWEEPS_QUEUE}}
+        for name, interval in passes.items()
+    }
     return {
         "broker_url": broker_url,
         "result_backend": None,
@@ -60,6 +68,15 @@ def celery_settings(settings: Settings, *, broker_url: str | None, queues: Seque
         "timezone": "UTC",
         "enable_utc": True,
     }
+
+
+def beat_seconds(interval: float) -> float:
+    """How often beat sends a pass with this interval: at most every 60 s, and so that the interval is met exactly.
+
+    The tick's row decides whether the pass runs. So a pass with a long interval runs although beat, which may count
+    from its own start, is restarted every few minutes.
+    """
+    return interval / math.ceil(interval / MAX_BEAT)
 
 
 def declared_queues(type_queues: Sequence[str] = ()) -> list[Queue]:

@@ -4,22 +4,24 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy.engine import Connection
 
-from dispatcher.messages.queues import PRUNE
+from dispatcher.messages.queues import PRUNE, PRUNE_SECONDS
 from dispatcher.passes.turns import Turns, pass_seconds
 from dispatcher.settings import Settings
-from dispatcher.storage import actions, deliveries, history
+from dispatcher.storage import actions, deliveries, history, ticks
 from dispatcher.storage.database import Database
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
 
 _PAGE: Final = 500
-_TICK_SECONDS: Final = 3600.0
+_CONTINUED_SECONDS: Final = 3600.0
 _PASS_SECONDS: Final = 300.0
+_UNFINISHED: Final = {"unfinished": True}
 _NOTHING: Final = {"events": 0, "deliveries": 0, "actions": 0}
 
 
@@ -34,13 +36,26 @@ class Pruner:
     def prune(self, *, days: float | None, tick: bool) -> dict[str, Any]:
         """Delete events, closed deliveries and actions older than `days`: `{"events", "deliveries", "actions"}`.
 
-        In batches; `days` None takes the setting. With `tick=True` only the first caller within an hour does anything.
+        In batches; `days` None takes the setting. With `tick=True` only the first caller within a day does anything, or
+        within an hour where the last prune ran out of time or was killed.
         """
         days = days if days is not None else self._settings.retention_days
         if days is None:
             return dict(_NOTHING)
-        if tick and not self._turns.claim(PRUNE, _TICK_SECONDS):
+        if not tick:
+            return self._prune(days)[0]
+        with self._database.read() as connection:
+            unfinished = bool(ticks.read_position(connection, PRUNE))
+        if not self._turns.claim(PRUNE, _CONTINUED_SECONDS if unfinished else PRUNE_SECONDS):
             return {"claimed": False}
+        self._database.write(partial(ticks.write_position, name=PRUNE, position=_UNFINISHED))
+        counts, finished = self._prune(days)
+        if finished:
+            self._database.write(partial(ticks.write_position, name=PRUNE, position=None))
+        return counts
+
+    def _prune(self, days: float) -> tuple[dict[str, Any], bool]:
+        """What was deleted, and whether that was all."""
         with self._database.read() as connection:
             before = self._database.now(connection) - timedelta(days=days)
             machine_before = self._database.machine_now(connection) - timedelta(days=days)
@@ -51,10 +66,12 @@ class Pruner:
             "deliveries": lambda connection: deliveries.prune(connection, before=machine_before, limit=_PAGE),
             "actions": lambda connection: actions.prune(connection, before=machine_before, limit=_PAGE),
         }
+        finished = True
         for name, step in steps.items():
             deleted = _PAGE
             while deleted == _PAGE and time.monotonic() < stop_at:
                 deleted = self._database.write(step)
                 counts[name] += deleted
+            finished = finished and deleted < _PAGE
         emit(logger, Action.PRUNED, "prune: %s", counts, pruned=counts)
-        return counts
+        return counts, finished
