@@ -61,10 +61,12 @@ class Action(StrEnum):
     STATE_WOKEN = "state_woken"
     SWEPT = "swept"
     TASK_FAILED = "task_failed"
+    TICK_AHEAD = "tick_ahead"
     TIME_ZONE_UNKNOWN = "time_zone_unknown"
     TYPE_PAUSED = "type_paused"
     UNKNOWN_DEFINITION = "unknown_definition"
     UNKNOWN_PAGE = "unknown_page"
+    WAITS_BEGUN_ANEW = "waits_begun_anew"
 
 
 ERRORS: Final = frozenset(
@@ -102,9 +104,11 @@ WARNINGS: Final = frozenset(
         Action.RATE_LIMIT_SERVER_AWAY,
         Action.REPAIRED,
         Action.REQUEST_NOT_PUBLISHED,
+        Action.TICK_AHEAD,
         Action.TIME_ZONE_UNKNOWN,
         Action.UNKNOWN_DEFINITION,
         Action.UNKNOWN_PAGE,
+        Action.WAITS_BEGUN_ANEW,
     }
 )
 """The actions that the library retries or repairs by itself: level WARNING. All other actions are INFO."""

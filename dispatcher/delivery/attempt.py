@@ -163,7 +163,8 @@ def _prepare(
     try:
         context = _context(attempt, loaded)
         age = attempt.begun.machine_now - delivery.planned_at
-        if unknown or age < timedelta(seconds=last_look_seconds):
+        # A plan of the future was made while the database's clock was wrong: nobody knows how old it is.
+        if unknown or timedelta(0) <= age < timedelta(seconds=last_look_seconds):
             return Prepared(bare_transition(attempt, context), looked=False)
         plan = _look_again(attempt, context)
         if not _wins_again(plan, attempt):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from shlex import quote
 from typing import Final
 
@@ -14,10 +15,10 @@ from dispatcher.coordination.locks import ChainLocks
 from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.errors import DispatcherError
 from dispatcher.messages.publisher import Publisher, PublishFailed
-from dispatcher.messages.queues import DELIVER, EXECUTE, QUEUES, RELAY, SWEEP, SWEEPS_QUEUE
+from dispatcher.messages.queues import DELIVER, EXECUTE, PRUNE, PRUNE_SECONDS, QUEUES, RELAY, SWEEP, SWEEPS_QUEUE
 from dispatcher.operators.operations import Operations
 from dispatcher.settings import Settings
-from dispatcher.storage import chain_types, chains, deliveries, overdue, overview, ticks
+from dispatcher.storage import chain_types, chains, deliveries, moments, overdue, overview, ticks
 from dispatcher.storage.database import Database
 from dispatcher.storage.migrations import revisions
 from dispatcher.telemetry import Action, emit
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 _CLOCK_SECONDS: Final = 5.0
 _MISSED_TICKS: Final = 3
 _SHOWN: Final = 20
+_COUNTED: Final = 10_000
+_PAGE: Final = 500
 _ANSWER_SECONDS: Final = 2.0
 
 
@@ -73,8 +76,10 @@ class Doctor:
         """All problems found, those of the set-up first; empty if all is well. Reads only."""
         findings = list(self._database_findings())
         if not findings:
-            findings += self._database_clock_findings()
+            clock = list(self._database_clock_findings())
+            findings += clock
             findings += self._row_findings()
+            findings += self._moment_findings(clock_is_right=not clock or self._database.clock is not None)
             findings += self._delivery_findings()
             findings += self._type_findings()
             findings += self._pass_findings()
@@ -215,6 +220,30 @@ class Doctor:
                 lambda delivery_id=delivery_id: self._write(deliveries.close_orphan, delivery_id),  # type: ignore[misc]
             )
 
+    def _moment_findings(self, *, clock_is_right: bool) -> Iterator[Finding]:
+        """Chains to which something has happened in the future: they may wait until then, and nobody would know why."""
+        with self._database.read() as connection:
+            now = self._database.now(connection)
+            found = moments.chains_ahead(connection, now=now, limit=_COUNTED)
+        if found:
+            count = f"{len(found)}" if len(found) < _COUNTED else f"{_COUNTED} or more"
+            shown = ", ".join(map(str, found[:_SHOWN])) + (", ..." if len(found) > _SHOWN else "")
+            remedy = "--repair sets these moments to now and makes the chains due"
+            yield Finding(
+                "chain",
+                f"{count} were created, moved or written in the future, while a clock was wrong: {shown}",
+                remedy if clock_is_right else "synchronise the clocks first",
+                self._set_right if clock_is_right else None,
+            )
+
+    def _set_right(self) -> None:
+        after_id: int | None = 0
+        while after_id is not None:
+            after_id = self._database.write(partial(self._set_page_right, after_id))
+
+    def _set_page_right(self, after_id: int, connection: Connection) -> int | None:
+        return moments.set_right(connection, after_id=after_id, limit=_PAGE, now=self._database.now(connection))
+
     def _delivery_findings(self) -> Iterator[Finding]:
         with self._database.read() as connection:
             stopped = overview.count_stopped(connection)
@@ -273,7 +302,17 @@ class Doctor:
                 if type_name not in paused and not _asks_every_sweep(chain_type)
                 for position in chains.due_page(connection, type_name=type_name, now=domain_now, after=None, limit=1)
             ]
-        for name, seconds in ((SWEEP, self._settings.sweep_seconds), (RELAY, self._settings.relay_seconds)):
+        for name, moment in ticks.ahead(last_ticks, now).items():
+            yield Finding(
+                "beat",
+                f"{name} last ran {(moment - now).total_seconds():.0f} s in the future, while the clock was wrong",
+                "--repair lets it run again at once",
+                lambda name=name: self._database.write(partial(self._forget_tick, name)),  # type: ignore[misc]
+            )
+        passes = {SWEEP: self._settings.sweep_seconds, RELAY: self._settings.relay_seconds}
+        if self._settings.retention_days is not None:
+            passes[PRUNE] = PRUNE_SECONDS
+        for name, seconds in passes.items():
             last_at = last_ticks.get(name)
             if last_at is None:
                 yield Finding("beat", f"{name} has never run", "start `celery -A workers beat`")
@@ -283,6 +322,9 @@ class Doctor:
         age = (domain_now - min(due, default=domain_now)).total_seconds()
         if age > self._late_seconds():
             yield Finding("sweep", f"the oldest due chain has waited {age:.0f} s", "add workers, or look at their logs")
+
+    def _forget_tick(self, name: str, connection: Connection) -> None:
+        ticks.forget(connection, name, machine_now=self._database.machine_now(connection))
 
     def _late_seconds(self) -> float:
         settings = self._settings

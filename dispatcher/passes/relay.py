@@ -78,6 +78,7 @@ class Relay:
         """
         if tick and not self._turns.claim(RELAY, self._settings.relay_seconds):
             return {"claimed": False}
+        self._turns.look_for_future_waits()
         stop_at = time.monotonic() + pass_seconds(self._settings.relay_seconds)
         relayed = settled = failed = 0
         try:

@@ -18,6 +18,7 @@ from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.domain.fingerprints import fingerprint
 from dispatcher.settings import Settings
 from dispatcher.storage import chain_types, chains, ticks
+from dispatcher.storage.clock import TOLERANCE
 from dispatcher.storage.database import Database
 from dispatcher.telemetry import Action, emit
 
@@ -43,7 +44,7 @@ class _Look:
     """The fingerprints to remember."""
 
     outdated: bool
-    """Whether `fresh` must be written even if nothing has changed: the row has none, or old ones."""
+    """Whether `fresh` must be written even if nothing has changed: the row has none, or old or impossible ones."""
 
 
 class Waker:
@@ -152,11 +153,18 @@ def _remember(type_name: str, fresh: Mapping[str, Mapping[str, str]], connection
 def _seen_now(
     chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime, forget: timedelta
 ) -> dict[str, dict[str, str]]:
-    """The fingerprints to remember: those seen lately, and this configuration's own, as of now."""
+    """The fingerprints to remember: those seen lately, and this configuration's own, as of now.
+
+    One that was seen in the future counts as seen now, because the database's clock was wrong.
+    """
     return {
         state: {
-            **{mark: seen for mark, seen in states.get(state, {}).items() if now - _time(seen) < forget},
-            fingerprint(chain_type, state): now.astimezone(UTC).isoformat(),
+            **{
+                mark: _text(min(_time(seen), now))
+                for mark, seen in states.get(state, {}).items()
+                if now - _time(seen) < forget
+            },
+            fingerprint(chain_type, state): _text(now),
         }
         for state in sorted(chain_type.states)
     }
@@ -177,11 +185,18 @@ def _needs_refresh(
     chain_type: ChainType, states: Mapping[str, Mapping[str, str]], now: datetime, forget: timedelta
 ) -> bool:
     for state in chain_type.states:
-        last = states.get(state, {}).get(fingerprint(chain_type, state))
+        seen = states.get(state, {})
+        last = seen.get(fingerprint(chain_type, state))
         if last is None or now - _time(last) > forget / 4:
+            return True
+        if any(_time(one) > now + TOLERANCE for one in seen.values()):
             return True
     return False
 
 
 def _time(text: str) -> datetime:
     return datetime.fromisoformat(text)
+
+
+def _text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat()

@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 from dispatcher.domain.records import MAX_DETAIL, Budget, TypeRecord
 from dispatcher.states import OperatorAction, SubjectKind
 from dispatcher.storage import actions
+from dispatcher.storage.clock import TOLERANCE
 from dispatcher.storage.models import TYPE, ChainRow, TypeRow
 from dispatcher.storage.statements import insert_or_ignore, one_row
 
@@ -62,7 +63,7 @@ def lock_budget(
     if row.paused:
         return None
     estimate = row.chains_estimate
-    if estimate is None or row.estimated_at is None or machine_now - row.estimated_at > _ESTIMATE_AGE:
+    if estimate is None or not _is_fresh(row.estimated_at, machine_now):
         estimate = connection.execute(select(func.count()).where(ChainRow.chain_type == name)).scalar_one()
         connection.execute(
             update(TypeRow).where(TypeRow.name == name).values(chains_estimate=estimate, estimated_at=machine_now)
@@ -71,7 +72,12 @@ def lock_budget(
     assert limit is not None  # budgets are locked for types with a limit only
     if row.window_at is None or machine_now - row.window_at >= _BUDGET_WINDOW:
         return Budget(machine_now, 0, limit)
-    return Budget(row.window_at, row.window_plans, limit)
+    # An hour that has begun in the future begins anew, with what was counted: the clock was wrong.
+    return Budget(min(row.window_at, machine_now), row.window_plans, limit)
+
+
+def _is_fresh(estimated_at: datetime | None, machine_now: datetime) -> bool:
+    return estimated_at is not None and -TOLERANCE <= machine_now - estimated_at <= _ESTIMATE_AGE
 
 
 def spend_budget(connection: Connection, name: str, budget: Budget, *, spent: int, wanted: int) -> bool:

@@ -213,7 +213,7 @@ def write_request(connection: Connection, chain_id: int, request: Request, *, no
     connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == chain_id)
-        .values(wake=CHAIN.c.wake + 1, request=request.to_json(), due_at=case((free, at_once(now))))
+        .values(wake=CHAIN.c.wake + 1, request=request.to_json(), due_at=case((free, at_once(now))), updated_at=now)
     )
     earlier = json_object(row.request, "request")
     if earlier is not None and (unreadable(earlier) or not same_json(earlier, request.to_json())):
@@ -470,6 +470,7 @@ def make_due(
         .values(
             version=CHAIN.c.version + 1,  # so that a plan or rest that the old candidates have made meanwhile is stale
             due_at=at_once(now),
+            updated_at=now,
         )
     )
     return int(ids[-1])

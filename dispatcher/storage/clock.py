@@ -9,7 +9,7 @@ Tests move it with `shift`, on every database.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Float, bindparam
 from sqlalchemy.ext.compiler import compiles
@@ -17,6 +17,9 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.visitors import InternalTraversal
 
 from dispatcher.storage.models import UtcDateTime
+
+TOLERANCE: Final = timedelta(seconds=5)
+"""A moment of the past that lies further ahead than this is not believed: the clock was wrong when it was written."""
 
 _shifted_by = timedelta(0)
 

@@ -407,7 +407,10 @@ def _event(
 
 
 def follow_disabling(connection: Connection, chain_ids: Sequence[int], *, disabled: bool) -> None:
-    """Hide the pending deliveries of disabled chains from the relay, or show them to it again."""
+    """Hide the pending deliveries of disabled chains from the relay, or show them to it again.
+
+    This ends no wait and begins none, so `waits_since` stays. Once shown, a wait that began in the future is found.
+    """
     for start in range(0, len(chain_ids), 1000):
         connection.execute(
             update(DELIVERY)
@@ -472,7 +475,7 @@ def free_chain(connection: Connection, chain_id: int, *, now: datetime) -> None:
     connection.execute(
         update(CHAIN)
         .where(CHAIN.c.id == chain_id, CHAIN.c.pending_delivery_id.is_not(None), ~owed.exists())
-        .values(pending_delivery_id=None, version=CHAIN.c.version + 1, due_at=unless_disabled(now))
+        .values(pending_delivery_id=None, version=CHAIN.c.version + 1, due_at=unless_disabled(now), updated_at=now)
     )
 
 

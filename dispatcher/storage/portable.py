@@ -260,7 +260,7 @@ def _rest(connection: Connection, rests: Sequence[Rest], *, now: datetime) -> No
         connection.execute(
             update(CHAIN)
             .where(CHAIN.c.id.in_(sorted(rest.record.id for rest in group)))
-            .values(due_at=due_at, failures=failures, **({"request": None} if clear_request else {}))
+            .values(due_at=due_at, failures=failures, updated_at=now, **({"request": None} if clear_request else {}))
         )
     add_events(
         connection,
@@ -295,7 +295,6 @@ def _plan(
         DELIVERY,
         [deliveries.values_of(plan, ids[plan.record.id]) for plan in planned],
         planned_at=clock_plus(0),
-        waits_since=clock_plus(0),
         **_standing(timing),
     )
     owed = (
@@ -346,6 +345,7 @@ def _standing(timing: Timing) -> dict[str, Any]:
             "begins": 0,
             "next_attempt_at": clock_plus(0),
             "publish_after": clock_plus(timing.publish_seconds),
+            "waits_since": clock_plus(0),
         }
     return {
         "status": DeliveryStatus.RUNNING,
@@ -354,6 +354,7 @@ def _standing(timing: Timing) -> dict[str, Any]:
         "next_attempt_at": clock_plus(0),
         "publish_after": clock_plus(timing.lease_seconds),
         "lease_until": clock_plus(timing.lease_seconds),
+        "waits_since": clock_plus(0),
     }
 
 

@@ -115,7 +115,8 @@ WITH i AS (
   LIMIT (SELECT cardinality(%(ids)s::bigint[]))
 ), rested AS (
   UPDATE chain_dispatcher_chain c
-  SET due_at = i.due_at, failures = i.failures, request = CASE WHEN NOT i.clears THEN c.request END
+  SET due_at = i.due_at, failures = i.failures, request = CASE WHEN NOT i.clears THEN c.request END,
+    updated_at = %(now)s
   FROM i
   WHERE c.id = i.id AND c.version = i.version AND c.wake = i.wake
     AND NOT c.disabled AND c.pending_delivery_id IS NULL
@@ -171,7 +172,7 @@ WITH old AS (
   FROM chain_dispatcher_chain WHERE id = %(id)s FOR NO KEY UPDATE
 ), written AS (
   UPDATE chain_dispatcher_chain c
-  SET wake = c.wake + 1, request = %(request)s::json,
+  SET wake = c.wake + 1, request = %(request)s::json, updated_at = old.now,
     due_at = CASE WHEN c.pending_delivery_id IS NULL AND NOT c.disabled THEN greatest(old.now, c.next_update_at) END
   FROM old
   WHERE c.id = old.id

@@ -610,6 +610,7 @@ def test_terminal_chains_are_left_alone_by_every_pass(make_dispatcher: shop.Make
     chain = shop.new_chain(dispatcher)
     dispatcher.execute_chains([chain.id])
     dispatcher.sweep()
+    dispatcher.relay()
     before = shop.dump_rows(dispatcher)
 
     assert dispatcher.sweep()["due"] == 0

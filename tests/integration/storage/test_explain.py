@@ -17,7 +17,7 @@ from sqlalchemy import Connection, event
 
 from dispatcher import NEW
 from dispatcher.domain.records import DuePosition
-from dispatcher.storage import chains, overdue
+from dispatcher.storage import chains, moments, overdue
 from dispatcher.storage.database import Database
 from dispatcher.storage.models import CHAIN, DELIVERY
 from tests.integration import shop
@@ -305,7 +305,9 @@ def not_owed(later: datetime, number: int) -> tuple[str, datetime | None]:
     )[number % 5]
 
 
-def delivery_row(number: int, ids: Sequence[int], status: str, publish_after: datetime | None) -> dict[str, Any]:
+def delivery_row(
+    number: int, ids: Sequence[int], status: str, publish_after: datetime | None, **values: Any
+) -> dict[str, Any]:
     return {
         "id": str(uuid.uuid4()),
         "idempotency_key": str(uuid.uuid4()),
@@ -320,6 +322,7 @@ def delivery_row(number: int, ids: Sequence[int], status: str, publish_after: da
         "max_attempts": 5,
         "planned_at": shop.LONG_AGO,
         "publish_after": publish_after,
+        **values,
     }
 
 
@@ -340,3 +343,71 @@ def test_a_relay_reads_what_is_overdue_and_nothing_of_what_is_under_way(
     else:  # or those that run, which are as many as there are processes, and sorts them
         assert plan.indexes in ({RELAY_INDEX}, {STATUS_INDEX}) and not plan.scans, plan.text
         assert plan.read is None or plan.read <= 2 * OVERDUE + SLACK, plan.text
+
+
+# --- waits that began in the future ----------------------------------------------------------------------------------
+
+WAITING = 6_000
+BEGUN_AHEAD = 250
+
+
+@pytest.fixture
+def waiting(database: Database) -> Database:
+    """Many deliveries that wait in the relay's index, some of which began in the future, among others that do not."""
+    now = datetime.now(UTC)
+    insert(database, CHAIN, [chain_row(number, None) for number in range(RESTING // 4)])
+    with database.read() as connection:
+        ids = list(connection.execute(CHAIN.select().with_only_columns(CHAIN.c.id)).scalars())
+    later, ahead = now + timedelta(hours=1), now + timedelta(days=2)
+    statuses = ("pending", "running")
+    rows = [
+        delivery_row(number, ids, statuses[number % 2], later + timedelta(seconds=number), waits_since=now)
+        for number in range(WAITING)
+    ]
+    rows += [
+        delivery_row(number, ids, "running", now - timedelta(seconds=number), waits_since=shop.LONG_AGO)
+        for number in range(WAITING, 2 * WAITING)  # overdue: not read
+    ]
+    rows += [
+        delivery_row(number, ids, "delivered", None, waits_since=None) for number in range(2 * WAITING, 3 * WAITING)
+    ]
+    rows += [
+        # Many end at one moment: a page may end among them.
+        delivery_row(number, ids, statuses[number % 2], ahead + timedelta(seconds=number // 150), waits_since=ahead)
+        for number in range(3 * WAITING, 3 * WAITING + BEGUN_AHEAD)
+    ]
+    insert(database, DELIVERY, rows)
+    return database
+
+
+def waits_page(
+    database: Database, after: moments.WaitPosition | None
+) -> tuple[list[moments.WaitPosition], Plan, tuple[str, Any]]:
+    with sent(database) as statements, database.read() as connection:
+        page = moments.future_waits(connection, after=after, limit=PAGE)
+    (found,) = [one for one in statements if "FROM chain_dispatcher_delivery" in one[0]]
+    return page, explain(database, *found), found
+
+
+def test_waits_that_began_in_the_future_are_found_in_the_relay_s_index_alone(waiting: Database) -> None:
+    seen: list[moments.WaitPosition] = []
+    after = None
+    while True:
+        page, plan, found = waits_page(waiting, after)
+        assert plan.indexes == {RELAY_INDEX} and not plan.scans, plan.text
+        assert plan.read is None or plan.read <= WAITING + BEGUN_AHEAD + SLACK, "what is overdue or closed is not read"
+        if waiting.dialect == "postgresql":
+            # Both are asked of the index, so that of the table only what is found is read, or nothing at all.
+            assert "publish_after" in plan.conditions and "waits_since" in plan.conditions, plan.text
+            assert plan.read is not None and plan.read <= BEGUN_AHEAD, plan.text
+        elif waiting.dialect == "mariadb":
+            assert plan.conditions.startswith("range of") and "Using index" in plan.text, plan.text
+        else:
+            with waiting.engine.connect() as connection:
+                steps = str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {found[0]}", found[1]).all())
+            assert f"USING COVERING INDEX {RELAY_INDEX} (publish_after>?" in steps
+        seen += page
+        if len(page) < PAGE:
+            break
+        after = page[-1]
+    assert len(seen) == len({one.delivery_id for one in seen}) == BEGUN_AHEAD

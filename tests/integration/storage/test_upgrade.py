@@ -221,4 +221,4 @@ def shop_with(sink: shop.Sink) -> dict[str, Any]:
 def ran_now(database: Database, name: str = "sweep") -> None:
     """A pass begins."""
     now = machine_now(database)
-    assert database.write(lambda connection: ticks.claim_tick(connection, name, machine_now=now, not_after=now))
+    assert database.write(lambda connection: ticks.claim_tick(connection, name, machine_now=now, interval=timedelta(0)))
