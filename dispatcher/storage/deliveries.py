@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, and_, delete, func, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, select, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.bounds import MAX_ERROR
@@ -113,7 +113,10 @@ def renew(
     )
     ids = [row.id for row in rows if (row.attempt, row.begins) == ours[row.id]]
     if ids:
-        connection.execute(update(DELIVERY).where(DELIVERY.c.id.in_(ids)).values(**leased(lease_seconds), **values))
+        began = DELIVERY.c.next_attempt_at
+        known = case((began > clock_plus(0), clock_plus(0)), else_=began)  # not in the future, by a clock that was wrong
+        values = {**leased(lease_seconds), "next_attempt_at": known, **values}
+        connection.execute(update(DELIVERY).where(DELIVERY.c.id.in_(ids)).values(values))
     return ids
 
 

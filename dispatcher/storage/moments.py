@@ -75,8 +75,10 @@ def begin_anew(connection: Connection, delivery_ids: Sequence[str], *, machine_n
 
 def _begun_anew(row: RowMapping, now: datetime) -> dict[str, Any]:
     def moved(end: datetime | None) -> datetime | None:
-        # An end before the beginning is older than this wait, as the lease of an attempt that a relay has set aside.
-        return end if end is None or end < row["waits_since"] else now + (end - row["waits_since"])
+        if end is None or end >= row["waits_since"]:
+            return None if end is None else now + (end - row["waits_since"])
+        # It is older than this wait, as the lease of an attempt that a relay has set aside, or the begin of an attempt.
+        return min(end, now)
 
     ends = {f"new_{name}": moved(row[name]) for name in _ENDS}
     return {"now": now, **ends, **{f"read_{name}": row[name] for name in _GUARDS}}

@@ -19,7 +19,7 @@ from sqlalchemy import JSON, select
 import dispatcher as package
 from dispatcher import NEW, Dispatcher, RetryPolicy
 from dispatcher.domain.records import DeliveryRecord, Owed
-from dispatcher.storage import chain_types, clock, moments, ticks
+from dispatcher.storage import chain_types, clock, deliveries, moments, ticks
 from dispatcher.storage.models import Base, TickRow, UtcDateTime
 from tests.integration import shop
 
@@ -429,6 +429,25 @@ def test_a_delivery_that_is_parked_while_its_wait_begins_anew_stays_parked(make_
 
     (row,) = dispatcher.find_deliveries()
     assert count == 1 and row.publish_after is None and row.waits_since == now
+
+
+def test_a_lease_that_is_renewed_meanwhile_is_left_alone(make_dispatcher: shop.Make) -> None:
+    dispatcher = sold(make_dispatcher)
+    database = dispatcher.database
+    with clock.shift(timedelta(days=2)):
+        delivery = shop.planned(dispatcher, shop.new_chain(dispatcher))
+        begun(dispatcher, delivery)
+    with database.read() as connection:
+        (found,) = moments.future_waits(connection, after=None, limit=10)
+    (running,) = dispatcher.find_deliveries()
+    assert database.write(lambda connection: deliveries.renew_lease(connection, running, lease_seconds=600))
+    (renewed,) = dispatcher.find_deliveries()
+
+    now = machine_now(dispatcher)
+    ids = [found.delivery_id]
+    assert database.write(lambda connection: moments.begin_anew(connection, ids, machine_now=now)) == 0
+
+    assert dispatcher.find_deliveries() == [renewed]
 
 
 @pytest.mark.parametrize("name", ["sweep", "prune"])
