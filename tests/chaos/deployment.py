@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -16,8 +17,11 @@ import psutil
 from dispatcher import Dispatcher, Settings
 from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.runner import upgrade
-from tests.chaos import skew, workload
-from tests.chaos.failpoints import FAILPOINTS_VARIABLE, FLAG, NODE_VARIABLE, SEED_VARIABLE, VERSION_VARIABLE
+from tests.chaos import profile, skew, workload
+from tests.chaos.failpoints import FAILPOINTS_VARIABLE, FLAG, NODE_VARIABLE, SEED_VARIABLE, VERSION_VARIABLE, WANTED
+from tests.chaos.observed import Later, Observed
+from tests.chaos.operators import Operators
+from tests.chaos.profile import Profile
 from tests.chaos.proxy import Proxy
 from tests.chaos.sink import DIRECTORY_VARIABLE, SinkReader
 from tests.servers import _LAUNCHER, PostgresServer, RedisServer, wait_until
@@ -31,7 +35,8 @@ SETTINGS: Final = {
     "sweep_seconds": 1,
     "relay_seconds": 1,
     "lock_seconds": 3,
-    "callback_seconds": 2,
+    "callback_seconds": 8,
+    "lease_seconds": 12,
     "queued_seconds": 5,
     "connect_seconds": 2,
     "max_backlog": 150,
@@ -94,6 +99,10 @@ class Node:
         self.signal_all(signal.SIGKILL)
         self.process.wait(30)
 
+    def pids(self) -> list[int]:
+        """The pids of it and its children."""
+        return [] if self.process is None else [self.process.pid, *self.children()]
+
     def children(self) -> list[int]:
         """The pids of its pool's children."""
         if not self.alive:
@@ -107,8 +116,10 @@ class Node:
 class Deployment:
     """Servers, nodes and client of one run."""
 
-    def __init__(self, *, seed: int, failpoints: Mapping[str, float], proxied: bool, beats: int) -> None:
-        self.seed = seed
+    def __init__(self, run: Profile, *, failpoints: Mapping[str, float], proxied: bool, beats: int) -> None:
+        self.profile = run
+        self.seed = run.seed
+        self.seen = Observed()
         self.failpoints = failpoints
         self.broker, self.locks = RedisServer(), RedisServer()
         self.postgres = CrashSafePostgres()
@@ -120,6 +131,8 @@ class Deployment:
         self.workers: list[Node] = []
         self.beats: list[Node] = []
         self.library: Path | None = None
+        self.operators: Operators | None = None
+        """Who disables and pauses, once the driver has said so."""
 
     @property
     def nodes(self) -> list[Node]:
@@ -154,9 +167,11 @@ class Deployment:
     def make_client(self) -> Dispatcher:
         """The application's dispatcher: past the proxies, and with no failpoints in it."""
         types = workload.draw(self.seed)
-        config = workload.configuration(self.seed, types, send=lambda *_: None, verify=lambda _: None)
+        config = workload.configuration(self.profile, types, workload.Surroundings())
         options = {"database_url": self.database_url, "redis_url": self.locks.url, "broker_url": self.broker.url}
-        return Dispatcher(config, settings=Settings(**options, **SETTINGS))  # type: ignore[arg-type]
+        own = self.profile
+        clock = (lambda: own.domain_at(time.monotonic())) if own.own_clock else None
+        return Dispatcher(config, settings=Settings(**options, **SETTINGS), clock=clock)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """End every process of this run, whichever was reached."""
@@ -185,10 +200,12 @@ class Deployment:
         return found
 
     def _make_nodes(self) -> None:
-        quick = ["--concurrency=2", "--without-gossip", "--without-mingle", "--without-heartbeat"]
-        for number in range(2):
+        # Callbacks that outlast their lease occupy threads, and the relay needs one, too.
+        concurrency = 8 if self.profile.long_seconds else 2
+        quick = [f"--concurrency={concurrency}", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+        for number, pool in enumerate(self.profile.pools):
             name = f"worker{number}"
-            arguments = ["worker", "-n", f"{name}@chaos", *quick, "--loglevel=WARNING"]
+            arguments = ["worker", "-n", f"{name}@chaos", f"--pool={pool}", *quick, "--loglevel=WARNING"]
             self.workers.append(Node(name, arguments, self.env(with_failpoints=True), self.directory))
         for number in range(self.beat_count):
             name = f"beat{number}"
@@ -208,9 +225,9 @@ class Deployment:
             "redis_url": f"redis://127.0.0.1:{port('locks', self.locks.port)}/0",
             "broker_url": f"redis://127.0.0.1:{port('broker', self.broker.port)}/0",
             **SETTINGS,
-            # One by one, or in batches: by the seed.
-            "chains_per_task": 1 + 4 * (self.seed % 2),
-            "deliveries_per_task": 1 + 3 * (self.seed % 2),
+            "chains_per_task": 5 if self.profile.grouped else 1,
+            "deliveries_per_task": profile.GROUP if self.profile.grouped else 1,
+            **({"clock": profile.CLOCK} if self.profile.own_clock else {}),
         }
         return {
             **{name: os.environ[name] for name in _KEPT if name in os.environ},
@@ -218,6 +235,7 @@ class Deployment:
             MARK: str(self.directory),
             DIRECTORY_VARIABLE: str(self.directory),
             SEED_VARIABLE: str(self.seed),
+            profile.PROFILE_VARIABLE: self.profile.to_text(),
             **{f"DISPATCHER_{key.upper()}": str(value) for key, value in settings.items()},
             **(
                 {FAILPOINTS_VARIABLE: ",".join(f"{point}={share}" for point, share in self.failpoints.items())}
@@ -259,11 +277,47 @@ class Deployment:
         """Deploy a version of the code to a worker that is not running."""
         self.workers[worker].env[VERSION_VARIABLE] = version
 
-    def set_clock(self, worker: int, seconds: int) -> None:
-        """Shift the wall clock of a worker that is not running."""
+    def set_clock(self, node: Node, seconds: int) -> None:
+        """Shift the wall clock of a worker or a beat that is not running."""
         if self.library is None:
             self.library = skew.build_library(self.directory)
-        self.workers[worker].env.update(skew.environment(self.library, seconds))
+        node.env.update(skew.environment(self.library, seconds))
+
+    def suspend(self, node: Node, pids: Sequence[int], seconds: float, later: Later) -> None:
+        """Stop processes of a node by SIGSTOP for so long."""
+        process = node.process
+        self.seen.stopped(pids)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+
+        def resume() -> None:
+            if node.process is process:
+                for pid in pids:
+                    if pid in node.pids():
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGCONT)
+            self.seen.resumed(pids)
+
+        later(seconds, resume)
+
+    def stop_database(self, seconds: float, later: Later) -> None:
+        """Stop PostgreSQL as `stop -m immediate` does, for so long."""
+        if self.postgres.process is None:
+            return
+        self.seen.outage.begin()
+        self.postgres.stop(signal.SIGQUIT)
+        later(seconds, self.start_database)
+
+    def start_database(self) -> None:
+        """Start PostgreSQL if it does not run."""
+        if self.postgres.process is None:
+            self.postgres.start()
+        self.seen.outage.end()
+
+    def want_outage(self) -> None:
+        """Let the next callback that returns ask for an outage of the database."""
+        (self.directory / WANTED).touch()
 
     def log_tails(self, size: int = 1500) -> str:
         """The end of every node's log."""

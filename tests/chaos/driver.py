@@ -22,26 +22,30 @@ from typing import Any, Final
 
 import redis
 from sqlalchemy import func, select
-from sqlalchemy.exc import DBAPIError
 
-from dispatcher import DispatcherError
+from dispatcher import DispatcherError, Settings
 from dispatcher.messages.queues import QUEUES
 from dispatcher.storage.database import Database
 from dispatcher.storage.models import Base, ChainRow, DeliveryRow, EventRow, ResourceRow
 from tests.chaos import faults as fault_list
 from tests.chaos import workload
 from tests.chaos.deployment import SETTINGS, Deployment
-from tests.chaos.oracle import ChainLine, DeliveryLine, EventLine, Healing, History, Report, judge
+from tests.chaos.failpoints import WANTED
+from tests.chaos.history import ChainLine, DeliveryLine, EventLine, Healing, History, Rules
+from tests.chaos.operators import AWAY, Operators
+from tests.chaos.oracle import Report, judge
 from tests.chaos.sink import SinkReader
+from tests.chaos.truth import GuardTruth
 
 _POLL_SECONDS: Final = 0.1
-_LEASE: Final = float(SETTINGS["callback_seconds"]) + 15
+_LEASE: Final = Settings(**SETTINGS).lease_seconds  # type: ignore[arg-type]
 _DUE_PROMISE: Final = (
     max(float(SETTINGS["lock_seconds"]), float(SETTINGS["queued_seconds"]))
     + float(SETTINGS["sweep_seconds"])
     + float(SETTINGS["relay_seconds"])
 )
-_DELIVERY_PROMISE: Final = _LEASE + float(SETTINGS["relay_seconds"])
+_BETWEEN_RELAYS: Final = 10.0
+_DELIVERY_PROMISE: Final = _LEASE + _BETWEEN_RELAYS + 2 * float(SETTINGS["relay_seconds"])
 _MAX_BACKOFF: Final = 9.6
 """Seconds: the longest wait that this workload's policies and shortened intervals ask for."""
 
@@ -51,9 +55,10 @@ _UNDER_WAY: Final = 200
 """Chains: no more are created while so many are on their way, so that a slow machine does not pile up a queue."""
 
 _FEW: Final = 100
-"""Chains: with so few left on their way the faults stop."""
+_FEW_SHARE: Final = 0.2
+"""Chains: with so few left on their way, or this share of them, the faults stop."""
 
-_AWAY: Final = (DispatcherError, DBAPIError, OSError)
+_LOOK_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Outcome:
     restarts: int = 0
     seconds: float = 0.0
     calm_to_quiet_seconds: float = 0.0
+    profile: str = ""
     struck: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +98,7 @@ class Outcome:
         return {
             "faults": list(self.run.faults),
             "seed": self.run.seed,
+            "profile": self.profile,
             "chains": report.chains,
             "moves": report.moves,
             "callbacks": report.callbacks,
@@ -99,6 +106,12 @@ class Outcome:
             "lost": report.lost,
             "phantom": report.phantom,
             "doubled": report.doubled,
+            "untimely": report.untimely,
+            "guards_checked": report.guards_checked,
+            "unknown": report.unknown,
+            "hours_checked": report.hours_checked,
+            "rates_checked": report.rates_checked,
+            "rates_skipped": report.rates_skipped,
             "violations": [asdict(violation) for violation in report.violations],
             "healing_seconds": round(report.healing_seconds, 2),
             "promised_seconds": round(report.promised_seconds, 2),
@@ -154,7 +167,7 @@ class Application(threading.Thread):
                     continue
                 try:
                     client.get_or_create_resource_chain(chain_type, resources)
-                except _AWAY:
+                except AWAY:
                     self.stopped.wait(0.2)
                     continue
                 self.created[chain_type, tuple(resources)] += 1
@@ -165,11 +178,19 @@ class Application(threading.Thread):
         client.close()
 
 
+def run_seconds(faults: Sequence[fault_list.Fault]) -> float:
+    """How long these faults last at least."""
+    return max(fault.lasts for fault in faults)
+
+
 def perform(run: Run, *, say: Callable[[str], None] = lambda _: None) -> Outcome:
     """Do a run; its outcome. Leaves no process behind, whatever happens."""
     faults, options = fault_list.merged(list(run.faults))
     began = time.monotonic()
-    deployment = Deployment(seed=run.seed, **options)
+    drawn = fault_list.drawn_profile(
+        run.faults, run.seed, chains=run.chains, fault_seconds=max(run.fault_seconds, run_seconds(faults))
+    )
+    deployment = Deployment(drawn, **options)
     rng = random.Random(f"driver:{run.seed}")
     try:
         with deployment.running():
@@ -182,6 +203,10 @@ def perform(run: Run, *, say: Callable[[str], None] = lambda _: None) -> Outcome
         say(f"failed: {run.command}\nlogs and sink: {deployment.directory}")
         raise
     outcome.seconds = time.monotonic() - began
+    outcome.profile = (
+        f"{'+'.join(drawn.pools)}, {'grouped' if drawn.grouped else 'single'}, "
+        f"{'own' if drawn.own_clock else 'database'} clock, hours {drawn.hours}, {drawn.rate}/s"
+    )
     if outcome.report.violations:
         say(f"violations: {run.command}\nlogs and sink: {deployment.directory}")
     else:
@@ -207,9 +232,14 @@ class _Driver:
         self.database: Database = deployment.client.database
         self.reader = SinkReader(deployment.sink_path)
         self.sink: list[dict[str, Any]] = []
+        self.profile = deployment.profile
         self.graph = workload.graph_of(workload.draw(run.seed))
         self.asked_states = _asked_states(run.seed)
         self.asked: set[tuple[int, int]] = set()
+        self.look_at = 0.0
+        self.operators = deployment.operators = Operators(
+            deployment.client, range(run.chains), self.schedule.later, lambda: deployment.postgres.process is not None
+        )
         self.strikes = self.restarts = 0
         numbers = list(range(run.chains))
         twice = [number for number in numbers if number % 5 == 0]
@@ -245,26 +275,43 @@ class _Driver:
     def _storm(self) -> None:
         """All faults, until most of the work is done under them; not for ever, because some let little through."""
         began = time.monotonic()
-        end = began + self.run.fault_seconds * _LONGEST_STORM
+        least = began + max(self.run.fault_seconds, run_seconds(self.faults))
+        end = max(least, began + self.run.fault_seconds * _LONGEST_STORM)
+        few = min(_FEW, round(self.run.chains * _FEW_SHARE))
         for fault in self.faults:
             self._strike_later(fault)
         self._every(1.0, self._ask_on, until=end)
         self._every(2.0, self._disable_some, until=began + self.run.fault_seconds)
+        self._every(6.0, lambda: self.operators.pause_one(self.rng, self.rng.uniform(3, 6)), until=least)
         look_at = began
         while time.monotonic() < end:
-            self.schedule.run_due()
+            self._attend()
             self.restarts += self.deployment.revive()
             time.sleep(_POLL_SECONDS)
             if time.monotonic() < look_at:
                 continue
             look_at = time.monotonic() + 0.5
-            with suppress(*_AWAY):
+            with suppress(*AWAY):
                 unfinished = self._unfinished()
                 for application in self.applications:
                     (application.may_create.set if unfinished < _UNDER_WAY else application.may_create.clear)()
                 created = not any(application.is_alive() for application in self.applications)
-                if created and unfinished <= _FEW and time.monotonic() >= began + self.run.fault_seconds:
+                if created and unfinished <= few and time.monotonic() >= least:
                     return
+
+    def _attend(self) -> list[dict[str, Any]]:
+        """Make the calls that are due, and note what the processes say and whether they live; new lines of the sink."""
+        self.schedule.run_due()
+        fresh = self._read_sink()
+        if fresh or time.monotonic() >= self.look_at:
+            self.deployment.seen.look_for(fresh)
+            self.look_at = time.monotonic() + _LOOK_SECONDS
+        asked = any(line["phase"] == "struck" and line["point"] == "database_away" for line in fresh)
+        if asked and self.deployment.flag.exists():
+            for fault in self.faults:
+                if fault.asked is not None:
+                    fault.asked(self.deployment, self.schedule.later)
+        return fresh
 
     def _unfinished(self) -> int:
         """How many chains and deliveries are on their way."""
@@ -298,7 +345,7 @@ class _Driver:
 
     def _every(self, seconds: float, call: Callable[[], None], *, until: float) -> None:
         def again() -> None:
-            with suppress(*_AWAY):
+            with suppress(*AWAY):
                 call()
             if time.monotonic() < until and self.deployment.flag.exists():
                 self.schedule.later(seconds, again)
@@ -326,30 +373,20 @@ class _Driver:
                 self.asked.add((chain_id, version))
 
     def _disable_some(self) -> None:
-        """Disable some chains, by their resource, and enable others that were."""
-        if self.deployment.postgres.process is None:
-            return
+        """Disable some chains, two of three for a while."""
         for _ in range(max(1, self.run.chains // 400)):
-            number = self.rng.randrange(self.run.chains)
-            (resource,) = workload.resources_of(number)
-            self.deployment.client.disable_resource(resource, requested_by="driver")
-            if number % 3:
-                self.schedule.later(self.rng.uniform(3, 15), lambda resource=resource: self._enable(resource))  # type: ignore[misc]
-
-    def _enable(self, resource: tuple[str, str]) -> None:
-        try:
-            self.deployment.client.enable_resource(resource, requested_by="driver")
-        except _AWAY:
-            self.schedule.later(1.0, lambda: self._enable(resource))
+            self.operators.disable_one(self.rng, self.rng.uniform(3, 15) if self.rng.random() < 0.67 else None)
 
     # --- afterwards --------------------------------------------------------------------------------------------------
 
     def _calm(self) -> None:
         """End all faults; return when every server and worker is up."""
         self.deployment.flag.unlink()
+        (self.deployment.directory / WANTED).unlink(missing_ok=True)
         for fault in self.faults:
             fault.calm(self.deployment)
-        for server in (self.deployment.postgres, self.deployment.broker, self.deployment.locks):
+        self.deployment.start_database()
+        for server in (self.deployment.broker, self.deployment.locks):
             if server.process is None:
                 server.start()
         for application in self.applications:
@@ -367,7 +404,7 @@ class _Driver:
         """How long what was due or open at the end of the faults takes to go on."""
         self._read_sink()
         with self.database.read() as connection:
-            now = self.database.machine_now(connection)
+            now, machine_now = self.database.now(connection), self.database.machine_now(connection)
             due = {
                 row.id: row.version
                 for row in connection.execute(
@@ -377,21 +414,26 @@ class _Driver:
                 )
             }
             open_rows = connection.execute(
-                select(DeliveryRow.id, DeliveryRow.chain_id, DeliveryRow.attempt, DeliveryRow.status)
+                select(DeliveryRow.chain_id, *_PROGRESS)
                 .join(ChainRow, ChainRow.id == DeliveryRow.chain_id)
                 .where(DeliveryRow.status.in_(["pending", "running"]), ~ChainRow.disabled)
             ).all()
-        owed = {row.id: row for row in open_rows}
+        owed = {row.id: _progress_of(row) for row in open_rows}
+        # A delivery that waits for hours, for its place in a limit's line or for a backoff is due at the end of that.
+        waits = {
+            row.id: max(0.0, (row.next_attempt_at - machine_now).total_seconds())
+            for row in open_rows
+            if row.next_attempt_at is not None
+        }
         waiting = len(due) + len(owed) + self._queued()
         lines_before = len(self.sink)
         due_left, owed_left = set(due), set(owed)
         seconds: dict[object, float] = {}
-        limit = calm_at + _DELIVERY_PROMISE + _MAX_BACKOFF + 60
+        limit = calm_at + _DELIVERY_PROMISE + _MAX_BACKOFF + 60 + max(waits.values(), default=0.0)
         while (due_left or owed_left) and time.monotonic() < limit:
             time.sleep(_POLL_SECONDS)
-            self.schedule.run_due()
             passed = time.monotonic() - calm_at
-            for line in self._read_sink():
+            for line in self._attend():
                 if line["phase"] == "evaluated" and line["chain"] in due_left:
                     due_left.discard(line["chain"])
                     seconds["due", line["chain"]] = max(0.0, line["mono"] - calm_at)
@@ -403,13 +445,11 @@ class _Driver:
                     if version != due[chain_id] or disabled:
                         due_left.discard(chain_id)
                         seconds["due", chain_id] = passed
-                states = connection.execute(
-                    select(DeliveryRow.id, DeliveryRow.attempt, DeliveryRow.status).where(DeliveryRow.id.in_(owed_left))
-                ).all()
-                for delivery_id, attempt, status in states:
-                    if (attempt, status) != (owed[delivery_id].attempt, owed[delivery_id].status):
-                        owed_left.discard(delivery_id)
-                        seconds["owed", delivery_id] = passed
+                states = connection.execute(select(*_PROGRESS).where(DeliveryRow.id.in_(owed_left))).all()
+                for row in states:
+                    if _progress_of(row) != owed[row.id]:
+                        owed_left.discard(row.id)
+                        seconds["owed", row.id] = passed
         self._read_sink()
         passed = time.monotonic() - calm_at
         done = sum(line["phase"] in ("evaluated", "begun") for line in self.sink[lines_before:])
@@ -423,7 +463,7 @@ class _Driver:
                 f"{row.status} delivery {row.id}",
                 row.chain_id,
                 seconds.get(("owed", row.id)),
-                _DELIVERY_PROMISE + _MAX_BACKOFF + drain,
+                _DELIVERY_PROMISE + _MAX_BACKOFF + drain + waits.get(row.id, 0.0),
             )
             for row in open_rows
         ]
@@ -439,7 +479,7 @@ class _Driver:
         deadline = time.monotonic() + _QUIET_SECONDS
         next_ask = 0.0
         while time.monotonic() < deadline:
-            self.schedule.run_due()
+            self._attend()
             self.deployment.revive()
             if time.monotonic() >= next_ask:
                 self._ask_on()
@@ -507,14 +547,14 @@ class _Driver:
             chains = [
                 ChainLine(
                     row.id, row.chain_type, tuple(sorted(resources.get(row.id, ()))), row.state, row.version,
-                    row.moves, row.disabled, row.pending_delivery_id,
+                    row.moves, row.disabled, row.pending_delivery_id, row.created_at,
                 )
                 for row in connection.execute(select(ChainRow.__table__))
             ]  # fmt: skip
             events = [
                 EventLine(
                     row.id, row.chain_id, row.chain_version, row.action, row.from_state, row.to_state,
-                    row.detail, row.created_at,
+                    row.detail, self.profile.mono_at(row.created_at),
                 )
                 for row in connection.execute(select(EventRow.__table__))
             ]  # fmt: skip
@@ -526,8 +566,37 @@ class _Driver:
                 for row in connection.execute(select(DeliveryRow.__table__))
             ]  # fmt: skip
         return History(
-            self.graph, expected, chains, events, deliveries, self.sink, _LEASE, healings=healings, dumps=dumps
+            self.graph, expected, chains, events, deliveries, self.sink, _LEASE, healings=healings, dumps=dumps,
+            acts=self.operators.acts, rules=self._rules(), processes=self.deployment.seen.processes(),
+        )  # fmt: skip
+
+    def _rules(self) -> Rules:
+        types = workload.draw(self.run.seed)
+        versions = any(fault.name == "two_versions" for fault in self.faults)
+        return Rules(
+            truth=GuardTruth(self.profile, types, ordered=not versions),
+            hours=workload.hours_of(self.profile),
+            domain_at=self.profile.domain_at,
+            mono_at_machine=self.profile.mono_at_machine,
+            limits=workload.limits_of(self.profile),
+            rates_lost=", ".join(sorted(self.deployment.seen.rates_lost)),
+            late_seconds=max(fault.late_seconds for fault in self.faults),
         )
+
+
+_PROGRESS: Final = (
+    DeliveryRow.id,
+    DeliveryRow.attempt,
+    DeliveryRow.begins,
+    DeliveryRow.status,
+    DeliveryRow.waits_for,
+    DeliveryRow.next_attempt_at,
+)
+
+
+def _progress_of(row: Any) -> tuple[Any, ...]:
+    """What changes in a delivery's row whenever somebody has looked at it."""
+    return row.attempt, row.begins, row.status, row.waits_for, row.next_attempt_at
 
 
 def _asked_states(seed: int) -> frozenset[tuple[str, str]]:
@@ -536,7 +605,8 @@ def _asked_states(seed: int) -> frozenset[tuple[str, str]]:
         (drawn.name, state)
         for drawn in workload.draw(seed)
         for state, candidates in drawn.states.items()
-        if candidates and all(candidate.back or candidate.kind in ("asked", "never") for candidate in candidates)
+        if candidates
+        and all(candidate.back or candidate.kind in ("asked", "never", "paid") for candidate in candidates)
     )
 
 

@@ -10,25 +10,34 @@ is in the run's directory, so that the driver ends all of them at one moment.
 | `after_evaluation` | the candidates were asked | kills |
 | `before_commit`, `after_commit` | around every COMMIT, and every statement that commits by itself | kills |
 | `after_publish` | a message, or a sweep's batch of them, was sent | kills |
-| `before_call`, `after_call` | around the effect of a callback | kills |
+| `in_load` | inside `load_context`, in an attempt | kills |
+| `in_look` | inside a guard, in an attempt | kills |
+| `before_call`, `after_call` | inside a callback, before and after its effect | kills |
 | `before_finish` | the callback has returned, its end is not written | kills |
 | `commit_lies` | such a commit succeeds | the caller gets an OperationalError |
 | `drop`, `double`, `reorder` | a message is sent | it is not, it is twice, it is after the next one |
+
+`database_away` is not drawn: where the driver has left the file `database-wanted`, the next callback that returns takes
+it, says so in the sink, and goes on when the database does not answer any more.
 """
 
 import os
 import random
 import signal
+import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import psycopg
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from dispatcher import retry
+from dispatcher import Dispatcher, DispatcherError, retry
 from dispatcher.coordination.locks import ChainLocks
 from dispatcher.delivery import attempts, ends, local
 from dispatcher.delivery.ends import Ends
@@ -38,6 +47,7 @@ from dispatcher.messages.publisher import Publisher
 from dispatcher.passes.pages import Pages
 from dispatcher.states import AttemptOutcome
 from dispatcher.storage import database
+from dispatcher.storage.postgresql import PostgresqlStore
 from tests.chaos.sink import DIRECTORY_VARIABLE, own_sink
 
 FAILPOINTS_VARIABLE: Final = "CHAOS_FAILPOINTS"
@@ -45,17 +55,32 @@ SEED_VARIABLE: Final = "CHAOS_SEED"
 VERSION_VARIABLE: Final = "CHAOS_VERSION"
 NODE_VARIABLE: Final = "CHAOS_NODE"
 FLAG: Final = "faults-on"
+WANTED: Final = "database-wanted"
 KILLING: Final = (
     "after_lock",
     "after_evaluation",
     "before_commit",
     "after_commit",
     "after_publish",
+    "in_load",
+    "in_look",
     "before_call",
     "after_call",
     "before_finish",
 )
 _WHOLE_WORKER: Final = 0.1
+_AWAY_SECONDS: Final = 8.0
+
+
+class _Thread(threading.local):
+    """What this thread of a worker is doing."""
+
+    def __init__(self) -> None:
+        self.delivering = False
+        """Whether it makes attempts, and does not execute chains."""
+
+        self.begun: dict[str, dict[str, Any]] = {}
+        """What the sink is told of the attempt that this thread has begun last, by idempotency key."""
 
 
 class Failpoints:
@@ -68,8 +93,7 @@ class Failpoints:
         self._pid = 0
         self._random = random.Random()
         self.sink = own_sink()
-        self.attempt: tuple[str, int] | None = None
-        """The delivery id and the attempt that this process has begun last."""
+        self.thread = _Thread()
 
     @classmethod
     def from_environment(cls) -> "Failpoints":
@@ -101,13 +125,50 @@ class Failpoints:
                     os.killpg(os.getpgrp(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def facts_of(self, key: str) -> dict[str, Any]:
+        """What the sink is told of the attempt that this thread makes under this key; no delivery if it began none."""
+        return self.thread.begun.get(key, {"delivery": "", "attempt": 0, "begins": 0, "unknown": False, "state": ""})
+
+    @contextmanager
+    def asking(self, transition: Any) -> Iterator[None]:
+        """Around a guard: in an attempt the sink is told when it is asked, and when it has answered."""
+        if not self.thread.delivering:
+            yield
+            return
+        facts = {"chain": transition.chain.id, "transition": type(transition).__name__}
+        self.sink.write("looking", **facts)
+        self.hit("in_look")
+        yield
+        self.sink.write("looked", **facts)
+
+    def await_outage(self) -> None:
+        """If the driver wants an outage at the return of a callback, ask for it, and return when it has begun."""
+        try:
+            (self._flag.parent / WANTED).unlink()
+        except FileNotFoundError:
+            return
+        self.sink.write("struck", point="database_away")
+        url = make_url(os.environ["DISPATCHER_DATABASE_URL"])
+        deadline = time.monotonic() + _AWAY_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                with socket.create_connection((url.host, url.port), timeout=0.5) as connection:
+                    connection.settimeout(0.1)
+                    if connection.recv(1) == b"":  # a proxy that refuses takes the connection and closes it
+                        return
+            except TimeoutError:  # it waits for what a client says first: it is there
+                time.sleep(0.02)
+            except OSError:
+                return
+
     def install(self) -> None:
         """Put the failpoints around the library's functions, and let its guards back off for seconds, not minutes."""
         self._wrap_locks()
         self._wrap_evaluation()
         self._wrap_commits()
         self._wrap_messages()
-        self._wrap_attempts()
+        self._wrap_begins()
+        self._wrap_ends()
         shorten_backoff()
 
     def _wrap_locks(self) -> None:
@@ -172,33 +233,73 @@ class Failpoints:
         Publisher._send = sent  # type: ignore[method-assign]
         Pages.publish = page_published  # type: ignore[method-assign]
 
-    def _wrap_attempts(self) -> None:
-        make, record, record_called = attempts.make_attempt, ends.recorded, Ends.record_called
+    def _wrap_begins(self) -> None:
+        begin, deliver, make = PostgresqlStore.begin, Dispatcher.deliver, attempts.make_attempt
+
+        def begun(store: PostgresqlStore, *arguments: Any, **options: Any) -> Any:
+            found = begin(store, *arguments, **options)
+            for one in found:
+                self._note_begun(one)
+            return found
+
+        def delivered(dispatcher: Dispatcher, owed: Any) -> Any:
+            self.thread.delivering, self.thread.begun = True, {}
+            try:
+                return deliver(dispatcher, owed)
+            finally:
+                self.thread.delivering = False
 
         def attempted(attempt: Any, *arguments: Any, **options: Any) -> Any:
-            row = attempt.delivery
-            self.attempt = (row.id, row.attempt)
-            at = attempt.begun.machine_now.isoformat()
-            facts = {"key": row.idempotency_key, "chain": row.chain_id, "at": at}
-            self.sink.write("begun", delivery=row.id, attempt=row.attempt, **facts)
+            noted = self.thread.begun.get(attempt.delivery.idempotency_key, {})
+            if noted.get("begins") != attempt.delivery.begins:  # begun anew, within its group
+                self._note_begun(attempt.begun)
             return make(attempt, *arguments, **options)
+
+        PostgresqlStore.begin = begun  # type: ignore[method-assign]
+        Dispatcher.deliver = delivered  # type: ignore[method-assign]
+        attempts.make_attempt = attempted  # type: ignore[assignment]
+
+    def _note_begun(self, begun: Any) -> None:
+        row = begun.delivery
+        facts = {
+            "delivery": row.id,
+            "attempt": row.attempt,
+            "begins": row.begins,
+            "unknown": row.unknown,
+            "key": row.idempotency_key,
+            "chain": row.chain_id,
+            "type": begun.chain.chain_type,
+            "state": row.from_state,
+            "transition": row.transition,
+        }
+        self.thread.begun[row.idempotency_key] = facts
+        self.sink.write("begun", **facts, at=begun.machine_now.isoformat())
+
+    def _wrap_ends(self) -> None:
+        record, record_called = ends.recorded, Ends.record_called
 
         def recorded(rows: Any, row: DeliveryRecord, *arguments: Any, **options: Any) -> bool:
             self.hit("before_finish")
-            ok = record(rows, row, *arguments, **options)
-            self.sink.write("finished", delivery=row.id, attempt=row.attempt, ok=ok)
+            facts = {"delivery": row.id, "attempt": row.attempt, "begins": row.begins}
+            try:
+                ok = record(rows, row, *arguments, **options)
+            except (DispatcherError, DBAPIError) as error:
+                self.sink.write("finished", **facts, ok=False, error=type(error).__name__)
+                raise
+            self.sink.write("finished", **facts, ok=ok)
             return ok
 
         def all_recorded(recorder: Ends, called: Sequence[Any]) -> Any:
             if called:
                 self.hit("before_finish")
+            begins = {attempt.delivery.id: attempt.delivery.begins for attempt, *_ in called}
             results = record_called(recorder, called)
             for result in results:
                 ok = result.outcome == AttemptOutcome.DELIVERED
-                self.sink.write("finished", delivery=result.delivery_id, attempt=result.attempt, ok=ok)
+                facts = {"attempt": result.attempt, "begins": begins[result.delivery_id]}
+                self.sink.write("finished", delivery=result.delivery_id, **facts, ok=ok)
             return results
 
-        attempts.make_attempt = attempted  # type: ignore[assignment]
         Ends.record_called = all_recorded  # type: ignore[method-assign]
         ends.recorded = recorded
         local.recorded = recorded
@@ -208,8 +309,8 @@ def shorten_backoff() -> None:
     """Let the growing interval after failed guards and unknown definitions begin at 2 s and end at 8 s."""
     grow = retry.growing_interval
 
-    def shorter(failures: int) -> Any:
-        return grow(failures, base_seconds=2, cap_seconds=8)
+    def shorter(failures: int, **options: Any) -> Any:
+        return grow(failures, **{**options, "base_seconds": 2, "cap_seconds": 8})
 
     for name, module in list(sys.modules.items()):
         if name.startswith("dispatcher.") and getattr(module, "growing_interval", None) is grow:

@@ -3,7 +3,7 @@
 import os
 import random
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -13,14 +13,20 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from dispatcher import Settings
+from tests.chaos import profile
 from tests.chaos.deployment import SETTINGS, Deployment
 from tests.chaos.failpoints import KILLING
+from tests.chaos.observed import Later
+from tests.chaos.profile import Profile
 
-Later = Callable[[float, Callable[[], None]], None]
 Strike = Callable[[Deployment, random.Random, Later], None]
 
 _LOCK_SECONDS: Final = float(SETTINGS["lock_seconds"])
+_LEASE_SECONDS: Final = Settings(**SETTINGS).lease_seconds  # type: ignore[arg-type]
 _KILL_SHARE: Final = 0.01
+_WITH_CHILDREN: Final = ("prefork", "threads")
+_CLOCK_STEPS: Final = (-172_800, -600, -2, 0, 2, 600, 172_800)
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,24 @@ class Fault:
     failpoints: Mapping[str, float] = field(default_factory=dict)
     prepare: Callable[[Deployment], None] = lambda _: None
     calm: Callable[[Deployment], None] = lambda _: None
+    asked: Callable[[Deployment, Later], None] | None = None
+    """What happens when a callback that returned asks for the outage that `strike` wanted."""
+
     proxied: bool = False
     beats: int = 1
     alone_only: bool = False
+    lasts: float = 0.0
+    """Seconds that the faults last at least, so that this one can strike once and end."""
+
+    pools: tuple[str, ...] | None = None
+    """The pools of the workers; None: by the seed. Likewise `grouped`."""
+
+    grouped: bool | None = None
+    late_seconds: float = 0.0
+    """How late it lets answers of Redis and of the database come."""
+
+    long_seconds: float = 0.0
+    """How long it lets some first attempts take."""
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -56,27 +77,25 @@ def _kill_worker(deployment: Deployment, rng: random.Random, later: Later) -> No
 
 
 def _suspend(deployment: Deployment, rng: random.Random, later: Later) -> None:
-    """Stop a whole worker or one child for longer than a lock, now and then for longer than a lease."""
+    """Stop a whole worker or one child for longer than a lock, now and then until its attempts are taken over."""
     seconds = _LOCK_SECONDS * rng.uniform(1.2, 1.8)
     if rng.random() < 0.15:
-        seconds = float(SETTINGS["callback_seconds"]) + 16
+        seconds = _LEASE_SECONDS + 14
     node = rng.choice(deployment.workers)
     children = node.children()
-    if rng.random() < 0.5 or not children:
-        process = node.process
-        node.signal_all(signal.SIGSTOP)
-        later(seconds, lambda: node.signal_all(signal.SIGCONT) if node.process is process else None)
-        return
-    pid = rng.choice(children)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGSTOP)
+    pids = [rng.choice(children)] if children and rng.random() < 0.5 else node.pids()
+    deployment.suspend(node, pids, seconds, later)
 
-    def resume() -> None:
-        if pid in node.children():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
 
-    later(seconds, resume)
+def _stop_child(seconds: float) -> Strike:
+    """Stop one child of a worker for so long; a whole worker where its pool has no children."""
+
+    def strike(deployment: Deployment, rng: random.Random, later: Later) -> None:
+        node = rng.choice(deployment.workers)
+        children = node.children()
+        deployment.suspend(node, [rng.choice(children)] if children else node.pids(), seconds, later)
+
+    return strike
 
 
 def _resume_all(deployment: Deployment) -> None:
@@ -101,10 +120,19 @@ def _either_port(deployment: Deployment, rng: random.Random) -> int:
 
 
 def _flush(deployment: Deployment, rng: random.Random, later: Later) -> None:
-    _ask_redis(_either_port(deployment, rng), "FLUSHALL")
+    port = _either_port(deployment, rng)
+    if port == deployment.locks.port:
+        deployment.seen.rates_lost.add("the lock server was emptied")
+    _ask_redis(port, "FLUSHALL")
+
+
+def _flush_locks(deployment: Deployment, rng: random.Random, later: Later) -> None:
+    deployment.seen.rates_lost.add("the lock server was emptied")
+    _ask_redis(deployment.locks.port, "FLUSHALL")
 
 
 def _restart_redis(deployment: Deployment, rng: random.Random, later: Later) -> None:
+    deployment.seen.rates_lost.add("the lock server was killed")
     _restart(deployment, "locks", rng, later)
 
 
@@ -121,7 +149,10 @@ def _restart(deployment: Deployment, name: str, rng: random.Random, later: Later
 
 
 def _pause_clients(deployment: Deployment, rng: random.Random, later: Later) -> None:
-    _ask_redis(_either_port(deployment, rng), "CLIENT", "PAUSE", str(rng.randint(1000, 4000)), "ALL")
+    port = _either_port(deployment, rng)
+    if port == deployment.locks.port:
+        deployment.seen.rates_lost.add("the lock server did not answer")
+    _ask_redis(port, "CLIENT", "PAUSE", str(rng.randint(1000, 4000)), "ALL")
 
 
 def _kill_clients(deployment: Deployment, rng: random.Random, later: Later) -> None:
@@ -129,7 +160,8 @@ def _kill_clients(deployment: Deployment, rng: random.Random, later: Later) -> N
 
 
 def _start_servers(deployment: Deployment) -> None:
-    for server in (deployment.postgres, deployment.broker, deployment.locks):
+    deployment.start_database()
+    for server in (deployment.broker, deployment.locks):
         if server.process is None:
             server.start()
 
@@ -138,11 +170,40 @@ def _start_servers(deployment: Deployment) -> None:
 
 
 def _crash_postgres(deployment: Deployment, rng: random.Random, later: Later) -> None:
-    server = deployment.postgres
-    if server.process is None:
+    deployment.stop_database(rng.uniform(0.0, 1.0), later)
+
+
+def _want_outage(deployment: Deployment, rng: random.Random, later: Later) -> None:
+    if not deployment.seen.outage.lasts:
+        deployment.want_outage()
+
+
+def _away_after_return(deployment: Deployment, later: Later) -> None:
+    deployment.stop_database(20, later)
+
+
+def _away_until_relay(deployment: Deployment, later: Later) -> None:
+    """Keep the workers, and only them, from the database for a minute; relays see it again before the workers do."""
+    proxy = deployment.proxies["postgres"]
+    if proxy.refuses:
         return
-    server.stop(signal.SIGQUIT)
-    later(rng.uniform(0.0, 1.0), lambda: server.start() if server.process is None else None)
+    deployment.seen.outage.begin()
+    proxy.refuse()
+
+    def relay() -> None:
+        deployment.seen.cut_off.begin()
+        with suppress(Exception):
+            deployment.client.relay()
+
+    for seconds in (60, 61, 62):
+        later(seconds, relay)
+    later(62.5, lambda: _let_workers_in(deployment))
+
+
+def _let_workers_in(deployment: Deployment) -> None:
+    deployment.proxies["postgres"].refuses = False
+    deployment.seen.outage.end()
+    deployment.seen.cut_off.end()
 
 
 _TERMINATE: Final = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = %s"
@@ -168,9 +229,19 @@ def _delay(deployment: Deployment, rng: random.Random, later: Later) -> None:
 
 
 def _half_open(deployment: Deployment, rng: random.Random, later: Later) -> None:
-    proxy = rng.choice(list(deployment.proxies.values()))
+    name, proxy = rng.choice(list(deployment.proxies.items()))
     proxy.silent = True
-    later(rng.uniform(1, 5), proxy.speak)
+    if name == "locks":
+        deployment.seen.rates_lost.add("the lock server did not answer")
+    if name == "postgres":
+        deployment.seen.outage.begin()
+
+    def speak() -> None:
+        proxy.speak()
+        if name == "postgres":
+            deployment.seen.outage.end()
+
+    later(rng.uniform(1, 5), speak)
 
 
 def _calm_network(deployment: Deployment) -> None:
@@ -209,7 +280,35 @@ def _new_version(deployment: Deployment) -> None:
 
 
 def _shift_clocks(deployment: Deployment) -> None:
-    deployment.set_clock(0, 600)
+    deployment.set_clock(deployment.workers[0], 600)
+
+
+def _step_clock(deployment: Deployment, rng: random.Random, later: Later) -> None:
+    """Kill a worker or the beat; its clock shows another time when the driver has started it again."""
+    node = rng.choice(deployment.nodes)
+    if node.alive:
+        node.kill()
+        deployment.set_clock(node, rng.choice(_CLOCK_STEPS))
+
+
+def _right_clocks(deployment: Deployment) -> None:
+    for node in deployment.nodes:
+        node.kill()
+        deployment.set_clock(node, 0)
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _pause(deployment: Deployment, rng: random.Random, later: Later) -> None:
+    assert deployment.operators is not None
+    deployment.operators.pause_one(rng, rng.uniform(2.5, 6))
+
+
+def _disable(deployment: Deployment, rng: random.Random, later: Later) -> None:
+    assert deployment.operators is not None
+    for _ in range(4):
+        deployment.operators.disable_one(rng, rng.uniform(0.5, 4))
 
 
 def _killing(point: str) -> Fault:
@@ -223,7 +322,13 @@ def _killing(point: str) -> Fault:
 _ALL: Final = (
     Fault("none", "nothing: the workload alone, with its own failing guards and callbacks"),
     *map(_killing, KILLING),
-    Fault("kill_child", "SIGKILL of a random pool child every 0.3 to 1 s", _kill_child, (0.3, 1.0)),
+    Fault(
+        "kill_child",
+        "SIGKILL of a random pool child every 0.3 to 1 s",
+        _kill_child,
+        (0.3, 1.0),
+        pools=_WITH_CHILDREN,
+    ),
     Fault(
         "kill_worker",
         "SIGKILL of a whole worker or of the beat every 3 to 6 s; a supervisor restarts it",
@@ -232,13 +337,45 @@ _ALL: Final = (
     ),
     Fault(
         "suspend",
-        "SIGSTOP of a worker or a pool child for longer than the lock's time to live, at times than the lease; "
-        "then SIGCONT",
+        "SIGSTOP of a worker or a pool child for longer than the lock's time to live, at times until its attempts are "
+        "taken over; then SIGCONT",
         _suspend,
         (2.0, 4.0),
         calm=_resume_all,
     ),
+    Fault(
+        "stop_10",
+        "SIGSTOP of a pool child for 10 s: less than what lets others take over its attempts",
+        _stop_child(10),
+        (3.0, 6.0),
+        calm=_resume_all,
+        pools=_WITH_CHILDREN,
+        lasts=24,
+    ),
+    Fault(
+        "stop_30",
+        "SIGSTOP of a pool child for 30 s: its attempts are taken over, and it goes on",
+        _stop_child(30),
+        (4.0, 10.0),
+        calm=_resume_all,
+        pools=_WITH_CHILDREN,
+        lasts=45,
+    ),
+    Fault(
+        "callback_outlasts_lease",
+        f"one first attempt of twenty takes {_LEASE_SECONDS + 14:g} s in the pool `threads`, which has no time limit",
+        lasts=_LEASE_SECONDS + 20,
+        pools=("threads", "threads"),
+        long_seconds=_LEASE_SECONDS + 14,
+        alone_only=True,
+    ),
     Fault("redis_flushall", "`FLUSHALL` on the lock server or the broker every 1 to 3 s", _flush, (1.0, 3.0)),
+    Fault(
+        "limits_emptied",
+        "`FLUSHALL` on the lock server, which counts the calls for the limits, every 0.5 to 1.5 s",
+        _flush_locks,
+        (0.5, 1.5),
+    ),
     Fault(
         "redis_restart",
         "the lock server killed and started again, empty, every 4 to 8 s",
@@ -276,6 +413,29 @@ _ALL: Final = (
         calm=_start_servers,
     ),
     Fault(
+        "database_away_20",
+        "PostgreSQL away for 20 s, from the moment when a callback has returned; more than once",
+        _want_outage,
+        (5.0, 9.0),
+        calm=_start_servers,
+        lasts=40,
+        asked=_away_after_return,
+        alone_only=True,
+    ),
+    Fault(
+        "database_away_60",
+        "no worker reaches PostgreSQL for 62 s, from the moment when a callback has returned; relays beside them do "
+        "during the last 2 s",
+        _want_outage,
+        (5.0, 9.0),
+        calm=_let_workers_in,
+        lasts=90,
+        asked=_away_until_relay,
+        proxied=True,
+        pools=_WITH_CHILDREN,
+        alone_only=True,
+    ),
+    Fault(
         "postgres_terminate",
         "`pg_terminate_backend` of all the workers' sessions every 0.5 to 2 s",
         _terminate_sessions,
@@ -300,6 +460,7 @@ _ALL: Final = (
         (2.0, 4.0),
         calm=_calm_network,
         proxied=True,
+        late_seconds=0.6,
     ),
     Fault(
         "proxy_half_open",
@@ -314,6 +475,28 @@ _ALL: Final = (
         "one of the workers lives 10 minutes in the future (LD_PRELOAD)",
         prepare=_shift_clocks,
         alone_only=True,
+    ),
+    Fault(
+        "clock_steps",
+        "a worker or the beat killed and started again with a clock that is 2 s, 10 minutes or 2 days ahead or behind",
+        _step_clock,
+        (3.0, 6.0),
+        calm=_right_clocks,
+        alone_only=True,
+    ),
+    Fault(
+        "pause_storm",
+        "an operator pauses a chain type and resumes it after 2.5 to 6 s, again and again",
+        _pause,
+        (0.5, 1.5),
+        grouped=True,
+    ),
+    Fault(
+        "disable_storm",
+        "an operator disables the chains of a resource and enables them after 0.5 to 4 s, eight a second",
+        _disable,
+        (0.3, 0.7),
+        grouped=True,
     ),
     Fault(
         "two_relays",
@@ -343,7 +526,7 @@ def combination(seed: int) -> list[str]:
     return sorted(rng.sample(names, rng.randint(3, 5)))
 
 
-def merged(names: list[str]) -> tuple[list[Fault], dict[str, Any]]:
+def merged(names: Sequence[str]) -> tuple[list[Fault], dict[str, Any]]:
     """These faults, and what a deployment must be made with for all of them."""
     faults = [FAULTS[name] for name in names]
     points: dict[str, float] = {}
@@ -354,3 +537,19 @@ def merged(names: list[str]) -> tuple[list[Fault], dict[str, Any]]:
         "proxied": any(fault.proxied for fault in faults),
         "beats": max(fault.beats for fault in faults),
     }
+
+
+def drawn_profile(names: Sequence[str], seed: int, *, chains: int, fault_seconds: float) -> Profile:
+    """The profile of a run with these faults, which may ask for pools and groups."""
+    faults = [FAULTS[name] for name in names]
+    pools = [fault.pools for fault in faults if fault.pools is not None]
+    grouped = [fault.grouped for fault in faults if fault.grouped is not None]
+    return profile.draw(
+        seed,
+        names,
+        chains=chains,
+        fault_seconds=fault_seconds,
+        pools=pools[0] if pools else None,
+        grouped=grouped[0] if grouped else None,
+        long_seconds=max(fault.long_seconds for fault in faults),
+    )

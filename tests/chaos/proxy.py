@@ -19,6 +19,8 @@ class Proxy:
         self.delay_seconds = 0.0
         self.silent = False
         """While true nothing is forwarded and nothing is closed: the other side has vanished."""
+        self.refuses = False
+        """While true new connections are closed at once, as where nobody listens."""
         self.lost = 0
         """How many answers were lost."""
         self._lossy = re.compile(b"")
@@ -37,6 +39,11 @@ class Proxy:
     def cut(self) -> None:
         """Close every connection; new ones are taken."""
         self._loop.call_soon_threadsafe(self._abort_all)
+
+    def refuse(self) -> None:
+        """Close every connection, and new ones at once, until `refuses` is false again."""
+        self.refuses = True
+        self.cut()
 
     def speak(self) -> None:
         """End the silence. Connections that lived through it are reset, as after a failover: their bytes are gone."""
@@ -72,6 +79,9 @@ class Proxy:
         self._writers.clear()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refuses:
+            writer.transport.abort()
+            return
         self._writers.add(writer)
         try:
             there_reader, there = await asyncio.open_connection("127.0.0.1", self.target)

@@ -17,10 +17,19 @@ from tests.chaos.faults import FAULTS
 BEGIN: Final = "<!-- chaos table -->"
 END: Final = "<!-- end of chaos table -->"
 COMBINATIONS: Final = "combinations"
-_HEAD: Final = (
-    "fault", "how it is made", "runs", "chains", "moves", "callbacks", "lost", "phantom", "doubled",
-    "repeated within I5", "longest healing / promise",
-)  # fmt: skip
+_SUMS: Final = {
+    "chains": "chains",
+    "moves": "moves",
+    "callbacks": "callbacks",
+    "lost": "lost",
+    "phantom": "phantom",
+    "doubled": "doubled",
+    "untimely": "untimely",
+    "guards_checked": "guards asked again",
+    "repeated": "repeated within I5",
+    "exits": "unexpected exits",
+}
+"""What is added up over the runs of a line, and its head. What no run has is left out."""
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
@@ -29,20 +38,26 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     for result in results:
         name = result["faults"][0] if len(result["faults"]) == 1 else COMBINATIONS
         groups.setdefault(name, []).append(result)
-    lines = [_row(_HEAD), _row(["---"] * 2 + ["---:"] * (len(_HEAD) - 2))]
-    lines += [_row(_cells(name, groups[name])) for name in [*FAULTS, COMBINATIONS] if name in groups]
+    columns = [column for column in _SUMS if any(column in run for runs in groups.values() for run in runs)]
+    head = ["fault", "how it is made", "runs", *(_SUMS[column] for column in columns), "rates", "healing / promise"]
+    lines = [_row(head), _row(["---"] * 2 + ["---:"] * (len(columns) + 1) + ["---", "---:"])]
+    lines += [_row(_cells(name, groups[name], columns)) for name in [*FAULTS, COMBINATIONS] if name in groups]
     return "\n".join(lines)
 
 
-def _cells(name: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def _cells(name: str, runs: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
     how = "three to five of the above at once, drawn by the seed" if name == COMBINATIONS else FAULTS[name].how
-    sums = [
-        f"{sum(run[column] for run in runs):,}"
-        for column in ("chains", "moves", "callbacks", "lost", "phantom", "doubled", "repeated")
-    ]
+    sums = [f"{sum(run.get(column, 0) for run in runs):,}" for column in columns]
     slowest = max(runs, key=lambda run: run["healing_seconds"] / (run["promised_seconds"] or 1))
     healing = f"{slowest['healing_seconds']:.1f} s / {slowest['promised_seconds']:.1f} s"
-    return [f"`{name}`" if name in FAULTS else name, how, str(len(runs)), *sums, healing]
+    return [f"`{name}`" if name in FAULTS else name, how, str(len(runs)), *sums, _rates(runs), healing]
+
+
+def _rates(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How many calls with a limit were checked, and of how many runs none could be."""
+    checked = sum(run.get("rates_checked", 0) for run in runs)
+    skipped = sum(bool(run.get("rates_skipped")) for run in runs)
+    return f"{checked:,}" if not skipped else f"{checked:,}; skipped in {skipped} of {len(runs)}"
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -1,67 +1,70 @@
-"""The seeded workload: random graphs, guards and callbacks, the same for every process that knows the seed.
+"""The seeded workload: random graphs, guards and callbacks, the same for every process that knows the profile.
 
 Guards depend on nothing but the seed, the chain, `self.now` and the context, so that any worker asks the same
 question and gets the same answer. Every state that is not terminal has at least one way forward that becomes valid
-at last; ways back are open to young chains only, which bounds the moves of a cycle.
+at last, or again and again; ways back are open to young chains only, which bounds the moves of a cycle.
 """
 
-import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 
 from dispatcher import DONE, NEW, PermanentFailure, RetryPolicy, Transition
-from tests.chaos.oracle import Edge, Graph
+from dispatcher import rate_limit as limited
+from dispatcher.domain.hours import DeliveryHours
+from dispatcher.transition import ChainSnapshot
+from tests.chaos.history import Edge, Graph, Limit
+from tests.chaos.profile import Profile
+from tests.chaos.truth import Candidate, Drawn, answer, chance
 
 RETRY: Final = RetryPolicy(max_attempts=6, base_seconds=0.3, factor=1.5, cap_seconds=2, jitter=0.2)
 GO: Final = "go"
 """The context key with which the driver asks chains that wait for a request to go on."""
 
-_SLOT_SECONDS: Final = 5
-_YOUNG: Final = timedelta(seconds=20)
-_OLD: Final = timedelta(seconds=60)
-_TYPES: Final = 6
+TYPES: Final = 8
+_WITH_FACTS: Final = range(4, TYPES)
+_NEW_IN_THIS_VERSION: Final = 4
+_RATED: Final = 5
+"""The type with a `rate_limit`."""
 
-Guard = Callable[[Transition], bool]
-Provider = Callable[[Transition, float], None]
+_LIMITED: Final = 6
+"""The type whose callback has one."""
+
+_TIMED: Final = 7
+"""The type with delivery hours."""
+
+_SLOW_SHARE: Final = 0.1
+_LONG_SHARE: Final = 0.05
 
 
 class CallbackError(Exception):
     """What a provider that is down raises."""
 
 
-def chance(*parts: object) -> float:
-    """A number from [0, 1) that depends on nothing but `parts`."""
-    digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) / 2**64
+def _load_nothing(_: Sequence[ChainSnapshot]) -> dict[int, dict[str, bool]]:
+    return {}
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way out of a state, as it was drawn."""
+class Surroundings:
+    """What the workload's user code calls. By default nothing happens: so it is in the driver's own process."""
 
-    name: str
-    to_state: str
-    kind: str
-    probability: float = 1.0
-    wait_seconds: float = 0.0
-    back: bool = False
-    silent: bool = False
-    verified: bool = False
+    send: Callable[[Transition, float], None] = lambda *_: None
+    """Calls the provider, which takes so many seconds."""
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """One chain type, as it was drawn."""
-
-    name: str
-    states: Mapping[str, tuple[Candidate, ...]]
-    options: Mapping[str, Any]
+    verify: Callable[[Transition], bool | None] = lambda _: None
+    load: Callable[[Sequence[ChainSnapshot]], Mapping[int, Mapping[str, bool]]] = _load_nothing
+    asking: Callable[[Transition], AbstractContextManager[object]] = lambda _: nullcontext()
+    """Around each answer of a guard."""
 
 
-def draw(seed: int, *, types: int = _TYPES) -> list[Drawn]:
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def draw(seed: int, *, types: int = TYPES) -> list[Drawn]:
     """The chain types of a seed."""
     return [_draw_type(random.Random(f"{seed}:{index}"), f"type{index}", index) for index in range(types)]
 
@@ -70,16 +73,21 @@ def _draw_type(rng: random.Random, name: str, index: int) -> Drawn:
     count = rng.choice((3, 3, 3, 4, 4, 5, 8))
     last = DONE if rng.random() < 0.5 else "over"
     names = [NEW, *(f"s{number}" for number in range(1, count - 1)), last]
+    kinds = ("open", "open", "always", "wait") if index in _WITH_FACTS else ("always", "chance", "wait")
     states: dict[str, tuple[Candidate, ...]] = {last: ()}
     for position, state in enumerate(names[:-1]):
         forward = names[position + 1 :]
         targets = rng.sample(forward, min(len(forward), rng.choice((1, 2, 2, 3))))
-        found = [_draw_candidate(rng, f"{state.title()}To{target.title()}", target, position) for target in targets]
+        found = [
+            _draw_candidate(rng, f"{state.title()}To{target.title()}", target, position, kinds) for target in targets
+        ]
         if all(candidate.kind == "never" for candidate in found):
             found[-1] = Candidate(found[-1].name, found[-1].to_state, "always", silent=found[-1].to_state == DONE)
         if position and rng.random() < 0.3:
             target = names[rng.randint(1, position)]
             found.insert(0, Candidate(f"{state.title()}Back", target, "chance", rng.uniform(0.05, 0.15), back=True))
+        if index in _WITH_FACTS:
+            found.insert(0, Candidate(f"{state.title()}Paid", last, "paid", silent=True))
         states[state] = tuple(found)
     options = {
         "continue": index != 1,
@@ -90,8 +98,8 @@ def _draw_type(rng: random.Random, name: str, index: int) -> Drawn:
     return Drawn(name, states, options)
 
 
-def _draw_candidate(rng: random.Random, name: str, target: str, position: int) -> Candidate:
-    kind = rng.choices(("always", "chance", "wait", "asked", "never"), (4, 4, 4, 1, 1))[0]
+def _draw_candidate(rng: random.Random, name: str, target: str, position: int, kinds: Sequence[str]) -> Candidate:
+    kind = rng.choices((*kinds, "asked", "never"), (*([4] * len(kinds)), 1, 1))[0]
     return Candidate(
         name,
         target,
@@ -114,7 +122,7 @@ def older(drawn: Drawn) -> Drawn:
 
 def older_types(seed: int) -> list[Drawn]:
     """All chain types as a worker of the version before knows them: one type it has never heard of."""
-    return [older(drawn) for drawn in draw(seed)[:-1]]
+    return [older(drawn) for index, drawn in enumerate(draw(seed)) if index != _NEW_IN_THIS_VERSION]
 
 
 def graph_of(types: list[Drawn]) -> Graph:
@@ -132,23 +140,48 @@ def graph_of(types: list[Drawn]) -> Graph:
     return Graph(frozenset(edges), frozenset(silent), frozenset(terminal))
 
 
+def limits_of(profile: Profile) -> list[Limit]:
+    """The rate limits of the workload."""
+    return [
+        Limit("of the type", profile.rate, 1.0, frozenset({f"type{_RATED}"})),
+        Limit("of the callback", profile.rate, 1.0, frozenset({f"type{_LIMITED}"})),
+    ]
+
+
+def hours_of(profile: Profile) -> dict[str, DeliveryHours]:
+    """The delivery hours of the workload, by chain type."""
+    return {f"type{_TIMED}": DeliveryHours.parse(profile.hours)}
+
+
 # --- as a configuration ----------------------------------------------------------------------------------------------
 
 
-def configuration(seed: int, types: list[Drawn], *, send: Provider, verify: Callable[[Transition], bool | None]) -> Any:
+def configuration(profile: Profile, types: list[Drawn], surroundings: Surroundings) -> Any:
     """The dict that `Dispatcher` takes."""
 
     def callback(transition: Transition, **_: Any) -> None:
-        send(transition, chance(seed, "slow", transition.chain.id) * 0.02)
+        surroundings.send(transition, _seconds(profile, transition))
 
+    @limited(f"{profile.rate}/s", name="chaos")
+    def limited_callback(transition: Transition, **_: Any) -> None:
+        callback(transition)
+
+    special: dict[str, dict[str, Any]] = {
+        f"type{_RATED}": {"rate_limit": f"{profile.rate}/s"},
+        f"type{_LIMITED}": {"callback": limited_callback},
+        f"type{_TIMED}": {"delivery_hours": profile.hours},
+    }
+    with_facts = {f"type{index}" for index in _WITH_FACTS}
     return {
         "chains": [
             {
                 "chain_type": drawn.name,
                 "callback": callback,
+                **({"load_context": surroundings.load} if drawn.name in with_facts else {}),
+                **special.get(drawn.name, {}),
                 **drawn.options,
                 "transitions": {
-                    state: [_transition(seed, drawn.name, candidate, verify) for candidate in candidates]
+                    state: [_transition(profile, drawn.name, candidate, surroundings) for candidate in candidates]
                     for state, candidates in drawn.states.items()
                 },
             }
@@ -157,41 +190,53 @@ def configuration(seed: int, types: list[Drawn], *, send: Provider, verify: Call
     }
 
 
+def _seconds(profile: Profile, transition: Transition) -> float:
+    """How long the provider takes: mostly milliseconds, at times as long as half a group may take."""
+    drawn = chance(profile.seed, "slow", transition.chain.id, transition.chain.state)
+    if drawn < _SLOW_SHARE:
+        return 0.3 + 3 * drawn
+    return drawn * 0.02
+
+
+def outlasts(profile: Profile, key: str, attempt: int) -> float:
+    """For how many seconds an attempt takes longer than others, in a run where some do."""
+    return profile.long_seconds if attempt == 1 and chance(profile.seed, "long", key) < _LONG_SHARE else 0.0
+
+
 def _transition(
-    seed: int, chain_type: str, candidate: Candidate, verify: Callable[[Transition], bool | None]
+    profile: Profile, chain_type: str, candidate: Candidate, surroundings: Surroundings
 ) -> type[Transition]:
     body: dict[str, Any] = {
         "final_state": candidate.to_state,
         "retry": RETRY,
-        "is_valid": _guard(seed, chain_type, candidate),
+        "is_valid": _guard(profile.seed, chain_type, candidate, surroundings),
     }
     if candidate.kind in ("asked", "never"):
         body["recheck_seconds"] = None
     if candidate.silent and candidate.to_state != DONE:
         body["callback"] = None
     if candidate.verified:
-        body["verify"] = verify
+        body["verify"] = surroundings.verify
     return type(candidate.name, (Transition,), body)
 
 
-def _guard(seed: int, chain_type: str, candidate: Candidate) -> Guard:
+def _guard(
+    seed: int, chain_type: str, candidate: Candidate, surroundings: Surroundings
+) -> Callable[[Transition], bool]:
     def is_valid(self: Transition) -> bool:
-        age = self.now - self.chain.created_at
-        slot = int(self.now.timestamp()) // _SLOT_SECONDS
-        drawn = chance(seed, chain_type, candidate.name, self.chain.id, slot)
-        if age < _OLD and chance(drawn, "raises") < 0.01:
-            raise ValueError("a guard that raises sometimes")
-        if candidate.back and age > _YOUNG:
-            self.errors.append("too old to go back")
-            return False
-        if candidate.kind == "wait":
+        with surroundings.asking(self):
+            valid = answer(
+                seed,
+                chain_type,
+                candidate,
+                chain_id=self.chain.id,
+                created_at=self.chain.created_at,
+                now=self.now,
+                facts=self.context,
+                asked=GO in self.context,
+            )
+        if candidate.kind == "wait" and not valid:
             return self.not_before(self.chain.created_at + timedelta(seconds=candidate.wait_seconds), "too early")
-        valid = {
-            "always": True,
-            "never": False,
-            "asked": GO in self.context,
-            "chance": drawn < candidate.probability or (not candidate.back and age > _OLD),
-        }[candidate.kind]
         if not valid:
             self.errors.append(f"{candidate.kind}: not now")
         return valid
@@ -223,9 +268,4 @@ def resources_of(number: int) -> list[tuple[str, str]]:
 
 def type_of(seed: int, number: int) -> str:
     """The chain type of chain number `number` of the workload."""
-    return f"type{int(chance(seed, 'type', number) * _TYPES)}"
-
-
-def parse_time(text: str) -> datetime:
-    """A datetime as the sink keeps it."""
-    return datetime.fromisoformat(text)
+    return f"type{int(chance(seed, 'type', number) * TYPES)}"
