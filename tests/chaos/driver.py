@@ -32,6 +32,7 @@ from tests.chaos import workload
 from tests.chaos.deployment import SETTINGS, Deployment
 from tests.chaos.failpoints import WANTED
 from tests.chaos.history import ChainLine, DeliveryLine, EventLine, Healing, History, Rules
+from tests.chaos.observed import errors_of_tasks
 from tests.chaos.operators import AWAY, Operators
 from tests.chaos.oracle import Report, judge
 from tests.chaos.sink import SinkReader
@@ -91,6 +92,8 @@ class Outcome:
     calm_to_quiet_seconds: float = 0.0
     profile: str = ""
     struck: Mapping[str, int] = field(default_factory=dict)
+    errors: Mapping[str, int] = field(default_factory=dict)
+    """Tasks that ended with an error that the library does not name, by its class."""
 
     def to_json(self) -> dict[str, Any]:
         """The numbers of the run, for the report."""
@@ -118,6 +121,7 @@ class Outcome:
             "strikes": self.strikes,
             "restarts": self.restarts,
             "struck": dict(self.struck),
+            "errors": dict(self.errors),
             "seconds": round(self.seconds, 1),
             "calm_to_quiet_seconds": round(self.calm_to_quiet_seconds, 1),
         }
@@ -267,6 +271,7 @@ class _Driver:
         outcome = Outcome(self.run, judge(history), self.strikes, self.restarts)
         self._show(outcome.report)
         outcome.struck = Counter(line["point"] for line in self.sink if line["phase"] == "struck")
+        outcome.errors = errors_of_tasks(node.log_path for node in self.deployment.nodes)
         outcome.calm_to_quiet_seconds = quiet_seconds
         return outcome
 

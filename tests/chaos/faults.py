@@ -25,6 +25,9 @@ Strike = Callable[[Deployment, random.Random, Later], None]
 _LOCK_SECONDS: Final = float(SETTINGS["lock_seconds"])
 _LEASE_SECONDS: Final = Settings(**SETTINGS).lease_seconds  # type: ignore[arg-type]
 _KILL_SHARE: Final = 0.01
+_KILL_SHARES: Final = {"in_load": 0.04, "in_look": 0.02}
+"""Of failpoints that are passed less often than others."""
+
 _WITH_CHILDREN: Final = ("prefork", "threads")
 _CLOCK_STEPS: Final = (-172_800, -600, -2, 0, 2, 600, 172_800)
 
@@ -315,7 +318,7 @@ def _killing(point: str) -> Fault:
     return Fault(
         f"kill_{point}",
         f"SIGKILL of the pool child, a tenth of the time of its whole worker, at the failpoint `{point}`",
-        failpoints={point: _KILL_SHARE},
+        failpoints={point: _KILL_SHARES.get(point, _KILL_SHARE)},
     )
 
 
@@ -424,15 +427,16 @@ _ALL: Final = (
     ),
     Fault(
         "database_away_60",
-        "no worker reaches PostgreSQL for 62 s, from the moment when a callback has returned; relays beside them do "
-        "during the last 2 s",
+        "no worker reaches PostgreSQL for 62 s, from the moment when a callback has returned, while others take 60 s "
+        "(pool `threads`); relays beside them reach it during the last 2 s",
         _want_outage,
         (5.0, 9.0),
         calm=_let_workers_in,
         lasts=90,
         asked=_away_until_relay,
         proxied=True,
-        pools=_WITH_CHILDREN,
+        pools=("threads", "threads"),
+        long_seconds=60,
         alone_only=True,
     ),
     Fault(

@@ -1,15 +1,19 @@
 """What the driver notes of a run's processes and servers while it goes on: the oracle takes excuses from it."""
 
 import math
+import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import psutil
 
 from tests.chaos.history import Interval, Processes
+
+_RAISED: Final = re.compile(r"raised unexpected: (\w+)")
 
 
 class Spell:
@@ -97,3 +101,9 @@ def _lives(process: psutil.Process) -> bool:
 
 Later = Callable[[float, Callable[[], None]], None]
 """Does something after so many seconds, or when the faults end."""
+
+
+def errors_of_tasks(logs: Iterable[Path]) -> Counter[str]:
+    """How many tasks ended with an error that the library does not name, by its class, as the workers' logs say."""
+    texts = (log.read_text(errors="replace") for log in logs if log.exists())
+    return Counter(name for text in texts for name in _RAISED.findall(text))

@@ -27,16 +27,14 @@ def judge_refusals(case: Case) -> Iterator[Violation]:
             begins[told["begun"]["chain"]].append(told["begun"])
     for chain in case.history.chains:
         yield from _planned_while_disabled(case, chain)
-        for what, subject, delay in (
-            ("disabled", chain.resources, 0.0),
-            ("paused", chain.chain_type, PAUSE_SECONDS),
-        ):
-            for interval in off.get(subject, ()):
-                late = Interval(interval.since + delay, interval.until)
-                yield from _begun(case, chain, what, late, begins[chain.id])
-                yield from _called(case, chain, what, late, calls[chain.id])
-                if what == "paused":
-                    yield from _planned_while_paused(case, chain, late)
+        for interval in off.get(chain.resources, ()):
+            yield from _begun(case, chain, "it was disabled", interval, begins[chain.id])
+            yield from _called(case, chain, "it was disabled", interval, calls[chain.id])
+        for interval in off.get(chain.chain_type, ()):
+            known = Interval(interval.since + PAUSE_SECONDS, interval.until)
+            yield from _begun(case, chain, "its pause was known", known, begins[chain.id])
+            yield from _called(case, chain, "its pause was known", known, calls[chain.id])
+            yield from _planned_while_paused(case, chain, known)
 
 
 def intervals(acts: Sequence[Act]) -> dict[object, list[Interval]]:
@@ -70,7 +68,9 @@ def _planned_while_paused(case: Case, chain: ChainLine, paused: Interval) -> Ite
         if event.mono is None or not (event.action == "planned" or silent):
             continue
         if paused.since + CLOCK_SECONDS < event.mono < paused.until:
-            yield Violation("I9", chain.id, f"{event.action} {event.mono - paused.since:.3f} s after the pause's delay")
+            yield Violation(
+                "I9", chain.id, f"{event.action} {event.mono - paused.since:.3f} s after its pause was known"
+            )
 
 
 def _begun(case: Case, chain: ChainLine, what: str, off: Interval, begins: Iterable[Any]) -> Iterator[Violation]:
@@ -81,9 +81,7 @@ def _begun(case: Case, chain: ChainLine, what: str, off: Interval, begins: Itera
     for line in begins:
         at = mono_at(datetime.fromisoformat(line["at"]))
         if off.since + CLOCK_SECONDS < at < off.until - CLOCK_SECONDS:
-            problem = (
-                f"attempt {line['attempt']} of {line['delivery']} began {at - off.since:.3f} s after it was {what}"
-            )
+            problem = f"attempt {line['attempt']} of {line['delivery']} began {at - off.since:.3f} s after {what}"
             yield Violation("I9", chain.id, problem)
 
 
@@ -97,6 +95,6 @@ def _called(case: Case, chain: ChainLine, what: str, off: Interval, calls: Itera
         if not case.was_stopped(call.pid, min(begun, off.since), call.at):
             problem = (
                 f"attempt {call.line['attempt']} of {call.line['delivery']} had its turn "
-                f"{call.turn - off.since:.3f} s after it was {what}"
+                f"{call.turn - off.since:.3f} s after {what}"
             )
             yield Violation("I9", chain.id, problem)

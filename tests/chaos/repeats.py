@@ -23,13 +23,20 @@ def judge_repeats(case: Case) -> tuple[list[Violation], int]:
     violations = list(_other_keys(case))
     excused = 0
     for effects in case.effects.values():
-        for earlier, later in pairwise(effects):
+        # By their begins: the effect of a process that was stopped for long comes after that of its successor.
+        in_order = sorted(effects, key=lambda effect: _begun_at(case, effect))
+        for earlier, later in pairwise(in_order):
             problem = _excuse_missing(case, earlier, later)
             if problem is None:
                 excused += 1
             else:
                 violations.append(Violation("I5-doubled", later["chain"], f"key {later['key']}: {problem}"))
     return violations, excused
+
+
+def _begun_at(case: Case, effect: Line) -> float:
+    begun = case.attempts[begin_of(effect)].get("begun", effect)
+    return float(begun["mono"])
 
 
 def _other_keys(case: Case) -> Iterator[Violation]:
@@ -60,7 +67,7 @@ def _excuse_missing(case: Case, earlier: Line, later: Line) -> str | None:
         return None
     finished = told.get("finished", {})
     if finished.get("ok"):
-        return f"again after begin {before[1]} was recorded as delivered"
+        return f"begun again after begin {before[1]} was recorded as delivered"
     begun, again = told.get("begun"), case.attempts[after].get("begun")
     if begun is None or again is None:
         return "an attempt that was not begun"

@@ -288,7 +288,7 @@ def test_a_disabling_that_may_have_failed_proves_nothing() -> None:
 
 def test_a_pause_has_two_seconds_to_be_known_everywhere() -> None:
     assert refused(attempt(6.9, 7.5), paused()) == []
-    assert any("began 0.200 s after it was paused" in what for what in refused(attempt(7.2, 7.2), paused()))
+    assert any("began 0.200 s after its pause was known" in what for what in refused(attempt(7.2, 7.2), paused()))
     assert any("had its turn" in what for what in refused(attempt(6.5, 9.0), paused()))
     assert refused(attempt(7.2, 7.2), paused(), Act("resume", "cart", 7.0, 7.1)) == []
 

@@ -143,6 +143,11 @@ AGAIN = (begun(2, seconds=30), effect(2, seconds=30), finished(2))
             (begun(), effect(), *AGAIN, finished(ok=False)), Processes(stops={11: [Interval(2, 29)]}), id="stopped"
         ),
         pytest.param(
+            (begun(), *AGAIN, effect(seconds=40), finished(ok=False)),
+            Processes(stops={11: [Interval(2, 39)]}),
+            id="stopped before its effect, which comes last",
+        ),
+        pytest.param(
             (begun(), effect(), *AGAIN, finished(ok=False)), Processes(cut_off=[Interval(2, 29)]), id="cut off"
         ),
         pytest.param(
@@ -166,6 +171,7 @@ def test_a_second_effect_is_allowed_where_the_first_attempt_ended_badly(
         pytest.param((begun(), effect(), *AGAIN), Processes(), id="it lived, and its lease ran out"),
         pytest.param((begun(), effect(), *AGAIN), Processes(deaths={11: 60.0}), id="it died long after that"),
         pytest.param((begun(), effect(), *AGAIN), Processes(deaths={12: 1.0}), id="another process died"),
+        pytest.param((begun(), *AGAIN, effect(seconds=40)), Processes(), id="two at once, and the second was quicker"),
         pytest.param(
             (begun(), effect(), *AGAIN, finished(ok=False)), Processes(stops={11: [Interval(2, 12)]}), id="stopped 10 s"
         ),
