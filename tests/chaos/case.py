@@ -34,6 +34,9 @@ class Call:
     loaded: float | None
     """When `load_context` returned the chain's facts to this thread last."""
 
+    first: float
+    """The first turn in its group: the first look or call after the begin, or after the load, that came last."""
+
     @property
     def at(self) -> float:
         """When the callback began."""
@@ -51,6 +54,7 @@ class _Thread:
 
     looks: dict[int, float] = field(default_factory=dict)
     loads: dict[int, float] = field(default_factory=dict)
+    first: float | None = None
     last: Line | None = None
 
 
@@ -84,6 +88,10 @@ class Case:
             self.attempts[begin].setdefault(phase, line)
             if phase == "begun":
                 self.begins[begin[0]].append(begin[1])
+        if phase in ("begun", "loaded"):
+            thread.first = None
+        elif phase in ("looking", "calling") and thread.first is None:
+            thread.first = line["mono"]
         if phase == "loaded":
             thread.loads.update(dict.fromkeys(line["chains"], line["mono"]))
         elif phase == "looking":
@@ -91,7 +99,8 @@ class Case:
         elif phase == "calling":
             begun = self.attempts[begin_of(line)].get("begun")
             turn = thread.looks.get(line["chain"], line["mono"])
-            self.calls.append(Call(line, turn, begun, thread.loads.get(line["chain"])))
+            first = min(turn, turn if thread.first is None else thread.first)
+            self.calls.append(Call(line, turn, begun, thread.loads.get(line["chain"]), first))
         if phase in ("begun", "calling", "returned", "raised"):
             # A look counts for the call that comes next. With another callback between them it is no last look.
             thread.looks.clear()

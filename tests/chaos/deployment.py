@@ -225,7 +225,7 @@ class Deployment:
             "redis_url": f"redis://127.0.0.1:{port('locks', self.locks.port)}/0",
             "broker_url": f"redis://127.0.0.1:{port('broker', self.broker.port)}/0",
             **SETTINGS,
-            "chains_per_task": 5 if self.profile.grouped else 1,
+            "chains_per_task": profile.GROUP if self.profile.grouped else 1,
             "deliveries_per_task": profile.GROUP if self.profile.grouped else 1,
             **({"clock": profile.CLOCK} if self.profile.own_clock else {}),
         }

@@ -35,6 +35,7 @@ from tests.chaos.history import ChainLine, DeliveryLine, EventLine, Healing, His
 from tests.chaos.observed import errors_of_tasks
 from tests.chaos.operators import AWAY, Operators
 from tests.chaos.oracle import Report, judge
+from tests.chaos.repeats import LAPSE
 from tests.chaos.sink import SinkReader
 from tests.chaos.truth import GuardTruth
 
@@ -45,8 +46,7 @@ _DUE_PROMISE: Final = (
     + float(SETTINGS["sweep_seconds"])
     + float(SETTINGS["relay_seconds"])
 )
-_BETWEEN_RELAYS: Final = 10.0
-_DELIVERY_PROMISE: Final = _LEASE + _BETWEEN_RELAYS + 2 * float(SETTINGS["relay_seconds"])
+_DELIVERY_PROMISE: Final = _LEASE * (1 + LAPSE) + 2 * float(SETTINGS["relay_seconds"])
 _MAX_BACKOFF: Final = 9.6
 """Seconds: the longest wait that this workload's policies and shortened intervals ask for."""
 
@@ -112,6 +112,7 @@ class Outcome:
             "untimely": report.untimely,
             "guards_checked": report.guards_checked,
             "unknown": report.unknown,
+            "mistaken": report.mistaken,
             "hours_checked": report.hours_checked,
             "rates_checked": report.rates_checked,
             "rates_skipped": report.rates_skipped,

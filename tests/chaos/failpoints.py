@@ -39,7 +39,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from dispatcher import Dispatcher, DispatcherError, retry
 from dispatcher.coordination.locks import ChainLocks
-from dispatcher.delivery import attempts, ends, local
+from dispatcher.delivery import attempt as one_attempt
+from dispatcher.delivery import recording
 from dispatcher.delivery.ends import Ends
 from dispatcher.domain.records import DeliveryRecord
 from dispatcher.execution import executor
@@ -234,7 +235,7 @@ class Failpoints:
         Pages.publish = page_published  # type: ignore[method-assign]
 
     def _wrap_begins(self) -> None:
-        begin, deliver, make = PostgresqlStore.begin, Dispatcher.deliver, attempts.make_attempt
+        begin, deliver, make = PostgresqlStore.begin, Dispatcher.deliver, one_attempt.make_attempt
 
         def begun(store: PostgresqlStore, *arguments: Any, **options: Any) -> Any:
             found = begin(store, *arguments, **options)
@@ -257,7 +258,7 @@ class Failpoints:
 
         PostgresqlStore.begin = begun  # type: ignore[method-assign]
         Dispatcher.deliver = delivered  # type: ignore[method-assign]
-        attempts.make_attempt = attempted  # type: ignore[assignment]
+        _replace("make_attempt", make, attempted)
 
     def _note_begun(self, begun: Any) -> None:
         row = begun.delivery
@@ -276,7 +277,7 @@ class Failpoints:
         self.sink.write("begun", **facts, at=begun.machine_now.isoformat())
 
     def _wrap_ends(self) -> None:
-        record, record_called = ends.recorded, Ends.record_called
+        record, record_called = recording.recorded, Ends.record_called
 
         def recorded(rows: Any, row: DeliveryRecord, *arguments: Any, **options: Any) -> bool:
             self.hit("before_finish")
@@ -301,8 +302,7 @@ class Failpoints:
             return results
 
         Ends.record_called = all_recorded  # type: ignore[method-assign]
-        ends.recorded = recorded
-        local.recorded = recorded
+        _replace("recorded", record, recorded)
 
 
 def shorten_backoff() -> None:
@@ -312,6 +312,16 @@ def shorten_backoff() -> None:
     def shorter(failures: int, **options: Any) -> Any:
         return grow(failures, **{**options, "base_seconds": 2, "cap_seconds": 8})
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("dispatcher.") and getattr(module, "growing_interval", None) is grow:
-            module.growing_interval = shorter  # type: ignore[attr-defined]
+    _replace("growing_interval", grow, shorter)
+
+
+def _replace(name: str, function: Any, other: Any) -> None:
+    """Put another function where modules of the library have imported this one."""
+    modules = [
+        module
+        for path, module in list(sys.modules.items())
+        if path.startswith("dispatcher.") and getattr(module, name, None) is function
+    ]
+    assert modules, f"the library has no {name}"
+    for module in modules:
+        setattr(module, name, other)

@@ -27,7 +27,10 @@ class Moments:
     violations: list[Violation] = field(default_factory=list)
     guards_checked: int = 0
     unknown: int = 0
-    """Calls whose guard need not have said yes, because an attempt before them may have had the effect."""
+    """Calls whose guard need not have said yes, because the row says that an attempt may have had the effect."""
+
+    mistaken: int = 0
+    """Those of them whose guard said no although no attempt before them had called, so that nothing was unknown."""
 
     stopped: int = 0
     """Calls that are not judged, because their process was stopped between its look and its call."""
@@ -58,26 +61,24 @@ def _judge_guard(case: Case, call: Call, found: Moments) -> None:
     chain = case.chains.get(call.line["chain"])
     if chain is None:  # I4 says so
         return
-    never_called = call.line["unknown"] and never_called_before(case, call)
-    if call.line["unknown"] and not never_called:
-        found.unknown += 1
-        return
     oldest = call.turn - FACTS_SECONDS - SLACK_SECONDS
     begun = call.begun["mono"] if call.begun is not None else call.turn
-    if case.was_stopped(call.pid, min(oldest, begun), call.at):
-        found.stopped += 1
-        return
-    found.guards_checked += 1
     # `now` is that of the begin: what changes for the worse in the time that a loader takes is a matter of facts.
     now = (min(oldest, begun - SLACK_SECONDS), call.at)
     question = Question(chain, call.line["state"], call.line["transition"], (oldest, call.at), now)
-    if not case.history.rules.truth(question):
-        why = " (its effect counted as unknown, but no attempt had called it)" if never_called else ""
-        problem = (
-            f"{call.line['transition']} was called {call.at - call.turn:.3f} s after its turn, {_since_load(call)}, "
-            f"although its guard had said no for a second{why}: {_named(call)}"
-        )
-        found.violations.append(Violation("I11", chain.id, problem))
+    if call.line["unknown"]:
+        found.unknown += 1
+        found.mistaken += never_called_before(case, call) and not case.history.rules.truth(question)
+    elif case.was_stopped(call.pid, min(oldest, begun), call.at):
+        found.stopped += 1
+    else:
+        found.guards_checked += 1
+        if not case.history.rules.truth(question):
+            problem = (
+                f"{call.line['transition']} was called {call.at - call.turn:.3f} s after its turn, "
+                f"{_since_load(call)}, although its guard had said no for a second: {_named(call)}"
+            )
+            found.violations.append(Violation("I11", chain.id, problem))
 
 
 def never_called_before(case: Case, call: Call) -> bool:

@@ -34,7 +34,9 @@ class Report:
     guards_checked: int = 0
     """Calls whose guard was asked again by the oracle, with the facts of the moment."""
     unknown: int = 0
-    """Calls whose guard need not have said yes: an attempt before them may have had the effect."""
+    """Calls whose guard need not have said yes: the row says that an attempt before them may have had the effect."""
+    mistaken: int = 0
+    """Those of them whose guard said no although no attempt before them had called."""
     hours_checked: int = 0
     rates_checked: int = 0
     rates_skipped: str = ""
@@ -82,7 +84,7 @@ def judge(history: History) -> Report:
         report.violations += check(case)
     doubled, report.repeated = judge_repeats(case)
     moments = judge_moments(case)
-    report.guards_checked, report.unknown = moments.guards_checked, moments.unknown
+    report.guards_checked, report.unknown, report.mistaken = moments.guards_checked, moments.unknown, moments.mistaken
     report.hours_checked, report.rates_checked = moments.hours_checked, moments.rates_checked
     report.rates_skipped = history.rules.rates_lost
     found = report.violations + doubled + moments.violations

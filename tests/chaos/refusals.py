@@ -31,8 +31,11 @@ def judge_refusals(case: Case) -> Iterator[Violation]:
             yield from _begun(case, chain, "it was disabled", interval, begins[chain.id])
             yield from _called(case, chain, "it was disabled", interval, calls[chain.id])
         for interval in off.get(chain.chain_type, ()):
-            known = Interval(interval.since + PAUSE_SECONDS, interval.until)
-            yield from _begun(case, chain, "its pause was known", known, begins[chain.id])
+            late = case.history.rules.late_seconds
+            known = Interval(interval.since + PAUSE_SECONDS + SLACK_SECONDS + late, interval.until)
+            # A begin does not ask it. What is begun of a paused type must go back without a call.
+            called = [call.begun for call in calls[chain.id] if call.begun is not None]
+            yield from _begun(case, chain, "its pause was known", known, called)
             yield from _called(case, chain, "its pause was known", known, calls[chain.id])
             yield from _planned_while_paused(case, chain, known)
 
@@ -67,7 +70,7 @@ def _planned_while_paused(case: Case, chain: ChainLine, paused: Interval) -> Ite
         silent = event.action == "state_transition" and case.edge(chain, event) in case.history.graph.silent
         if event.mono is None or not (event.action == "planned" or silent):
             continue
-        if paused.since + CLOCK_SECONDS < event.mono < paused.until:
+        if paused.since < event.mono < paused.until:
             yield Violation(
                 "I9", chain.id, f"{event.action} {event.mono - paused.since:.3f} s after its pause was known"
             )
@@ -80,15 +83,16 @@ def _begun(case: Case, chain: ChainLine, what: str, off: Interval, begins: Itera
         return
     for line in begins:
         at = mono_at(datetime.fromisoformat(line["at"]))
-        if off.since + CLOCK_SECONDS < at < off.until - CLOCK_SECONDS:
+        stopped = case.was_stopped(line["pid"], off.since - PAUSE_SECONDS, line["mono"])
+        if off.since + CLOCK_SECONDS < at < off.until - CLOCK_SECONDS and not stopped:
             problem = f"attempt {line['attempt']} of {line['delivery']} began {at - off.since:.3f} s after {what}"
             yield Violation("I9", chain.id, problem)
 
 
 def _called(case: Case, chain: ChainLine, what: str, off: Interval, calls: Iterable[Call]) -> Iterator[Violation]:
-    """Within a group a call may be a second late, counted from the return of the group's load."""
+    """Within a group a call may be a second late, counted from the return of the group's load, or its first turn."""
     for call in calls:
-        latest = max(off.since, call.loaded or off.since) + FACTS_SECONDS + SLACK_SECONDS
+        latest = max(off.since, call.first, call.loaded or call.first) + FACTS_SECONDS + SLACK_SECONDS
         if not (latest < call.turn and call.at < off.until):
             continue
         begun = call.begun["mono"] if call.begun is not None else off.since

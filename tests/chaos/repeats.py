@@ -11,8 +11,8 @@ from tests.chaos.history import Violation
 _RENEWED: Final = 0.75
 """The share of a lease that is left at least when a process stops renewing it."""
 
-_BETWEEN_RELAYS: Final = 10.0
-"""Seconds between the two relays that see an expired lease before the attempt is settled."""
+LAPSE: Final = 0.45
+"""The share of a lease that an attempt is left alone after a relay saw that its lease had ended."""
 
 _NOTICED: Final = 1.0
 """Seconds: the driver notices the end of a process, and the end of a stop, a little late."""
@@ -79,7 +79,7 @@ def _excuse_missing(case: Case, earlier: Line, later: Line) -> str | None:
     lease = case.history.lease_seconds
     stopped = processes.stopped_seconds(pid, since, until)
     cut_off = sum(interval.overlap(since, until) for interval in processes.cut_off)
-    if stopped + cut_off + _NOTICED >= lease * _RENEWED + _BETWEEN_RELAYS:
+    if stopped + cut_off + _NOTICED >= lease * (_RENEWED + LAPSE):
         return None
     away = sum(interval.overlap(since, until) for interval in processes.outages)
     if finished.get("error") and away + _NOTICED >= lease * _RENEWED:

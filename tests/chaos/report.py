@@ -26,6 +26,7 @@ _SUMS: Final = {
     "doubled": "doubled",
     "untimely": "untimely",
     "guards_checked": "guards asked again",
+    "mistaken": "mistaken for unknown",
     "repeated": "repeated within I5",
     "exits": "unexpected exits",
 }

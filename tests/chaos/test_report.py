@@ -14,6 +14,7 @@ RESULT = {
     "doubled": 0,
     "untimely": 0,
     "guards_checked": 2900,
+    "mistaken": 0,
     "repeated": 17,
     "rates_checked": 700,
     "rates_skipped": "",
@@ -28,7 +29,7 @@ def test_runs_of_one_fault_are_one_line_and_combinations_another() -> None:
     lines = table([RESULT, slower, both]).splitlines()
     assert len(lines) == 4
     assert lines[2].startswith("| `kill_child` |")
-    assert lines[2].endswith("| 2 | 4,000 | 8,000 | 6,000 | 0 | 0 | 0 | 0 | 5,800 | 34 | 1,400 | 6.0 s / 7.0 s |")
+    assert lines[2].endswith("| 2 | 4,000 | 8,000 | 6,000 | 0 | 0 | 0 | 0 | 5,800 | 0 | 34 | 1,400 | 6.0 s / 7.0 s |")
     assert lines[3].startswith("| combinations |")
 
 
@@ -40,8 +41,8 @@ def test_rates_that_were_not_checked_are_named() -> None:
 def test_exits_have_a_column_where_they_were_counted() -> None:
     assert "exits" not in table([RESULT])
     head, _, row = table([{**RESULT, "exits": 3}]).splitlines()
-    assert head.split("|")[13].strip() == "unexpected exits"
-    assert row.split("|")[13].strip() == "3"
+    assert head.split("|")[14].strip() == "unexpected exits"
+    assert row.split("|")[14].strip() == "3"
 
 
 def test_every_line_has_as_many_cells_as_the_head() -> None:

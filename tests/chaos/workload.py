@@ -26,6 +26,7 @@ GO: Final = "go"
 
 TYPES: Final = 8
 _WITH_FACTS: Final = range(4, TYPES)
+_NAMES_WITH_FACTS: Final = frozenset(f"type{index}" for index in _WITH_FACTS)
 _NEW_IN_THIS_VERSION: Final = 4
 _RATED: Final = 5
 """The type with a `rate_limit`."""
@@ -36,7 +37,8 @@ _LIMITED: Final = 6
 _TIMED: Final = 7
 """The type with delivery hours."""
 
-_SLOW_SHARE: Final = 0.1
+_SLOW_SHARE: Final = 0.05
+_SLOW_SHARE_OF_A_GROUP: Final = 0.2
 _LONG_SHARE: Final = 0.05
 
 
@@ -171,13 +173,12 @@ def configuration(profile: Profile, types: list[Drawn], surroundings: Surroundin
         f"type{_LIMITED}": {"callback": limited_callback},
         f"type{_TIMED}": {"delivery_hours": profile.hours},
     }
-    with_facts = {f"type{index}" for index in _WITH_FACTS}
     return {
         "chains": [
             {
                 "chain_type": drawn.name,
                 "callback": callback,
-                **({"load_context": surroundings.load} if drawn.name in with_facts else {}),
+                **({"load_context": surroundings.load} if drawn.name in _NAMES_WITH_FACTS else {}),
                 **special.get(drawn.name, {}),
                 **drawn.options,
                 "transitions": {
@@ -191,11 +192,11 @@ def configuration(profile: Profile, types: list[Drawn], surroundings: Surroundin
 
 
 def _seconds(profile: Profile, transition: Transition) -> float:
-    """How long the provider takes: mostly milliseconds, at times as long as half a group may take."""
+    """How long the provider takes: mostly milliseconds, at times half as long as the facts of a group are good for."""
     drawn = chance(profile.seed, "slow", transition.chain.id, transition.chain.state)
-    if drawn < _SLOW_SHARE:
-        return 0.3 + 3 * drawn
-    return drawn * 0.02
+    grouped = profile.grouped and transition.chain.chain_type in _NAMES_WITH_FACTS
+    share = _SLOW_SHARE_OF_A_GROUP if grouped else _SLOW_SHARE
+    return 0.3 + 0.3 * drawn / share if drawn < share else drawn * 0.02
 
 
 def outlasts(profile: Profile, key: str, attempt: int) -> float:
