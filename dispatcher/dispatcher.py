@@ -516,12 +516,13 @@ class Dispatcher:
         """Forget the connections of the parent process without closing them, so that this process opens new ones."""
         self.database.dispose(close=False)
 
-    def watch_callbacks(self) -> None:
+    def watch_callbacks(self, *, parent: int | None = None) -> None:
         """Kill this process when a callback runs longer than `callback_seconds`, or when its parent has died.
 
-        For worker processes that make one attempt at a time, and that another process replaces.
+        For worker processes that make one attempt at a time, and that another process replaces. `parent` is the id of
+        the process that made this one (default: the parent that it has now).
         """
-        self._services.watchdog.start()
+        self._services.watchdog.start(parent=parent)
 
     def close(self) -> None:
         """Close this process's connections; the dispatcher can be used again."""

@@ -66,8 +66,9 @@ def install(app: Celery, dispatcher: Dispatcher) -> None:
     @signals.worker_process_init.connect(weak=False)
     def begin_process(**_: Any) -> None:
         dispatcher.after_fork()
-        if current_process().name != _MAIN_PROCESS:  # a child of a pool; the signal is also sent in a solo worker
-            dispatcher.watch_callbacks()
+        process = current_process()
+        if process.name != _MAIN_PROCESS:  # a child of a pool; the signal is also sent in a solo worker
+            dispatcher.watch_callbacks(parent=process._parent_pid)  # which may be dead already
         # Exclude inherited objects from garbage collection: faster, and their pages stay shared.
         gc.freeze()
 

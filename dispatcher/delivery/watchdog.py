@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 _LOOK_SECONDS: Final = 0.5
@@ -27,40 +27,56 @@ class Watchdog:
         self._until: float | None = None
         self._pid = 0
 
-    def start(self) -> None:
-        """Watch this process from now on. It must be the child of another process, and make one attempt at a time."""
+    def start(self, *, parent: int | None = None) -> None:
+        """Watch this process from now on. It must be the child of another process, and make one attempt at a time.
+
+        `parent` is the process that made it. Without it, the parent that it has now is taken.
+        """
         if self._pid == os.getpid():
             return
         self._pid, self._lock, self._until = os.getpid(), threading.Lock(), None
-        threading.Thread(target=self._watch, args=(os.getppid(),), name="watchdog", daemon=True).start()
+        arguments = (os.getppid() if parent is None else parent, _log_of_its_own())
+        threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True).start()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Kill this process if the block takes longer than a callback may."""
-        if self._pid != os.getpid():
+        """Kill this process if the block takes longer than a callback may. A block within it does not get more time."""
+        pid = os.getpid()
+        if self._pid != pid:
             yield
             return
         with self._lock:
-            self._until = time.monotonic() + self._seconds
+            before = self._until
+            self._until = time.monotonic() + self._seconds if before is None else before
         try:
             yield
         finally:
-            with self._lock:  # the thread decides under this lock: an end in time is never killed
-                self._until = None
+            if pid == os.getpid():  # else a child that was forked in the block leaves it; nobody frees its lock
+                with self._lock:  # the thread decides under this lock: an end in time is never killed
+                    self._until = before
 
-    def _watch(self, parent: int) -> None:
+    def _watch(self, parent: int, log: int | None) -> None:
         while True:
-            time.sleep(_LOOK_SECONDS)
             if os.getppid() != parent:
-                _kill("its parent has died")
+                _kill("its parent has died", log)
             with self._lock:
                 if self._until is not None and time.monotonic() >= self._until:
-                    _kill(f"a callback has run {self._seconds:g} s")
+                    _kill(f"a callback has run {self._seconds:g} s", log)
+            time.sleep(_LOOK_SECONDS)
 
 
-def _kill(reason: str) -> None:
+def _log_of_its_own() -> int | None:
+    """Standard error under another number, because a callback may close it, and a new file then gets its number."""
+    try:
+        return os.dup(2)
+    except OSError:  # it is closed already
+        return None
+
+
+def _kill(reason: str, log: int | None) -> None:
     """Kill this process at once. Logging is not used, because the stuck code may hold one of its locks."""
     line = f"dispatcher: worker process {os.getpid()} is killed: {reason}\n".encode()
-    if select.select([], [2], [], 0)[1]:
-        os.write(2, line)
+    with suppress(OSError, ValueError):  # nothing about the log may keep it alive
+        if log is not None and select.select([], [log], [], 0)[1]:
+            os.write(log, line)
     os.kill(os.getpid(), signal.SIGKILL)
