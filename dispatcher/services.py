@@ -102,7 +102,7 @@ def wire(
     pages = Pages(config=config, settings=settings, locks=locks, publisher=publisher)
     pacing = Pacing(limiter=RateLimiter(locks.client, prefix=settings.prefix), own_clock=clock is not None)
     ends = Ends(settings=settings, database=database, store=store, publisher=publisher, random=random.random)
-    leases = Leases(database, lease_seconds=settings.lease_seconds)
+    leases = Leases(database, store_of, lease_seconds=settings.lease_seconds)
     watchdog = Watchdog(callback_seconds=settings.callback_seconds)
     operations = Operations(config=config, settings=settings, database=database)
     dry_run = DryRun(config=config, database=database, locks=locks, paused=paused)

@@ -104,9 +104,10 @@ class Settings(BaseSettings):
         """How long after a relay saw that a lease had ended another one may settle the attempt.
 
         Half of the lease, because a process renews every quarter of it and then waits at most 3 s for the database;
-        and a tenth less, because beats are not exact.
+        and a tenth less, because beats are not exact. Never below 3 s, because a process whose database was away may be
+        in a try to connect, which takes 2 s at least.
         """
-        return self.lease_seconds * 0.45
+        return max(self.lease_seconds * 0.45, 3.0)
 
     @property
     def attempt_seconds(self) -> float:

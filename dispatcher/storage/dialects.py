@@ -16,6 +16,7 @@ from dispatcher.errors import ConfigurationError
 _ISOLATION = "READ COMMITTED"
 _SQLITE_BUSY_MS = 30_000
 _MYSQL_ANSWER_SECONDS = 30
+_MYSQL_IDLE_SECONDS = 10
 _IDLE_SECONDS = 1.0
 _DEADLOCK_STATES = {"40001", "40P01"}
 _DEADLOCK_CODES = {1205, 1213, 1020}
@@ -74,6 +75,9 @@ def _make_engine(url: URL, connect_seconds: float, *, patient: bool, answer_seco
         else:
             seconds = _MYSQL_ANSWER_SECONDS if answer_seconds is None else max(1, round(answer_seconds))
             arguments["read_timeout"] = arguments["write_timeout"] = seconds
+            if answer_seconds is not None:
+                # A connection that was given up in a transaction, and whose end the server cannot see, keeps its locks.
+                arguments["init_command"] = f"SET SESSION wait_timeout = {_MYSQL_IDLE_SECONDS}"
         if url.get_driver_name() == "pymysql" and url.password:
             arguments["password"] = url.password.encode()  # as bytes, because the driver would encode text as Latin-1
         options["isolation_level"] = _ISOLATION

@@ -105,6 +105,11 @@ class PortableStore:
             lambda connection: set(deliveries.renew(connection, running, lease_seconds=lease_seconds, uncalled=None))
         )
 
+    def renew(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> None:
+        self._database.write(
+            lambda connection: deliveries.renew(connection, running, lease_seconds=lease_seconds, skip_locked=True)
+        )
+
     def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
         return self._database.write(lambda connection: _finish(connection, finished, now=now))
 
@@ -386,7 +391,7 @@ def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float
     connection.execute(
         update(DELIVERY)
         .where(DELIVERY.c.id.in_(ids))
-        .ordered_values(  # MySQL evaluates from left to right, and `uncalled` needs the old number
+        .ordered_values(  # MySQL evaluates from left to right, and `uncalled` needs the old `begins`
             (DELIVERY.c.uncalled, None if called else DELIVERY.c.begins + 1),
             (DELIVERY.c.begins, DELIVERY.c.begins + 1),
             (DELIVERY.c.attempt, DELIVERY.c.attempt + 1),

@@ -227,6 +227,20 @@ FROM ({_RUNNING}
 WHERE d.id = i.id AND d.attempt = i.attempt AND d.begins IS NOT DISTINCT FROM i.begins AND d.status = 'running'
 RETURNING d.id::text AS id"""
 
+# One statement, because the connection may swallow everything from any moment on: between the statements of a
+# transaction the server would hold the locks of the rows, and the end of an attempt would wait for them.
+_RENEW: Final = f"""
+UPDATE chain_dispatcher_delivery d
+SET {_LEASED}
+FROM (
+  SELECT r.id FROM ({_RUNNING}
+  ) i JOIN chain_dispatcher_delivery r ON r.id = i.id
+  WHERE r.attempt = i.attempt AND r.begins IS NOT DISTINCT FROM i.begins AND r.status = 'running'
+  ORDER BY r.id FOR NO KEY UPDATE OF r SKIP LOCKED
+) free
+WHERE d.id = free.id
+RETURNING d.id::text AS id"""
+
 # A single statement cannot ROLLBACK. It divides by zero to abort itself when fewer chains moved than deliveries closed,
 # because a chain was taken from its delivery while the statement waited for a row; `finish` then runs it again.
 _DIVISION_BY_ZERO: Final = "22012"
@@ -361,6 +375,9 @@ class PostgresqlStore:
 
     def mark_called(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> set[str]:
         return set(self._database.write_statement(_MARK_CALLED, _ours(running, lease_seconds)).column("id"))
+
+    def renew(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> None:
+        self._database.write_statement(_RENEW, _ours(running, lease_seconds))
 
     def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
         finished = sorted(finished, key=lambda end: end.delivery.id)

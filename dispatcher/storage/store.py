@@ -110,6 +110,12 @@ class Store(Protocol):
         They get a new lease. Guard: the delivery is running, has this attempt and this number of `begins`.
         """
 
+    def renew(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> None:
+        """Give running attempts a new lease. Guard: the delivery is running, has this attempt and this `begins`.
+
+        A row that another transaction has locked is left out, so that nobody waits: its end is just being recorded.
+        """
+
     def finish(self, finished: Sequence[Finished], *, now: datetime) -> set[str]:
         """Record delivered attempts and move their chains; the ids of the deliveries that were recorded.
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pytest
 from sqlalchemy import JSON, Text, cast, literal, select, update
+from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import (
     Begun,
@@ -534,6 +535,54 @@ class TestBeginAnew:
 
     def test_of_nothing_is_nothing(self, bench: Bench) -> None:
         assert bench.store.begin_anew([], lease_seconds=75) == []
+
+
+class TestRunning:
+    def uncalled(self, bench: Bench, count: int = 1) -> list[Any]:
+        owed = [Owed(bench.planned().id, 1) for _ in range(count)]
+        return [row.delivery for row in bench.store.begin(owed, lease_seconds=75, called=False)]
+
+    def test_the_row_says_that_a_begun_attempt_is_not_called_until_it_is_marked(self, bench: Bench) -> None:
+        first, second = self.uncalled(bench, 2)
+        assert first.was_not_called and second.was_not_called
+        assert bench.delivery(first.chain_id).was_not_called
+        assert bench.store.mark_called([first], lease_seconds=75) == {first.id}
+        assert not bench.delivery(first.chain_id).was_not_called
+        assert bench.delivery(second.chain_id).was_not_called
+
+    def test_renewing_gives_a_new_lease_and_changes_nothing_else(self, bench: Bench) -> None:
+        delivery, other = self.uncalled(bench, 2)
+        statement = update(DELIVERY).where(DELIVERY.c.id == delivery.id).values(lapse_seen_at=NOW)
+        bench.database.write(lambda connection: connection.execute(statement))
+        bench.store.renew([delivery], lease_seconds=3600)
+        after = bench.delivery(delivery.chain_id)
+        assert after.lease_until - delivery.lease_until > timedelta(minutes=50)
+        assert after.lapse_seen_at is None and after.was_not_called
+        assert bench.delivery(other.chain_id) == other
+
+    @pytest.mark.parametrize("change", [{"attempt": 2}, {"begins": 2}, {"status": "pending"}])
+    def test_neither_a_renewal_nor_a_mark_touches_another_begin(self, bench: Bench, change: Mapping[str, Any]) -> None:
+        (delivery,) = self.uncalled(bench)
+        statement = update(DELIVERY).where(DELIVERY.c.id == delivery.id).values(**change)
+        bench.database.write(lambda connection: connection.execute(statement))
+        before = bench.delivery(delivery.chain_id)
+        bench.store.renew([delivery], lease_seconds=3600)
+        assert bench.store.mark_called([delivery], lease_seconds=3600) == set()
+        assert bench.store.begin_anew([delivery], lease_seconds=3600) == []
+        assert bench.delivery(delivery.chain_id) == before
+
+    def test_a_renewal_does_not_wait_for_a_row_that_is_locked(self, bench: Bench) -> None:
+        if bench.database.dialect == "sqlite":  # it has no locks of rows
+            return
+        locked, free = self.uncalled(bench, 2)
+
+        def renew(connection: Connection) -> None:
+            deliveries.read(connection, locked.id, lock=True)
+            bench.store.renew([locked, free], lease_seconds=3600)
+
+        bench.database.write(renew)
+        assert bench.delivery(locked.chain_id).lease_until == locked.lease_until
+        assert bench.delivery(free.chain_id).lease_until > free.lease_until
 
 
 class TestFinish:
