@@ -19,6 +19,7 @@ from dispatcher import DONE, NEW, PermanentFailure, RetryPolicy, Transition
 SINK_VARIABLE: Final = "CHAIN_DISPATCHER_TEST_SINK"
 MAX_ATTEMPTS: Final = 3
 GUARD_SECONDS: Final = 0.005
+PATIENT_SECONDS: Final = 5.0
 
 
 class Sink:
@@ -74,6 +75,13 @@ class First(Obedient):
 
 class Second(Obedient):
     final_state = "second_sent"
+
+
+class Patient(Obedient):
+    """A failed attempt waits for long enough that a test can do something meanwhile."""
+
+    final_state = "first_sent"
+    retry = RetryPolicy(max_attempts=MAX_ATTEMPTS, base_seconds=PATIENT_SECONDS, factor=1, jitter=0)
 
 
 class Finish(Obedient):
@@ -135,6 +143,7 @@ CONFIG = {
             "transitions": {NEW: [First], "first_sent": [Second], "second_sent": [Finish], DONE: []},
         },
         {"chain_type": "single", "callback": deliver, "transitions": {NEW: [First], "first_sent": []}},
+        {"chain_type": "patient", "callback": deliver, "transitions": {NEW: [Patient], "first_sent": []}},
         {
             "chain_type": "paced",
             "callback": deliver,
