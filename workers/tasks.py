@@ -31,6 +31,7 @@ from dispatcher.messages.queues import (
 )
 from dispatcher.states import Outcome
 from dispatcher.telemetry import Action, emit
+from workers.beat import follow_the_clock
 from workers.reconnection import CloseWhole
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def install(app: Celery, dispatcher: Dispatcher) -> None:
     _add_settings(app, dispatcher)
     _add_tasks(app, dispatcher)
     app.steps["consumer"].add(CloseWhole)
+    signals.beat_init.connect(follow_the_clock)
 
     @signals.worker_process_init.connect(weak=False)
     def begin_process(**_: Any) -> None:

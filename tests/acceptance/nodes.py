@@ -264,10 +264,10 @@ class Deployment:
         """A worker, not started."""
         return WorkerNode(WorkerNode.command(*args), self.directory, {**self.env, **env})
 
-    def beat(self, *args: str) -> BeatNode:
+    def beat(self, *args: str, **env: str) -> BeatNode:
         """A beat with a schedule file of its own, not started."""
         schedule = self.directory / f"beat-{uuid.uuid4().hex}"
-        return BeatNode(BeatNode.command("--schedule", str(schedule), *args), self.directory, self.env)
+        return BeatNode(BeatNode.command("--schedule", str(schedule), *args), self.directory, {**self.env, **env})
 
     @contextmanager
     def running(self, node: Node) -> Iterator[Node]:
