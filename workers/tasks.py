@@ -52,6 +52,7 @@ _TASK_OPTIONS: Final[dict[str, Any]] = {
     "serializer": "json",
     "rate_limit": None,
     "soft_time_limit": None,
+    "Request": "workers.waits:BoundedRequest",
     "shared": False,  # else every app of the process would get these tasks, with the dispatcher of this one
 }
 

@@ -231,7 +231,7 @@ RETURNING d.id::text AS id"""
 # transaction the server would hold the locks of the rows, and the end of an attempt would wait for them.
 _RENEW: Final = f"""
 UPDATE chain_dispatcher_delivery d
-SET {_LEASED}
+SET next_attempt_at = least(d.next_attempt_at, clock_timestamp()), {_LEASED}
 FROM (
   SELECT r.id FROM ({_RUNNING}
   ) i JOIN chain_dispatcher_delivery r ON r.id = i.id

@@ -1,6 +1,7 @@
 """Beats and workers whose host's clock steps while they run, or between two runs."""
 
 import json
+import re
 import sys
 import textwrap
 import time
@@ -10,8 +11,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 
-from dispatcher.messages.queues import RELAY, SWEEP, SWEEPS_QUEUE
-from tests.acceptance.nodes import BeatNode, Deployment
+from dispatcher import Chain
+from dispatcher.messages.queues import DELIVER, RELAY, SWEEP, SWEEPS_QUEUE
+from tests.acceptance.chainlib import PATIENT_SECONDS
+from tests.acceptance.nodes import BeatNode, Deployment, WorkerNode
 from tests.acceptance.test_install import THEIR_APP
 from tests.conftest import missing
 from tests.steps import NoCompilerError, SteppingClock
@@ -23,6 +26,12 @@ SLACK_SECONDS = 2.0
 """How late a busy machine may be."""
 
 DAYS = 2 * 86_400.0
+
+
+@pytest.fixture(scope="module")
+def database_kind() -> str:
+    """One whose clock is not the workers': SQLite has the clock of whoever asks it."""
+    return "postgresql"
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +137,66 @@ def test_the_beat_of_an_application_goes_on_with_our_entries(
         ticks.assert_both_go_on()
         clock.set(0)
         ticks.assert_both_go_on()
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(make_deployment: Callable[..., Deployment]) -> Deployment:
+    return make_deployment(sweep_seconds=1, relay_seconds=1, queued_seconds=2)
+
+
+def wait_for_calls(deployment: Deployment, chain: Chain, count: int, *, seconds: float = 45) -> float:
+    """Return when the chain's callback was called so often; by the monotonic clock of this process."""
+    deployment.eventually(
+        lambda: len(deployment.sink.lines("called", chain_id=chain.id)) >= count, f"{count} calls", seconds=seconds
+    )
+    return time.monotonic()
+
+
+def wait_for_messages(deployment: Deployment, worker: WorkerNode, count: int) -> None:
+    """Return when the worker has received so many messages about deliveries, retries included."""
+    received = re.compile(rf"Task {re.escape(DELIVER)}\[\S+\] received")
+    deployment.eventually(lambda: len(received.findall(worker.logs())) >= count, f"{count} messages in the worker")
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_retry_that_a_worker_holds_is_made_at_its_time_although_the_clock_steps(
+    quick: Deployment, clock: SteppingClock, pool: str
+) -> None:
+    worker = quick.worker(f"--pool={pool}", **clock.environment)
+    with quick.client() as client, quick.running(worker):
+        for number, seconds in enumerate([DAYS, -DAYS, 2.0, 0]):
+            chain = client.get_or_create_resource_chain(
+                "patient", [("test", str(number))], initial_context={"fail_times": 1}
+            )
+            chain.enqueue()
+            failed_at = wait_for_calls(quick, chain, 1)
+            wait_for_messages(quick, worker, 2 * number + 2)
+            clock.set(seconds)
+            again_at = wait_for_calls(quick, chain, 2, seconds=PATIENT_SECONDS + SLACK_SECONDS + 1)
+            assert PATIENT_SECONDS - SLACK_SECONDS <= again_at - failed_at <= PATIENT_SECONDS + SLACK_SECONDS
+            quick.wait_for_state(chain, "first_sent")
+
+
+@pytest.mark.parametrize("seconds", [DAYS, -DAYS])
+def test_a_retry_whose_message_has_an_impossible_eta_is_made_when_its_row_says(
+    quick: Deployment, clock: SteppingClock, seconds: float
+) -> None:
+    """The worker publishes the retry by one clock and receives it by another."""
+    worker = quick.worker(**clock.environment)
+    clock.set(seconds)
+    with quick.client() as client, quick.running(worker), quick.running(quick.beat()):
+        chain = client.get_or_create_resource_chain("patient", [("test", "1")], initial_context={"fail_times": 1})
+        chain.enqueue()
+        failed_at = wait_for_calls(quick, chain, 1)
+        wait_for_messages(quick, worker, 2)
+        worker.kill("SIGTERM")  # it puts the retry back
+        quick.eventually(lambda: worker.status == "exited", "the worker's end")
+        clock.set(0)
+        worker.start()
+        worker.wait_until_ready()
+        quick.wait_for_state(chain, "first_sent", seconds=20)
+        assert time.monotonic() - failed_at >= PATIENT_SECONDS - SLACK_SECONDS
+        assert [line["what"] for line in quick.sink.lines(chain_id=chain.id)] == ["called", "called", "done"]
