@@ -18,6 +18,7 @@ from dispatcher import Dispatcher, Settings
 from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.runner import upgrade
 from tests.chaos import profile, skew, workload
+from tests.chaos.exits import Exits
 from tests.chaos.failpoints import FAILPOINTS_VARIABLE, FLAG, NODE_VARIABLE, SEED_VARIABLE, VERSION_VARIABLE, WANTED
 from tests.chaos.observed import Later, Observed
 from tests.chaos.operators import Operators
@@ -133,6 +134,7 @@ class Deployment:
         self.library: Path | None = None
         self.operators: Operators | None = None
         """Who disables and pauses, once the driver has said so."""
+        self.exits = Exits(self.sink_path)
 
     @property
     def nodes(self) -> list[Node]:
@@ -256,6 +258,7 @@ class Deployment:
         """Start again what has ended, as a supervisor does; how many."""
         dead = [node for node in self.nodes if not node.alive]
         for node in dead:
+            self.exits.note(node.name, node.process)
             node.kill()  # its children
             node.start()
         return len(dead)

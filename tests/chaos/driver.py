@@ -88,6 +88,8 @@ class Outcome:
     report: Report
     strikes: int = 0
     restarts: int = 0
+    exits: Sequence[str] = ()
+    """Workers that ended by themselves. A run with one has failed."""
     seconds: float = 0.0
     calm_to_quiet_seconds: float = 0.0
     profile: str = ""
@@ -121,6 +123,7 @@ class Outcome:
             "promised_seconds": round(report.promised_seconds, 2),
             "strikes": self.strikes,
             "restarts": self.restarts,
+            "exits": len(self.exits),
             "struck": dict(self.struck),
             "errors": dict(self.errors),
             "seconds": round(self.seconds, 1),
@@ -212,7 +215,8 @@ def perform(run: Run, *, say: Callable[[str], None] = lambda _: None) -> Outcome
         f"{'+'.join(drawn.pools)}, {'grouped' if drawn.grouped else 'single'}, "
         f"{'own' if drawn.own_clock else 'database'} clock, hours {drawn.hours}, {drawn.rate}/s"
     )
-    if outcome.report.violations:
+    outcome.exits = deployment.exits.found
+    if outcome.report.violations or outcome.exits:
         say(f"violations: {run.command}\nlogs and sink: {deployment.directory}")
     else:
         deployment.discard()
@@ -639,7 +643,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.results is not None:
         with options.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
-    return 1 if outcome.report.violations else 0
+    for ended in outcome.exits:
+        print(ended)  # noqa: T201
+    return 1 if outcome.report.violations or outcome.exits else 0
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def check(run: Run) -> Report:
     violations = outcome.report.violations
     found = "\n".join([*map(str, violations[:20]), *said])
     assert not violations, f"seed {run.seed}: {len(violations)} violations; again: {run.command}\n{found}"
+    assert not outcome.exits, f"seed {run.seed}: workers ended by themselves; again: {run.command}\n{outcome.exits}"
     return outcome.report
 
 
