@@ -107,7 +107,7 @@ def draw(
         pools=pools if pools is not None else drawn_pools,
         grouped=grouped if grouped is not None else drawn_grouped,
         own_clock=own_clock,
-        rate=max(2, chains // 80),
+        rate=max(2, chains // 100),
         hours=f"{closes + _MINUTE:%H:%M}-{closes:%H:%M}",
         began=began,
         domain_began=domain_began.isoformat(),

@@ -27,7 +27,13 @@ GO: Final = "go"
 TYPES: Final = 8
 _WITH_FACTS: Final = range(4, TYPES)
 _NAMES_WITH_FACTS: Final = frozenset(f"type{index}" for index in _WITH_FACTS)
-_NEW_IN_THIS_VERSION: Final = 4
+_GROUPED: Final = 4
+"""The type with the most chains. With the others that have facts it moves by sweeps, so that groups are large."""
+
+_SHARES: Final = (8, 8, 8, 8, 32, 12, 12, 12)
+"""How many of a hundred chains are of each type."""
+
+_NEW_IN_THIS_VERSION: Final = 3
 _RATED: Final = 5
 """The type with a `rate_limit`."""
 
@@ -38,7 +44,7 @@ _TIMED: Final = 7
 """The type with delivery hours."""
 
 _SLOW_SHARE: Final = 0.05
-_SLOW_SHARE_OF_A_GROUP: Final = 0.2
+_SLOW_SHARE_OF_A_GROUP: Final = 0.7
 _LONG_SHARE: Final = 0.05
 
 
@@ -92,7 +98,7 @@ def _draw_type(rng: random.Random, name: str, index: int) -> Drawn:
             found.insert(0, Candidate(f"{state.title()}Paid", last, "paid", silent=True))
         states[state] = tuple(found)
     options = {
-        "continue": index != 1,
+        "continue": index not in (1, _GROUPED, _TIMED),
         "on_unknown": "hold" if index == 2 else "retry",
         "on_dead": "hold" if index == 3 else "skip",
         "recheck_seconds": 0,
@@ -194,7 +200,7 @@ def configuration(profile: Profile, types: list[Drawn], surroundings: Surroundin
 def _seconds(profile: Profile, transition: Transition) -> float:
     """How long the provider takes: mostly milliseconds, at times half as long as the facts of a group are good for."""
     drawn = chance(profile.seed, "slow", transition.chain.id, transition.chain.state)
-    grouped = profile.grouped and transition.chain.chain_type in _NAMES_WITH_FACTS
+    grouped = profile.grouped and transition.chain.chain_type == f"type{_GROUPED}"
     share = _SLOW_SHARE_OF_A_GROUP if grouped else _SLOW_SHARE
     return 0.3 + 0.3 * drawn / share if drawn < share else drawn * 0.02
 
@@ -269,4 +275,9 @@ def resources_of(number: int) -> list[tuple[str, str]]:
 
 def type_of(seed: int, number: int) -> str:
     """The chain type of chain number `number` of the workload."""
-    return f"type{int(chance(seed, 'type', number) * TYPES)}"
+    drawn = 100 * chance(seed, "type", number)
+    for index, share in enumerate(_SHARES):
+        drawn -= share
+        if drawn < 0:
+            return f"type{index}"
+    raise AssertionError("the shares of the types are not 100")
