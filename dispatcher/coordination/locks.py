@@ -105,18 +105,18 @@ end
 return 0
 """)
 
-# Gives the chains that are locked.
-_LOCKED: Final = Script(
+# Gives the chains that have a key of this kind.
+_PRESENT: Final = Script(
     _LATE
     + """
-local prefix, milliseconds = ARGV[1], ARGV[2]
-local locked = {}
-for id in string.gmatch(ARGV[3], '%d+') do
-  local lock = prefix .. ':lock:' .. id
-  local holder = redis.call('GET', lock)
-  if holder and not is_late(lock, holder, milliseconds) then locked[#locked + 1] = id end
+local prefix, kind, milliseconds = unpack(ARGV, 1, 3)
+local present = {}
+for id in string.gmatch(ARGV[4], '%d+') do
+  local key = prefix .. ':' .. kind .. ':' .. id
+  local value = redis.call('GET', key)
+  if value and not is_late(key, value, milliseconds) then present[#present + 1] = id end
 end
-return locked
+return present
 """
 )
 
@@ -231,7 +231,14 @@ class ChainLocks:
 
     def locked(self, chain_ids: Sequence[int]) -> set[int]:
         """The chains among these that are locked now; reads only."""
-        answer = self._ask(_LOCKED, self._milliseconds, _listed(chain_ids)) if chain_ids else ()
+        return self._present("lock", chain_ids, self._milliseconds)
+
+    def queued(self, chain_ids: Sequence[int], *, seconds: float) -> set[int]:
+        """The chains among these that are marked as queued now; reads only."""
+        return self._present("queued", chain_ids, int(seconds * 1000))
+
+    def _present(self, kind: str, chain_ids: Sequence[int], milliseconds: int) -> set[int]:
+        answer = self._ask(_PRESENT, kind, milliseconds, _listed(chain_ids)) if chain_ids else ()
         return set(map(int, answer or ()))
 
     def mark_queued(self, chain_ids: Sequence[int], *, seconds: float) -> list[int]:

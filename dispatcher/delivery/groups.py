@@ -110,6 +110,7 @@ class Groups:
         self._watchdog = watchdog
         self._ends = ends
         self._tempo = Tempo()
+        self._loads = any(chain_type.load_context is not None for chain_type in config.chains)
 
     @property
     def size(self) -> int:
@@ -118,7 +119,8 @@ class Groups:
 
     def deliver(self, owed: Sequence[Owed], *, call_by: float) -> list[AttemptResult]:
         """Make one attempt at each of these deliveries. No callback begins after `call_by` (monotonic seconds)."""
-        began, called = time.monotonic(), self._tempo.is_quick
+        # A loader asks other services, so it may take long at any time: then no begin marks anything.
+        began, called = time.monotonic(), self._tempo.is_quick and not self._loads
         begun = self._store.begin(owed, lease_seconds=self._leases.seconds, called=called)
         with self._leases.kept(row.delivery for row in begun):
             waiting, results = self._ready(begun, began)

@@ -36,6 +36,10 @@ class Pages:
         """Mark chains as queued; those that were not marked yet, in order."""
         return self._locks.mark_queued(chain_ids, seconds=self._settings.queued_seconds)
 
+    def queued(self, chain_ids: Sequence[int]) -> set[int]:
+        """Which of these chains are marked as queued; reads only."""
+        return self._locks.queued(chain_ids, seconds=self._settings.queued_seconds)
+
     def publish(self, chain_ids: Sequence[int], queue: str, *, dry_run: bool = False) -> int:
         """Publish the executions of these marked chains; how many messages that took.
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 from sqlalchemy import Column, ColumnElement, RowMapping, and_, bindparam, case, literal, not_, or_, select, update
 from sqlalchemy.engine import Connection
 
+from dispatcher.states import DeliveryStatus
 from dispatcher.storage.clock import TOLERANCE, clock_plus
 from dispatcher.storage.models import CHAIN, DELIVERY
 from dispatcher.storage.statements import at_once
@@ -75,12 +76,12 @@ def begin_anew(connection: Connection, delivery_ids: Sequence[str], *, machine_n
 
 def _begun_anew(row: RowMapping, now: datetime) -> dict[str, Any]:
     def moved(end: datetime | None) -> datetime | None:
-        if end is None or end >= row["waits_since"]:
-            return None if end is None else now + (end - row["waits_since"])
-        # It is older than this wait, as the lease of an attempt that a relay has set aside, or the begin of an attempt.
-        return min(end, now)
+        # An end before the beginning is older than this wait, as the lease of an attempt that a relay has set aside.
+        return end if end is None or end < row["waits_since"] else now + (end - row["waits_since"])
 
     ends = {f"new_{name}": moved(row[name]) for name in _ENDS}
+    if row["status"] == DeliveryStatus.RUNNING and row["next_attempt_at"] is not None:  # when the attempt began
+        ends["new_next_attempt_at"] = min(row["next_attempt_at"], now)
     return {"now": now, **ends, **{f"read_{name}": row[name] for name in _GUARDS}}
 
 

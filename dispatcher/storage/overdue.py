@@ -54,13 +54,19 @@ def claim_overdue(
     lost = [delivery for delivery in found if delivery.status == DeliveryStatus.PENDING]
     noted, lapsed = _noted(connection, [delivery for delivery in found if delivery.status == DeliveryStatus.RUNNING])
     for deliveries, values in (
-        (lost, {"publish_after": clock_plus(grace_seconds)}),
-        (noted, {"publish_after": clock_plus(lapse_seconds), "lapse_seen_at": clock_plus(0)}),
+        (lost, {"publish_after": clock_plus(grace_seconds), "waits_since": clock_plus(0)}),
+        (
+            noted,
+            {
+                "publish_after": clock_plus(lapse_seconds),
+                "waits_since": clock_plus(0),
+                "lapse_seen_at": clock_plus(0),
+            },
+        ),
     ):
         ids = [delivery.id for delivery in deliveries]
         if ids:
-            changed = update(DELIVERY).where(DELIVERY.c.id.in_(ids))
-            connection.execute(changed.values(**values, waits_since=clock_plus(0)))
+            connection.execute(update(DELIVERY).where(DELIVERY.c.id.in_(ids)).values(values))
     return Overdue(lost, noted, lapsed)
 
 

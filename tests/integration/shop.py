@@ -290,13 +290,13 @@ class Message:
     kwargs: dict[str, Any]
 
 
-def take_messages(broker_url: str, queue: str) -> list[Message]:
-    """The messages of a queue, taken out of it."""
-    taken = []
+def take_messages(broker_url: str, queue: str, *, limit: int | None = None) -> list[Message]:
+    """The messages of a queue, at most `limit`, taken out of it."""
+    taken: list[Message] = []
     with Connection(broker_url) as connection, connection.channel() as channel:
         bound = Queue(queue, Exchange(queue, type="direct"), routing_key=queue)(channel)
         bound.declare()
-        while (message := bound.get(no_ack=True, accept=["json"])) is not None:
+        while len(taken) != limit and (message := bound.get(no_ack=True, accept=["json"])) is not None:
             args, kwargs, _ = message.payload
             assert args == []
             taken.append(Message(message.headers["id"], message.headers["task"], kwargs))
