@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from itertools import islice
 from typing import Any, Self
 from uuid import UUID
@@ -415,14 +416,30 @@ class Dispatcher:
         return self._services.operations.erase_resource(pair, requested_by=requested_by, reason=reason)
 
     def pause(self, chain_type: str, reason: str, *, requested_by: str | None = None) -> bool:
-        """Plan no more transitions of a chain type until `resume`; False if it was paused already."""
-        self._ready()
-        return self._services.operations.set_paused(chain_type, paused=True, requested_by=requested_by, reason=reason)
+        """Plan and attempt nothing more of a chain type until `resume`; False if it was paused already.
 
-    def resume(self, chain_type: str, *, requested_by: str | None = None, reason: str | None = None) -> bool:
-        """End the pause of a chain type and begin a new plan budget; False if it was not paused."""
+        Workers notice within two seconds. A callback that runs finishes, and its chain moves. Call it again if it was
+        interrupted: it then parks the deliveries that are left.
+        """
         self._ready()
-        return self._services.operations.set_paused(chain_type, paused=False, requested_by=requested_by, reason=reason)
+        return self._services.operations.pause(chain_type, requested_by=requested_by, reason=reason)
+
+    def resume(
+        self,
+        chain_type: str,
+        *,
+        spread: timedelta | float | None = None,
+        requested_by: str | None = None,
+        reason: str | None = None,
+    ) -> bool:
+        """End the pause of a chain type and begin a new plan budget; False if it was not paused.
+
+        With `spread` (a timedelta or seconds, at most 366 days) the chains that are due now become due evenly over that
+        time, and its parked deliveries continue evenly over the same time. The due chains of a type that is not paused
+        are left as they are. Call it again if it was interrupted. Raises `ConfigurationError` for a wrong `spread`.
+        """
+        self._ready()
+        return self._services.operations.resume(chain_type, spread=spread, requested_by=requested_by, reason=reason)
 
     def map_states(
         self,

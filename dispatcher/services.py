@@ -23,6 +23,7 @@ from dispatcher.messages.publisher import CeleryApp, Publisher
 from dispatcher.operators.doctor import Doctor
 from dispatcher.operators.operations import Operations
 from dispatcher.passes.pages import Pages
+from dispatcher.passes.parking import Parking
 from dispatcher.passes.prune import Pruner
 from dispatcher.passes.relay import Relay
 from dispatcher.passes.sweep import Sweeper
@@ -104,7 +105,8 @@ def wire(
     ends = Ends(settings=settings, database=database, store=store, publisher=publisher, random=random.random)
     leases = Leases(database, store_of, lease_seconds=settings.lease_seconds)
     watchdog = Watchdog(callback_seconds=settings.callback_seconds)
-    operations = Operations(config=config, settings=settings, database=database)
+    parking = Parking(database)
+    operations = Operations(config=config, settings=settings, database=database, parking=parking)
     dry_run = DryRun(config=config, database=database, locks=locks, paused=paused)
     return Services(
         config=config,
@@ -160,6 +162,7 @@ def wire(
             publisher=publisher,
             turns=turns,
             waker=Waker(config=config, settings=settings, database=database),
+            parking=parking,
         ),
         relay=Relay(
             config=config,

@@ -46,10 +46,9 @@ class WaitsFor(StrEnum):
     """What a pending delivery waits for, where it waits for more than a worker.
 
     RETRY: the time between two attempts. RATE: a rate limit. HOURS: its delivery hours. DEFINITION: a worker that knows
-    its chain type, transition and callback.
+    its chain type, transition and callback. PAUSED: the end of the pause of its chain type.
 
-    Not written yet: ASKED (the moment that its callback asked for), PAUSED (its chain type is paused), SUPPRESSED (a
-    resource of its chain is suppressed).
+    Not written yet: ASKED (the moment that its callback asked for), SUPPRESSED (a resource of its chain is suppressed).
     """
 
     RETRY = "retry"

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from dispatcher.cli.deployment import open_dispatcher
-from dispatcher.cli.output import dry_run_option, json_option, moment, pairs, print_json, print_table
+from dispatcher.cli.output import dry_run_option, duration, json_option, moment, pairs, print_json, print_table
 from dispatcher.errors import DispatcherError, DryRunRefused, NoOpenDelivery
 from dispatcher.states import DeliveryStatus
 
@@ -387,19 +388,26 @@ def list_types(as_json: bool) -> None:
 @needed_reason_option
 @by_option
 def pause(name: str, reason: str, requested_by: str) -> None:
-    """Plan no more transitions of a chain type until it is resumed."""
+    """Plan and attempt nothing more of a chain type until it is resumed."""
     changed = open_dispatcher().pause(name, reason, requested_by=requested_by)
     click.echo(f"{name} is paused" if changed else f"{name} was paused already")
 
 
 @chain_types.command()
 @click.argument("name")
+@click.option(
+    "--spread",
+    metavar="TIME",
+    callback=duration,
+    help="Spread what is due, and what is parked, evenly over this time, such as 90s, 30m, 2h or 1d.",
+)
 @reason_option
 @by_option
-def resume(name: str, reason: str | None, requested_by: str) -> None:
+def resume(name: str, spread: timedelta | None, reason: str | None, requested_by: str) -> None:
     """End the pause of a chain type, and begin a new plan budget."""
-    changed = open_dispatcher().resume(name, requested_by=requested_by, reason=reason)
-    click.echo(f"{name} is resumed" if changed else f"{name} was not paused")
+    changed = open_dispatcher().resume(name, spread=spread, requested_by=requested_by, reason=reason)
+    over = f"; its work is spread over {spread}" if spread is not None else ""
+    click.echo(f"{name} is resumed{over}" if changed else f"{name} was not paused")
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -11,6 +11,8 @@ from dispatcher.bounds import bounded_text
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Log what would be done, and do nothing.")
+
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 def pairs(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> list[tuple[str, str]]:
@@ -21,6 +23,21 @@ def pairs(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -
     return [
         (resource_type, resource_id) for resource_type, _, resource_id in (value.partition("=") for value in values)
     ]
+
+
+def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> timedelta | None:
+    """A time such as `90s`, `30m`, `2h` or `1d`; the library checks how long it is."""
+    if value is None:
+        return None
+    number, unit = value[:-1], _UNITS.get(value[-1:])
+    try:
+        return timedelta(**{unit: float(number)}) if unit is not None else _no_duration(value)
+    except (ValueError, OverflowError):
+        return _no_duration(value)
+
+
+def _no_duration(value: str) -> NoReturn:
+    raise click.BadParameter(f"{value!r} is not a time: write a number and s, m, h or d, such as 90s or 2h")
 
 
 def print_counts(counts: Mapping[str, Any], as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Which chain types are paused, as of at most some seconds ago, because a query for every execution would cost much."""
+"""Which chain types are paused, as of at most two seconds ago, because a query for every execution would cost much."""
 
 import time
 from typing import Final
@@ -18,8 +18,9 @@ class PausedTypes:
         self._known_until = 0.0
 
     def __contains__(self, type_name: str) -> bool:
-        if time.monotonic() >= self._known_until:
+        asked_at = time.monotonic()  # before the query, because the answer may be slow
+        if asked_at >= self._known_until:
             with self._database.read() as connection:
                 self._names = frozenset(chain_types.paused_types(connection))
-            self._known_until = time.monotonic() + _SECONDS
+            self._known_until = asked_at + _SECONDS
         return type_name in self._names

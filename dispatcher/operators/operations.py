@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import Enum, auto
 from functools import partial
 from typing import Final, TypeVar
@@ -31,12 +31,14 @@ from dispatcher.errors import (
     DryRunRefused,
     NoOpenDelivery,
 )
+from dispatcher.passes.parking import Parking
 from dispatcher.passes.unknown_effects import define, settle_lost
 from dispatcher.requests.checks import checked_requester
 from dispatcher.settings import Settings
 from dispatcher.states import OPEN_STATUSES, DeliveryStatus, EventAction, OperatorAction, SubjectKind
 from dispatcher.storage import actions, chain_types, chains, deliveries, overdue, overview, ticks
 from dispatcher.storage.database import Database
+from dispatcher.storage.pauses import Note
 from dispatcher.telemetry import Action, emit
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _BATCH: Final = 500
+_MAX_SPREAD: Final = timedelta(days=366)
 _SEPARATED: Final = "dispatcher.separate"
 _STOPPED: Final = (DeliveryStatus.DEAD, DeliveryStatus.HELD)
 _PLANNED_AGAIN: Final = (
@@ -95,10 +98,11 @@ class _MapOutcome(Enum):
 class Operations:
     """Operator actions of one deployment."""
 
-    def __init__(self, *, config: DispatcherConfig, settings: Settings, database: Database) -> None:
+    def __init__(self, *, config: DispatcherConfig, settings: Settings, database: Database, parking: Parking) -> None:
         self._config = config
         self._settings = settings
         self._database = database
+        self._parking = parking
 
     def refuse_dry_run(self, act: str) -> None:
         """Raise `DryRunRefused` if `DISPATCHER_DRY_RUN` is set: everything that an operator writes asks this first."""
@@ -122,7 +126,7 @@ class Operations:
                 connection, chain_id, disabled=disabled, requested_by=requested_by, reason=reason, now=now
             )
             if changed:
-                deliveries.follow_disabling(connection, [chain_id], disabled=disabled)
+                deliveries.follow_disabling(connection, [chain_id])
             return changed
 
         return self._write(f"{_verb(disabled)} chain {chain_id}", work)
@@ -271,7 +275,7 @@ class Operations:
             ids = chains.set_resource_disabled(
                 connection, resource, disabled=disabled, requested_by=requested_by, reason=reason, now=now
             )
-            deliveries.follow_disabling(connection, ids, disabled=disabled)
+            deliveries.follow_disabling(connection, ids)
             actions.add(
                 connection,
                 SubjectKind.RESOURCE,
@@ -328,16 +332,50 @@ class Operations:
 
     # --- a chain type ------------------------------------------------------------------------------------------------
 
-    def set_paused(self, type_name: str, *, paused: bool, requested_by: str | None, reason: str | None) -> bool:
-        """Pause a chain type (no transition of it is planned) or resume it; False if that was so already."""
+    def pause(self, type_name: str, *, requested_by: str | None, reason: str | None) -> bool:
+        """Pause a chain type: nothing of it is planned, and no attempt begins; False if it was paused already.
+
+        The pause holds as soon as it is committed. Then the pending deliveries are parked, also those that an
+        interrupted pause, or the type's own plan budget, has left.
+        """
         self._config.get(type_name)
         requested_by = checked_requester(requested_by)
-        return self._write(
-            f"{'pause' if paused else 'resume'} chain type {type_name}",
-            lambda connection: chain_types.set_paused(
-                connection, type_name, paused=paused, requested_by=requested_by, reason=reason
-            ),
-        )
+
+        def work(connection: Connection) -> bool:
+            return chain_types.set_paused(connection, type_name, paused=True, requested_by=requested_by, reason=reason)
+
+        changed = self._write(f"pause chain type {type_name}", work)
+        self._parking.park(type_name)
+        return changed
+
+    def resume(
+        self, type_name: str, *, spread: timedelta | float | None, requested_by: str | None, reason: str | None
+    ) -> bool:
+        """End the pause of a chain type; False if it was not paused: then its due chains are left as they are.
+
+        With `spread` its due chains are due evenly over that time, and its parked deliveries are freed evenly over the
+        same time. What an interrupted call has left parked is freed, too.
+        """
+        self._config.get(type_name)
+        requested_by = checked_requester(requested_by)
+        over = checked_spread(spread)
+        act = f"resume chain type {type_name}"
+        self.refuse_dry_run(act)
+        note, left = self._parking.find_note(type_name)
+        with self._database.read() as connection:
+            is_paused = type_name in chain_types.paused_types(connection)
+        if over and is_paused:
+            self._parking.spread(type_name, over)
+
+        def work(connection: Connection) -> Note | None:
+            changed = chain_types.set_paused(
+                connection, type_name, paused=False, requested_by=requested_by, reason=_with_spread(reason, over)
+            )
+            return self._parking.note(connection, type_name, over or timedelta(0)) if changed else None
+
+        noted = self._write(act, work)
+        self._parking.free(type_name, noted or note, left if over is None and noted is None else over or timedelta(0))
+        return noted is not None
 
     def map_states(
         self,
@@ -522,6 +560,26 @@ def _require_idle(record: ChainRecord, delivery: DeliveryRecord | None) -> None:
         raise DeliveryPending(record.id, "an attempt is running")
     if record.pending_delivery_id is not None and (delivery is None or delivery.status not in OPEN_STATUSES):
         raise DeliveryPending(record.id, "but that delivery is closed or missing: run `dispatcher doctor`")
+
+
+def checked_spread(spread: timedelta | float | None) -> timedelta | None:
+    """The time over which to spread, from a timedelta or seconds. Raises `ConfigurationError` for a wrong value."""
+    if spread is None:
+        return None
+    over = spread
+    if isinstance(spread, int | float) and not isinstance(spread, bool):
+        over = timedelta(seconds=spread) if 0 < spread <= _MAX_SPREAD.total_seconds() else timedelta(0)
+    if not isinstance(over, timedelta) or not timedelta(0) < over <= _MAX_SPREAD:
+        days = _MAX_SPREAD.days
+        raise ConfigurationError(f"must be a timedelta, or seconds, of more than 0 and at most {days} days", "spread")
+    return over
+
+
+def _with_spread(reason: str | None, over: timedelta | None) -> str | None:
+    """The reason to note for the end of a pause, with the time over which its work is spread."""
+    if over is None:
+        return reason
+    return f"spread over {over}" + (f": {reason}" if reason else "")
 
 
 def _verb(disabled: bool) -> str:  # noqa: FBT001 - the only argument

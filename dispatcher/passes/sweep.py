@@ -21,6 +21,7 @@ from dispatcher.messages.publisher import Publisher
 from dispatcher.messages.queues import SWEEP, SWEEPS_QUEUE
 from dispatcher.passes.cursors import Cursor, in_turn, shares, turns_of
 from dispatcher.passes.pages import Pages
+from dispatcher.passes.parking import Parking
 from dispatcher.passes.turns import Turns, pass_seconds
 from dispatcher.passes.waking import Waker
 from dispatcher.settings import Settings
@@ -67,6 +68,7 @@ class Sweeper:
         publisher: Publisher,
         turns: Turns,
         waker: Waker,
+        parking: Parking,
     ) -> None:
         self._config = config
         self._settings = settings
@@ -75,6 +77,7 @@ class Sweeper:
         self._publisher = publisher
         self._turns = turns
         self._waker = waker
+        self._parking = parking
 
     def sweep(self, *, tick: bool, dry_run: bool = False) -> dict[str, Any]:
         """Publish one execution per due chain: `{"due", "enqueued", "already_queued", "oldest_due_seconds"}`.
@@ -95,6 +98,7 @@ class Sweeper:
             would_wake = self._waker.count_resting()
         else:
             self._waker.wake_changed_states(stop_at - seconds / 2)
+            self._parking.finish_resumes(stop_at - seconds / 2)
         with self._database.read() as connection:
             now = self._database.now(connection)
             paused = chain_types.paused_types(connection)

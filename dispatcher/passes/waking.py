@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 from dispatcher.domain.config import ChainType, DispatcherConfig
 from dispatcher.domain.fingerprints import fingerprint
 from dispatcher.settings import Settings
-from dispatcher.storage import chain_types, chains, ticks
+from dispatcher.storage import chain_types, chains, pauses, ticks
 from dispatcher.storage.clock import TOLERANCE
 from dispatcher.storage.database import Database
 from dispatcher.telemetry import Action, emit
@@ -90,13 +90,19 @@ class Waker:
             )
 
     def _look(self, connection: Connection) -> list[_Look]:
-        """Each chain type of the configuration, compared with what is remembered of it."""
+        """Each chain type of the configuration, compared with what is remembered of it.
+
+        A type whose chains are just being made due over a time is left out until that is over.
+        """
         forget = timedelta(seconds=self._settings.sweep_seconds * _SWEEPS_OF_A_DEPLOY)
         known = chain_types.read_fingerprints(connection, list(self._config.by_type))
         now = self._database.machine_now(connection)
+        spreading = pauses.spreading_types(connection, now=self._database.now(connection))
         looks = []
         for type_name, chain_type in self._config.by_type.items():
-            if type_name not in known:
+            if type_name in spreading:
+                continue
+            if not known.get(type_name):  # its row may have been made by a pause
                 looks.append(_Look(chain_type, [], _seen_now(chain_type, {}, now, forget), outdated=True))
                 continue
             states = known[type_name]

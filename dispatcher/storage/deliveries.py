@@ -27,11 +27,13 @@ from dispatcher.storage.clock import clock_plus
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT
 from dispatcher.storage.rows import deliveries_of, delivery_columns, found_of
 from dispatcher.storage.statements import (
+    NO_WAIT,
     is_running,
     leased,
     moved_values,
     one_row,
     unless_disabled,
+    unless_parked,
     wait_reason,
     wait_times,
 )
@@ -82,10 +84,11 @@ def why_not_begun(connection: Connection, delivery_ids: Sequence[str]) -> dict[s
     )
     outcomes = dict.fromkeys(delivery_ids, AttemptOutcome.MISSING)
     for row in rows:
+        waits = row.status == DeliveryStatus.PENDING
         outcomes[row.id] = AttemptOutcome.STALE
-        if row.status == DeliveryStatus.PENDING and row.disabled:
+        if waits and row.disabled:
             outcomes[row.id] = AttemptOutcome.DISABLED
-        elif row.status == DeliveryStatus.PENDING and row.publish_after is None and row.waits_for == WaitsFor.PAUSED:
+        elif waits and row.publish_after is None and row.waits_for == WaitsFor.PAUSED:
             outcomes[row.id] = AttemptOutcome.DEFERRED
     return outcomes
 
@@ -132,10 +135,18 @@ def give_back(connection: Connection, delivery: DeliveryRecord, *, grace_seconds
         update(DELIVERY)
         .where(is_running(delivery))
         .values(
-            status=DeliveryStatus.PENDING, attempt=delivery.attempt - 1, **wait_times(0, grace_seconds=grace_seconds)
+            status=DeliveryStatus.PENDING,
+            attempt=delivery.attempt - 1,
+            **_WAITS_AS_BEFORE,
+            **wait_times(0, grace_seconds=grace_seconds),
         )
     )
     return one_row(done)
+
+
+_WAITS_AS_BEFORE: Final = wait_reason(
+    DELIVERY.c.waits_for, reason=DELIVERY.c.waits_reason, has_place=DELIVERY.c.has_place
+)
 
 
 def postpone(
@@ -350,7 +361,7 @@ class LostChain(Exception):  # noqa: N818 - not an error for callers: it undoes 
 
 
 _STOPPED_VALUES: Final[Mapping[str, Any]] = {
-    **wait_reason(None),
+    **NO_WAIT,
     "lease_until": None,
     "next_attempt_at": None,
     "publish_after": None,
@@ -411,8 +422,10 @@ def _event(
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def follow_disabling(connection: Connection, chain_ids: Sequence[int], *, disabled: bool) -> None:
-    """Hide the pending deliveries of disabled chains from the relay, or show them to it again.
+def follow_disabling(connection: Connection, chain_ids: Sequence[int]) -> None:
+    """Park the pending deliveries of chains that were disabled just now, or free those of chains that were enabled.
+
+    The delivery of a chain whose type is paused stays parked.
 
     This ends no wait and begins none, so `waits_since` stays. Once shown, a wait that began in the future is found.
     """
@@ -422,7 +435,7 @@ def follow_disabling(connection: Connection, chain_ids: Sequence[int], *, disabl
             .where(
                 DELIVERY.c.chain_id.in_(chain_ids[start : start + 1000]), DELIVERY.c.status == DeliveryStatus.PENDING
             )
-            .values(publish_after=None if disabled else DELIVERY.c.next_attempt_at)
+            .values(publish_after=unless_parked(DELIVERY.c.next_attempt_at), **_WAITS_AS_BEFORE)
         )
 
 

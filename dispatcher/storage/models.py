@@ -221,7 +221,8 @@ class DeliveryRow(Base):
 
     `attempt` counts the attempts begun. `publish_after` is when the relay looks at the row: for a pending one the
     moment from which its message counts as lost, for a running one the end of its lease; NULL when the relay
-    has nothing to do. `unknown` says that an attempt died and its effect may or may not have taken place.
+    has nothing to do; a pending one is then parked (its chain is disabled, or its type is paused). `unknown` says that
+    an attempt died and its effect may or may not have taken place.
 
     `begins` counts the begins and never goes back, as `attempt` does when an attempt is given back; NULL in deliveries
     from before revision 0002. `waits_for` is what a pending delivery waits for (a `WaitsFor`; NULL: only for a worker),

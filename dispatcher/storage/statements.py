@@ -6,16 +6,16 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from sqlalchemy import ColumnElement, Insert, Table, and_, case, insert, literal, select
+from sqlalchemy import ColumnElement, Insert, Table, and_, case, false, insert, literal, null, select
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from dispatcher.domain.records import DeliveryRecord
 from dispatcher.states import NEW, DeliveryStatus, WaitsFor
 from dispatcher.storage.clock import clock_plus
-from dispatcher.storage.models import CHAIN, DELIVERY, Base
+from dispatcher.storage.models import CHAIN, DELIVERY, TYPE, Base
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -99,15 +99,45 @@ def wait_times(seconds: float, *, grace_seconds: float = 0) -> dict[str, Any]:
     """
     return {
         "next_attempt_at": clock_plus(seconds),
-        "publish_after": when_enabled(clock_plus(seconds + grace_seconds)),
+        "publish_after": unless_parked(clock_plus(seconds + grace_seconds)),
         "waits_since": clock_plus(0),
         "lease_until": None,
     }
 
 
-def wait_reason(what: WaitsFor | None, *, reason: str | None = None, has_place: bool = False) -> dict[str, Any]:
-    """The columns that say what a pending delivery waits for; None: only for a worker."""
-    return {"waits_for": what, "waits_reason": reason, "has_place": has_place}
+NO_WAIT: Final[Mapping[str, Any]] = {"waits_for": None, "waits_reason": None, "has_place": False}
+"""The columns of a delivery that waits for nothing."""
+
+PAUSED_REASON: Final = "its chain type is paused"
+
+
+def wait_reason(what: Any, *, reason: Any = None, has_place: Any = False) -> dict[str, Any]:
+    """The columns that say what a pending delivery waits for: a `WaitsFor`, or None: only for a worker.
+
+    While its chain type is paused, it waits for that, whatever else it waits for.
+    """
+    if what is WaitsFor.PAUSED:
+        paused_reason, what, reason = reason, None, None
+    else:
+        paused_reason = PAUSED_REASON
+    columns = DELIVERY.c
+    return {
+        "waits_for": case(
+            (_is_paused(), literal(str(WaitsFor.PAUSED), columns.waits_for.type)), else_=_value(what, columns.waits_for)
+        ),
+        "waits_reason": case(
+            (_is_paused(), literal(paused_reason, columns.waits_reason.type)),
+            else_=_value(reason, columns.waits_reason),
+        ),
+        "has_place": has_place,
+    }
+
+
+def _value(value: Any, column: Any) -> ColumnElement[Any]:
+    """A column as it is, or a literal of another's type."""
+    if isinstance(value, ColumnElement):
+        return value
+    return null() if value is None else literal(str(value), column.type)
 
 
 def leased(seconds: float) -> dict[str, Any]:
@@ -140,15 +170,33 @@ def is_running(delivery: DeliveryRecord) -> Any:
     )
 
 
-def when_enabled(moment: clock_plus) -> Any:
-    """`moment`, or NULL while the chain is disabled; enabling the chain shows the delivery to the relay again.
+def unless_parked(moment: Any) -> Any:
+    """`moment`, or NULL while a pending delivery is parked: while its chain is disabled or its chain type is paused.
+
+    Everybody who writes `publish_after` of a pending delivery uses this. Who changes one of these flags writes the
+    column again by this expression afterwards, and so shows the delivery to the relay again or hides it.
 
     The chain's row is locked, because a chain that another transaction is just enabling would be read as disabled, and
-    nobody would show the delivery to the relay again.
+    nobody would show the delivery to the relay again. It is asked last: a paused type needs no lock of a chain that an
+    application may hold for long.
     """
-    chain = select(CHAIN.c.disabled).where(CHAIN.c.id == DELIVERY.c.chain_id)
+    chain = select(CHAIN.c.disabled).where(CHAIN.c.id == DELIVERY.c.chain_id).correlate(DELIVERY)
     disabled = chain.with_for_update(read=True).scalar_subquery()
-    return case((~disabled, moment))
+    return case((_is_paused(), null()), (~disabled, moment))
+
+
+def _is_paused() -> ColumnElement[bool]:
+    """Whether the chain type of a delivery is paused. (A type without a row is not.)
+
+    A type that is not paused is read without a lock, because all writes for it would meet in its row. A pause that is
+    committed at the same moment may be missed; then the delivery is parked when a worker refuses to begin it. A type
+    that is paused is read again with a lock. Otherwise a delivery could be parked by what was true before the type was
+    resumed, and nobody would free it.
+    """
+    chain = select(CHAIN.c.chain_type).where(CHAIN.c.id == DELIVERY.c.chain_id).correlate(DELIVERY)
+    row = select(TYPE.c.paused).where(TYPE.c.name == chain.scalar_subquery()).correlate(DELIVERY)
+    paused, surely = row.scalar_subquery(), row.with_for_update(read=True).scalar_subquery()
+    return case((paused, surely), else_=false())
 
 
 def new_id() -> str:

@@ -89,7 +89,7 @@ class Store(Protocol):
         """Begin those of these attempts that may begin, in the order of their ids.
 
         Guard: the delivery is pending, its last attempt is the one before, its `next_attempt_at` is reached by the
-        database's clock, its `publish_after` is set (it is NULL while the chain is disabled), its chain waits for it
+        database's clock, its `publish_after` is set (it is NULL while the delivery is parked), its chain waits for it
         and is not disabled. The rows in `Begun` are those after the write: running, with the new attempt and lease, and
         one more of `begins`. What the delivery waited for before stands there as it was.
 

@@ -313,6 +313,12 @@ def test_a_running_delivery_is_never_decided(run: CommandLine, shop: Dispatcher,
         ["chains", "move", "1", "done"],
         ["chains", "map", "--type", "single", "--from", "new"],
         ["chain-types", "pause", "single"],
+        ["chain-types", "resume", "single", "--spread", "2"],
+        ["chain-types", "resume", "single", "--spread", "2w"],
+        ["chain-types", "resume", "single", "--spread", "h"],
+        ["chain-types", "resume", "single", "--spread", "1e999d"],
+        ["chain-types", "resume", "single", "--spread", "nanh"],
+        ["chain-types", "resume", "single", "--spread", ""],
         ["resources", "disable", "customer"],
     ],
 )
@@ -388,6 +394,15 @@ def test_a_chain_type_is_paused_listed_and_resumed(run: CommandLine) -> None:
     assert "paused: mail is down" in run.says("chain-types", "list")
     assert run.says("chain-types", "resume", "single") == "single is resumed"
     assert run.says("chain-types", "resume", "single") == "single was not paused"
+    assert run.says("chain-types", "resume", "single", "--spread", "2h") == "single was not paused"
+    assert run.says("chain-types", "pause", "single", "--reason", "mail is down") == "single is paused"
+    assert (
+        run.says("chain-types", "resume", "single", "--spread", "1.5h", "--reason", "it is back")
+        == "single is resumed; its work is spread over 1:30:00"
+    )
+    assert run.json("actions", "--type", "single")[0]["reason"] == "spread over 1:30:00: it is back"
+    assert "spread: must be a timedelta" in run.problem("chain-types", "resume", "single", "--spread", "367d")
+    assert "spread: must be a timedelta" in run.problem("chain-types", "resume", "single", "--spread=-1s")
     assert "'lost'" in run.problem("chain-types", "resume", "lost")
 
 

@@ -33,6 +33,7 @@ ACTS: dict[str, Callable[[Dispatcher], Any]] = {
     "retry of nothing": lambda dispatcher: dispatcher.chain(2).retry_delivery(),
     "pause": lambda dispatcher: dispatcher.pause(shop.CHAIN_TYPE, "mail is down"),
     "resume": lambda dispatcher: dispatcher.resume(shop.CHAIN_TYPE),
+    "resume slowly": lambda dispatcher: dispatcher.resume(shop.CHAIN_TYPE, spread=3600),
     "disable a resource": lambda dispatcher: dispatcher.disable_resource(CUSTOMER),
     "enable a resource": lambda dispatcher: dispatcher.enable_resource(CUSTOMER),
     "erase a resource": lambda dispatcher: dispatcher.erase_resource(CUSTOMER),

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, event
 
 from dispatcher import NEW
 from dispatcher.domain.records import DuePosition
-from dispatcher.storage import chains, moments, overdue
+from dispatcher.storage import chains, moments, overdue, pauses
 from dispatcher.storage.database import Database
 from dispatcher.storage.models import CHAIN, DELIVERY
 from tests.integration import shop
@@ -411,3 +411,20 @@ def test_waits_that_began_in_the_future_are_found_in_the_relay_s_index_alone(wai
             break
         after = page[-1]
     assert len(seen) == len({one.delivery_id for one in seen}) == BEGUN_AHEAD
+
+
+def test_a_pause_reads_a_page_of_pending_deliveries_and_their_chains(owing: Database) -> None:
+    after = pauses.FIRST_ID
+    for _ in range(2):
+        with sent(owing) as statements, owing.engine.connect() as connection:
+            page = pauses.to_park(connection, shop.CHAIN_TYPE, after=after, limit=PAGE)
+        (statement,) = [one for one in statements if "FROM chain_dispatcher_delivery" in one[0]]
+
+        plan = explain(owing, *statement)
+
+        # MariaDB may take the index of the open deliveries instead, which has the same order.
+        assert plan.indexes & {STATUS_INDEX, "ix_chain_dispatcher_delivery_finished"}, plan.text
+        assert not plan.scans and not plan.sorts, plan.text
+        assert plan.read is None or plan.read <= 2 * PAGE + SLACK, plan.text
+        assert page.next_after is not None
+        after = page.next_after

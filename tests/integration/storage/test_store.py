@@ -990,7 +990,7 @@ class RandomHistory:
             if chains.set_disabled(
                 connection, chain_id, disabled=disabled, requested_by="me", reason=None, now=self._now
             ):
-                deliveries.follow_disabling(connection, [chain_id], disabled=disabled)
+                deliveries.follow_disabling(connection, [chain_id])
 
         self._database.write(work)
 
