@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import redis
+from celery import Celery
 from kombu import Connection, Consumer, Exchange, Queue
 
+import workers
+from dispatcher import Dispatcher
 from tests.conftest import running
 from tests.servers import RedisServer
 from workers.reconnection import CloseWhole
@@ -87,3 +90,9 @@ def test_a_connection_that_works_is_closed_once(broker: RedisServer, held: Conne
     with redis.Redis(port=broker.port) as client:
         assert client.llen("held") == MESSAGES
         assert client.zcard("unacked_index") == 0
+
+
+def test_every_app_with_our_tasks_has_the_step() -> None:
+    with Celery("theirs", broker="memory://") as app, Dispatcher({"chains": []}, database_url="sqlite://") as ours:
+        workers.install(app, ours)
+        assert CloseWhole in app.steps["consumer"]
