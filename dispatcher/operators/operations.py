@@ -230,6 +230,14 @@ class Operations:
         does not run any more, or if another attempt runs.
         """
         requested_by = checked_requester(requested_by)
+        while not self._abandon_as_read(seen, requested_by=requested_by, reason=reason):
+            pass  # its callback was called since it was read, which happens once in an attempt
+
+    def _abandon_as_read(self, seen: SeenDelivery, *, requested_by: str | None, reason: str | None) -> bool:
+        """As `abandon_attempt`. False if the row says otherwise than when it was read whether the callback is called.
+
+        What follows depends on that, and it is asked of user code, for which no connection may be in use.
+        """
         if seen.delivery_id is None:
             raise NoOpenDelivery(seen.chain_id)
         delivery_id = seen.delivery_id
@@ -242,16 +250,18 @@ class Operations:
         by = f" by {requested_by}" if requested_by else ""
         cause = f"was abandoned{by}" + (f" ({reason})" if reason else "")
 
-        def work(connection: Connection) -> None:
+        def work(connection: Connection) -> bool:
             locked = deliveries.read(connection, delivery_id, lock=True)
             chains.read_one(connection, seen.chain_id, lock=True)
-            _require_same_attempt(seen, delivery, locked)
+            if _require_same_attempt(seen, delivery, locked).uncalled != delivery.uncalled:
+                return False
             now = self._database.now(connection)
             deliveries.note_abandoned(connection, delivery, now=now, requested_by=requested_by, reason=reason)
             waiting = overdue.waiting_chains(connection, [seen.chain_id]).get(seen.chain_id)
             settle_lost(connection, delivery, waiting, definition, now=now, grace_seconds=0.0, cause=cause)
+            return True
 
-        self._write(f"abandon the attempt at delivery {delivery_id}", work)
+        return self._write(f"abandon the attempt at delivery {delivery_id}", work)
 
     def _on_delivery(
         self, verb: str, seen: SeenDelivery, act: Callable[[Connection, ChainRecord, DeliveryRecord, datetime], None]
@@ -536,14 +546,15 @@ def _lock_seen(connection: Connection, seen: SeenDelivery) -> tuple[ChainRecord,
     return record, delivery
 
 
-def _require_same_attempt(seen: SeenDelivery, read: DeliveryRecord, locked: DeliveryRecord | None) -> None:
-    """Raise `DeliveryChanged` unless the attempt that was seen and read still runs."""
+def _require_same_attempt(seen: SeenDelivery, read: DeliveryRecord, locked: DeliveryRecord | None) -> DeliveryRecord:
+    """The locked row of the attempt that was seen and read. Raises `DeliveryChanged` unless that attempt still runs."""
     if locked is None:
         raise DeliveryChanged(seen.chain_id, read.id, "it is deleted")
     if locked.status != DeliveryStatus.RUNNING:
         raise DeliveryChanged(seen.chain_id, read.id, f"no attempt runs, it is {locked.status}")
     if (locked.attempt, locked.begins) != (read.attempt, read.begins) or seen.attempt not in (None, locked.attempt):
         raise DeliveryChanged(seen.chain_id, read.id, f"attempt {locked.attempt} runs now")
+    return locked
 
 
 def _why_not_awaited(delivery: DeliveryRecord | None) -> str:

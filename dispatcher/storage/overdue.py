@@ -135,14 +135,17 @@ def lock_expired(connection: Connection, running: Sequence[DeliveryRecord]) -> s
     """Which of these attempts still run although their lease has ended: the deliveries' ids. Their rows are locked.
 
     They are locked in the order of their ids. A row that somebody else has locked is left out, because its attempt is
-    just being recorded.
+    just being recorded. So is one that has changed since it was read: its lease was renewed meanwhile, perhaps because
+    its callback was called, and the relays have to see that it ends again.
     """
-    query = select(DELIVERY.c.id).where(
+    query = select(DELIVERY.c.id, DELIVERY.c.begins, DELIVERY.c.uncalled, DELIVERY.c.lapse_seen_at).where(
         tuple_(DELIVERY.c.id, DELIVERY.c.attempt).in_([(delivery.id, delivery.attempt) for delivery in running]),
         DELIVERY.c.status == DeliveryStatus.RUNNING,
         DELIVERY.c.lease_until <= clock_plus(0),
     )
-    return set(connection.execute(query.order_by(DELIVERY.c.id).with_for_update(skip_locked=True)).scalars())
+    rows = connection.execute(query.order_by(DELIVERY.c.id).with_for_update(skip_locked=True)).all()
+    read = {delivery.id: (delivery.begins, delivery.uncalled, delivery.lapse_seen_at) for delivery in running}
+    return {row.id for row in rows if (row.begins, row.uncalled, row.lapse_seen_at) == read[row.id]}
 
 
 def open_next(
