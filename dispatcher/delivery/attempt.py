@@ -25,7 +25,8 @@ from dispatcher.transition import Transition
 class Attempt:
     """A begun attempt with its definition. `now` is domain time as of its begin, or of its turn in its group.
 
-    `began` is when that was, in monotonic seconds.
+    `read_at` says when the answer of the begin was here, in monotonic seconds. (A begin may wait for a lock. Reckoned
+    from when it was asked for, time would seem to be later than it is.)
     """
 
     begun: Begun
@@ -33,7 +34,7 @@ class Attempt:
     transition_class: type[Transition]
     callback: Callback
     now: datetime
-    began: float
+    read_at: float
 
     @property
     def delivery(self) -> DeliveryRecord:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -26,7 +27,7 @@ from dispatcher.delivery.attempt import (
     Verified,
 )
 from dispatcher.delivery.pacing import Deferral
-from dispatcher.delivery.recording import RECORD_SECONDS, note_problem, recorded
+from dispatcher.delivery.recording import MAX_PAUSE_SECONDS, RECORD_SECONDS, note_problem, patiently, recorded
 from dispatcher.domain.config import ChainType
 from dispatcher.domain.decisions import (
     AfterCall,
@@ -127,7 +128,7 @@ class Ends:
             given = {a.delivery.id: deliveries.give_back(connection, a.delivery, grace_seconds=grace) for a in ordered}
             return [given[attempt.delivery.id] for attempt in attempts]
 
-        given_back = self._database.write(work)
+        given_back = patiently(partial(self._database.write, work), until=time.monotonic() + RECORD_SECONDS)
         self.publish_again(
             [
                 Owed(attempt.delivery.id, attempt.delivery.attempt)
@@ -202,7 +203,7 @@ class Ends:
                 return _result(attempt, AttemptOutcome.STALE, "the delivery was taken over meanwhile")
 
     def record_called(self, called: Sequence[tuple[Attempt, Called]]) -> list[AttemptResult]:
-        """Record callbacks that returned, in one transaction. If it fails, record each alone, with all its retries."""
+        """Record callbacks that returned, in one transaction. If it fails, each is recorded alone."""
         if len(called) < 2:  # noqa: PLR2004 - a batch has several
             return [self.record(attempt, end) for attempt, end in called]
         finished = [finished_of(attempt, end.transition, looked=end.looked) for attempt, end in called]
@@ -217,11 +218,7 @@ class Ends:
                 len(called),
                 type(error).__name__,
             )
-            finish_by = time.monotonic() + RECORD_SECONDS
-            return [
-                self.record(attempt, end, finish_by=finish_by, commit_may_have_succeeded=True)
-                for attempt, end in called
-            ]
+            return self._record_each(called)
         results = []
         for (attempt, _), written in zip(called, finished, strict=True):
             ours = attempt.delivery.id in done
@@ -230,6 +227,22 @@ class Ends:
             results.append(_result(attempt, AttemptOutcome.DELIVERED if ours else AttemptOutcome.STALE))
             if ours and attempt.chain_type.continue_ and written.due_at is not None:
                 self._publish_next(attempt)
+        return results
+
+    def _record_each(self, called: Sequence[tuple[Attempt, Called]]) -> list[AttemptResult]:
+        """Record each alone, by turns: one that cannot be written must not keep the others from being recorded."""
+        finish_by, pause = time.monotonic() + RECORD_SECONDS, 0.05
+        waiting, results = deque(called), []
+        while waiting:
+            attempt, end = waiting.popleft()
+            try:
+                results.append(self.record(attempt, end, finish_by=0, commit_may_have_succeeded=True))
+            except (ServiceUnavailable, DBAPIError):
+                if time.monotonic() + pause >= finish_by:
+                    raise
+                waiting.append((attempt, end))
+                time.sleep(pause)
+                pause = min(pause * 2, MAX_PAUSE_SECONDS)
         return results
 
     def _delivered(

@@ -9,7 +9,8 @@ the others go back and are published again, so that other workers take them.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -71,6 +72,15 @@ class _Turns:
     waiting: Sequence[Attempt] = ()
     since: float = field(default_factory=time.monotonic)
     taken: int = 0
+    errors: list[Exception] = field(default_factory=list)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Keep an error of the database in the block for the end of the group: the other attempts go on."""
+        try:
+            yield
+        except (ServiceUnavailable, DBAPIError) as error:
+            self.errors.append(error)
 
     @property
     def are_over(self) -> bool:
@@ -122,31 +132,36 @@ class Groups:
         # A loader asks other services, so it may take long at any time: then no begin marks anything.
         began, called = time.monotonic(), self._tempo.is_quick and not self._loads
         begun = self._store.begin(owed, lease_seconds=self._leases.seconds, called=called)
+        read_at = time.monotonic()
         with self._leases.kept(row.delivery for row in begun):
-            waiting, results = self._ready(begun, began)
-            marked = {attempt.delivery.id for attempt in waiting} if called else set()
-            turns = _Turns(Marks(self._store, self._leases.seconds, marked=marked, at=began), call_by, waiting)
+            marked = {row.delivery.id for row in begun} if called else set()
+            turns = _Turns(Marks(self._store, self._leases.seconds, marked=marked, at=began), call_by)
+            results = self._ready(turns, begun, read_at)
             while turns.waiting:
                 results += self._call_for_a_second(turns)
                 self._tempo.note(turns.taken, turn_seconds=turns.turn_seconds, group_seconds=time.monotonic() - began)
                 results += self._go_on(turns)
+        if turns.errors:
+            raise turns.errors[0]
         return results + self._not_begun(owed, begun)
 
     # --- begun -------------------------------------------------------------------------------------------------------
 
-    def _ready(self, begun: Sequence[Begun], began: float) -> tuple[list[Attempt], list[AttemptResult]]:
-        """The attempts that may go on, and the results of the others."""
-        attempts: list[Attempt] = []
+    def _ready(self, turns: _Turns, begun: Sequence[Begun], read_at: float) -> list[AttemptResult]:
+        """Let the attempts that may go on wait for their turns; the results of the others."""
         results: list[AttemptResult] = []
+        ready: list[Attempt] = []
         for row in begun:
-            ready = self._ready_to_load(row, began)
-            if isinstance(ready, Attempt):
-                attempts.append(ready)
-            else:
-                results.append(ready)
-        return attempts, results
+            with turns.apart():
+                made = self._ready_to_load(row, read_at, turns.call_by)
+                if isinstance(made, Attempt):
+                    ready.append(made)
+                else:
+                    results.append(made)
+        turns.waiting = ready
+        return results
 
-    def _ready_to_load(self, begun: Begun, began: float) -> Attempt | AttemptResult:
+    def _ready_to_load(self, begun: Begun, read_at: float, call_by: float) -> Attempt | AttemptResult:
         """The attempt with its definition; a result where that is unknown here, or where the attempt has to wait."""
         now = self._database.domain_now(begun.machine_now)
         delivery = begun.delivery
@@ -156,8 +171,8 @@ class Groups:
             callback = resolve_callback(chain_type, transition_class, delivery.callback)
         except KeyError as error:
             return self._ends.unknown_definition(begun, error.args[0], now)
-        attempt = Attempt(begun, chain_type, transition_class, callback, now, began)
-        if chain_type.chain_type in self._paused:
+        attempt = Attempt(begun, chain_type, transition_class, callback, now, read_at)
+        if patiently(lambda: chain_type.chain_type in self._paused, until=call_by):
             reason = f"chain type {chain_type.chain_type} is paused"
             return self._ends.record(attempt, Deferred(Deferral(WaitsFor.PAUSED, reason, 0.0)))
         problem = unreadable(begun.chain.context, delivery.context, delivery.kwargs, delivery.request)
@@ -209,10 +224,12 @@ class Groups:
                 turns.taken += 1
                 if isinstance(end, Called):
                     called.append((attempt, end))
-                else:
+                    continue
+                with turns.apart():
                     results.append(self._ends.record(attempt, end))
         finally:  # an error with one of the others must not make their effects unknown
-            results += self._ends.record_called(called)
+            with turns.apart():
+                results += self._ends.record_called(called)
         return results
 
     def _before_call(self, turns: _Turns, attempt: Attempt, transition: Transition) -> End | None:
@@ -243,25 +260,32 @@ class Groups:
         """Begin as many of the waiting attempts anew as the last second held; the results of the others, given back."""
         if not turns.waiting:
             return []
-        kept = [] if time.monotonic() >= turns.call_by else turns.waiting[: turns.taken]
-        kept = [attempt for attempt in kept if attempt.chain_type.chain_type not in self._paused]
-        began = time.monotonic()
-        rows = self._store.begin_anew([attempt.delivery for attempt in kept], lease_seconds=self._leases.seconds)
+        kept = [] if time.monotonic() >= turns.call_by else list(turns.waiting[: turns.taken])
+        rows: list[Begun] = []
+        with turns.apart():
+            rows = patiently(partial(self._begin_anew, kept), until=turns.call_by)
+        read_at = time.monotonic()
         anew = {row.delivery.id: row for row in rows}
         back = [attempt for attempt in turns.waiting if attempt.delivery.id not in anew]
         turns.waiting = [
-            replace(attempt, begun=anew[attempt.delivery.id], began=began)
+            replace(attempt, begun=anew[attempt.delivery.id], read_at=read_at)
             for attempt in kept
             if attempt.delivery.id in anew
         ]
-        return self._ends.give_back(back)
+        with turns.apart():
+            return self._ends.give_back(back)
+        return []
+
+    def _begin_anew(self, attempts: Sequence[Attempt]) -> list[Begun]:
+        unpaused = [attempt.delivery for attempt in attempts if attempt.chain_type.chain_type not in self._paused]
+        return self._store.begin_anew(unpaused, lease_seconds=self._leases.seconds) if unpaused else []
 
     def _at_its_turn(self, attempt: Attempt) -> Attempt:
         return replace(attempt, now=self._domain_now(attempt))
 
     def _domain_now(self, attempt: Attempt) -> datetime:
-        """Domain time at this moment, reckoned from the database's clock as of the begin."""
-        elapsed = timedelta(seconds=time.monotonic() - attempt.began)
+        """Domain time at this moment, reckoned from the database's clock as of the begin, or of beginning anew."""
+        elapsed = timedelta(seconds=time.monotonic() - attempt.read_at)
         return self._database.domain_now(attempt.begun.machine_now + elapsed)
 
 

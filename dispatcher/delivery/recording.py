@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 RECORD_SECONDS: Final = 90.0
 """For how long the end of an attempt is tried to be recorded while the database is away."""
 
-_MAX_PAUSE_SECONDS: Final = 2.0
+MAX_PAUSE_SECONDS: Final = 2.0
 
 
 def recorded(
@@ -83,7 +83,7 @@ def patiently(step: Callable[[], Result], *, until: float) -> Result:
             if time.monotonic() + pause >= until:
                 raise
         time.sleep(pause)
-        pause = min(pause * 2, _MAX_PAUSE_SECONDS)
+        pause = min(pause * 2, MAX_PAUSE_SECONDS)
 
 
 def _is_ours(

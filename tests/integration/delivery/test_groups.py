@@ -284,6 +284,27 @@ def test_delivery_hours_are_asked_after_a_slow_guard(make_dispatcher: shop.Make,
     assert (row.waits_for, row.attempt, len(sink)) == ("hours", 0, 0)
 
 
+@pytest.mark.parametrize("method", ["begin", "begin_anew"])
+def test_a_begin_that_waits_for_a_lock_does_not_let_time_seem_later_than_it_is(
+    make_dispatcher: shop.Make, watch: Stopwatch, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    sink = shop.Sink(lambda _: watch.forward(1.5))
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=sink))
+    deliveries = owed(dispatcher, 2)
+    store = type(dispatcher._services.store)
+    real = getattr(store, method)
+
+    def waiting(*arguments: Any, **named: Any) -> Any:
+        watch.forward(20)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(store, method, waiting)
+    deliver(dispatcher, deliveries)
+
+    assert len(sink) == 2
+    assert max(abs(call.transition.now - datetime.now(UTC)) for call in sink.calls) < timedelta(seconds=15)
+
+
 def test_a_loaded_time_zone_counts(make_dispatcher: shop.Make, watch: Stopwatch) -> None:
     sink, zones = shop.Sink(), {}
 
