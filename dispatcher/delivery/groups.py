@@ -236,7 +236,8 @@ class Groups:
         """The end of an attempt whose callback may not be called now. None: it may, and is counted for its limits."""
         chain_type, delivery = attempt.chain_type, attempt.delivery
         if time.monotonic() >= turns.call_by:
-            return Failed(OutOfTime(f"no callback begins later than {self._settings.lock_seconds:g} s into its task"))
+            limit = f"no callback may begin later than {self._settings.lock_seconds:g} s after the begin of its task"
+            return Failed(OutOfTime(f"its facts and guards took too long: {limit}"))
         try:
             hours = None
             if chain_type.hours is not None:

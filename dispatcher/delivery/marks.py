@@ -1,9 +1,9 @@
-"""Which attempts of a group may be called: a mark in the row says that the callback may have been called.
+"""The marks of running attempts: a row says whether the callback may have been called.
 
-If the process dies, an attempt without the mark was certainly not called: the next attempt looks again. One with the
-mark has an unknown effect. The mark is written for as many attempts as are called within the next hundredths of a
-second: slow callbacks get a mark each, and quick ones share one. Where whole groups were quick lately, the begin itself
-marks them, so that the mark costs nothing.
+If the process dies, an attempt without the mark was certainly not called, and the next attempt looks again. One with
+the mark has an unknown effect. (The mark is NULL in `uncalled`.) One statement marks all attempts whose turns come
+within the next two hundredths of a second: slow callbacks get a statement each, and quick ones share one. Where whole
+groups were quick lately, the begin itself marks them, so that the mark costs nothing.
 """
 
 import time
@@ -28,7 +28,7 @@ class Tempo:
         self.is_quick = False
 
     def note(self, turns: int, *, turn_seconds: float, group_seconds: float) -> None:
-        """Note one group: how many attempts had their turn, how long a turn took, and all of it from the begin on."""
+        """Note how many attempts of a group had their turn, how long one took, and how long the group took in all."""
         fits = int(1 / turn_seconds) if turn_seconds * _LARGEST_GROUP > 1 else _LARGEST_GROUP
         self.group_size = max(1, fits)
         self.is_quick = turns > 0 and group_seconds < _EXPOSED_SECONDS

@@ -179,10 +179,10 @@ class Doctor:
                 yield Finding("broker", f"{waiting} messages wait in {queue}", "add workers that consume it")
 
     def _limit_findings(self) -> Iterator[Finding]:
-        """Workers that end an execution after its lock, so that two may evaluate a chain, or attempts too early."""
+        """Workers that end executions too late (two may then evaluate the same chain), or attempts too early."""
         allowed = {
             EXECUTE: (0.0, self._settings.lock_seconds, f"within {self._settings.lock_seconds:g} s"),
-            DELIVER: (self._settings.attempt_seconds, math.inf, f"after {self._settings.attempt_seconds:g} s"),
+            DELIVER: (self._settings.attempt_seconds, math.inf, f"after {self._settings.attempt_seconds:g} s or more"),
         }
         inspect = self._publisher.app.control.inspect(timeout=_ANSWER_SECONDS)
         for worker, lines in sorted((inspect.registered("time_limit") or {}).items()):
@@ -231,7 +231,7 @@ class Doctor:
             remedy = "--repair sets these moments to now and makes the chains due"
             yield Finding(
                 "chain",
-                f"{count} were created, moved or written in the future, while a clock was wrong: {shown}",
+                f"{count} chains were created, moved or written in the future, while a clock was wrong: {shown}",
                 remedy if clock_is_right else "synchronise the clocks first",
                 self._set_right if clock_is_right else None,
             )

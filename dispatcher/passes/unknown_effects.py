@@ -36,8 +36,8 @@ class Settlement:
 class Definition:
     """What this process's configuration says of a delivery: its chain type, if known, and its transition.
 
-    `retry_seconds` is given where a next attempt follows, after that wait. The first one that is lost is made again at
-    once, later ones after the wait of the transition's policy.
+    `retry_seconds` is the wait until the next attempt; None where no attempt follows. It is 0 after the first attempt
+    that is lost, and the wait of the transition's policy after later ones.
     """
 
     chain_type: ChainType | None

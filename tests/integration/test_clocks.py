@@ -657,7 +657,7 @@ class TestTheDoctor:
             return
         (line,) = found
         assert line.startswith(
-            f"chain: 1 were created, moved or written in the future, while a clock was wrong: {chain_id}; "
+            f"chain: 1 chains were created, moved or written in the future, while a clock was wrong: {chain_id}; "
         )
         assert line.endswith("--repair sets these moments to now and makes the chains due")
         gone, _ = dispatcher.repair()
@@ -716,7 +716,7 @@ class TestTheDoctor:
 
         (line,) = ahead(dispatcher)
         shown = ", ".join(map(str, sorted(ids)[:20]))
-        assert line.startswith("chain: 1100 were created") and f"wrong: {shown}, ...; " in line
+        assert line.startswith("chain: 1100 chains were created") and f"wrong: {shown}, ...; " in line
         dispatcher.repair()
         assert ahead(dispatcher) == []
 

@@ -243,7 +243,8 @@ def test_guards_and_facts_that_take_too_long_are_a_failed_attempt(make_dispatche
     assert deliver(dispatcher, deliveries) == ["retrying", "deferred", "deferred"], "the others waited for a sibling"
 
     (row,) = dispatcher.find_deliveries(delivery_ids=[deliveries[0].id])
-    assert row.last_error == "OutOfTime: no callback begins later than 30 s into its task"
+    reason = "its facts and guards took too long: no callback may begin later than 30 s after the begin of its task"
+    assert row.last_error == f"OutOfTime: {reason}"
     assert (row.attempt, row.unknown, len(sink)) == (1, False, 0)
 
 
