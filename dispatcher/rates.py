@@ -84,8 +84,8 @@ def rate_limit(rate: str, *, key: KeyFunction | None = None, name: str | None = 
         except ValueError as error:
             raise ConfigurationError(f"a rate limit {error}", label) from None
         declared = declared_limits(function)
-        others = [one for one in declared if one != limit]
-        if any(one == limit and one.key != key for one in declared):
+        others = [other for other in declared if other != limit]
+        if any(other == limit and other.key != key for other in declared):
             raise ConfigurationError("two rate limits with different keys need different names (`name=`)", label)
         setattr(function, _MARK, (limit, *others))
         return function
@@ -127,4 +127,4 @@ def asked_of(limits: Sequence[RateLimit], transition: object) -> tuple[Asked, ..
     Raises as `key_of`.
     """
     asked = [Asked(limit, key_of(limit, transition)) for limit in limits]
-    return tuple(one for one in asked if one.limit.key is None or one.key is not None)
+    return tuple(each for each in asked if each.limit.key is None or each.key is not None)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -246,9 +246,6 @@ _decision(
 )
 
 
-_UNKNOWN: Final = "their effects count as unknown, and callbacks may be called again"
-
-
 @deliveries.command("abandon")
 @click.argument("delivery_ids", metavar="DELIVERY_ID...", nargs=-1, required=True)
 @click.option("--reason", help="The reason, for the history.")
@@ -261,7 +258,8 @@ def abandon_deliveries(delivery_ids: Sequence[str], reason: str | None, requeste
     question to verify(), or held for a person.
     """
     ids = list(dict.fromkeys(delivery_ids))
-    confirm(f"abandon the attempts at {len(ids)} deliveries? {_UNKNOWN}", yes=yes)
+    consequence = "their effects count as unknown, and callbacks may be called again"
+    confirm(f"abandon the attempts at {len(ids)} deliveries? {consequence}", yes=yes)
     dispatcher = open_dispatcher()
     abandon = partial(dispatcher.abandon_delivery, requested_by=requested_by, reason=reason)
     done = _decide_each(_named(dispatcher, ids), abandon, shown=True)

@@ -1,4 +1,4 @@
-"""What counts the calls of rate limits: the contract, and the values that it takes and gives."""
+"""The contract of what counts the calls of rate limits, and the values that it takes and gives."""
 
 import hashlib
 from collections.abc import Sequence
@@ -66,12 +66,12 @@ class Counter(Protocol):
         """
 
 
-def name_of(one: Asked) -> str:
+def name_of(asked: Asked) -> str:
     """The name under which the calls are counted. A key may be personal data, so it is hashed."""
-    name = f"{one.limit.name}/{one.limit}"
-    if one.limit.key is None:
+    name = f"{asked.limit.name}/{asked.limit}"
+    if asked.limit.key is None:
         return name
-    return f"{name}/{hashlib.sha256((one.key or '').encode(errors='surrogatepass')).hexdigest()}"
+    return f"{name}/{hashlib.sha256((asked.key or '').encode(errors='surrogatepass')).hexdigest()}"
 
 
 def pace_of(limit: RateLimit) -> float:

@@ -88,7 +88,7 @@ class RateLimiter:
         To be asked directly before the call. `delivery` is the idempotency key of the delivery: its further attempts
         are one call for keyed limits. `has_place` is as for `peek`. A refusal by a keyed limit gives no place.
         """
-        asked = [one for one in asked if one.limit.key is None or one.key is not None]
+        asked = [each for each in asked if each.limit.key is None or each.key is not None]
         if not asked:
             return None
         # Each question has its own name of the call, so that it is counted once if the server's answer gets lost.

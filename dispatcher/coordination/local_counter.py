@@ -9,6 +9,9 @@ from typing import Final
 from dispatcher.coordination.counters import LINE_SECONDS, ROUNDING_SECONDS, Answer, Kind, Question, name_of, pace_of
 from dispatcher.rates import Asked
 
+_KEPT_WINDOWS: Final = 1000
+"""How many windows may be kept before those without calls are looked for."""
+
 
 @dataclass(slots=True)
 class _Window:
@@ -30,13 +33,11 @@ class _Line:
 class LocalCounter:
     """Counts the calls of this process by its monotonic clock. Threads may share it."""
 
-    _SOME: Final = 1000
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._windows: dict[str, _Window] = {}
         self._lines: dict[str, _Line] = {}
-        self._tidy_at = self._SOME
+        self._tidy_at = _KEPT_WINDOWS
 
     def ask(self, question: Question) -> Answer | None:
         """See `Counter`."""
@@ -48,46 +49,45 @@ class LocalCounter:
             return answer
 
     def _ask_keyed(self, question: Question, now: float) -> Answer | None:
-        waits = [
-            (self._time_to_room(one, question, now), one.limit) for one in question.asked if one.limit.key is not None
-        ]
+        keyed = [asked for asked in question.asked if asked.limit.key is not None]
+        waits = [(self._time_to_room(asked, question, now), asked.limit) for asked in keyed]
         wait, limit = max(waits, key=lambda pair: pair[0], default=(0.0, None))
         return None if limit is None or wait <= 0 else Answer(limit, wait, Kind.KEYED)
 
     def _ask_unkeyed(self, question: Question, now: float) -> Answer | None:
-        for one in question.asked:
-            if one.limit.key is not None:
+        for asked in question.asked:
+            if asked.limit.key is not None:
                 continue
-            wait = self._time_to_room(one, question, now)
-            line = self._lines.setdefault(name_of(one), _Line())
+            wait = self._time_to_room(asked, question, now)
+            line = self._lines.setdefault(name_of(asked), _Line())
             if wait <= 0 and (question.has_place or max(line.first, line.again) <= now):
                 continue
             place = max(now + wait, line.again) if question.has_place else max(now + wait, line.again, line.first)
             if place > now + wait + LINE_SECONDS:
-                return Answer(one.limit, wait, Kind.FULL)
+                return Answer(asked.limit, wait, Kind.FULL)
             if question.has_place:
-                line.again = place + pace_of(one.limit)
+                line.again = place + pace_of(asked.limit)
             else:
-                line.first = place + pace_of(one.limit)
-            return Answer(one.limit, place - now, Kind.PLACE)
+                line.first = place + pace_of(asked.limit)
+            return Answer(asked.limit, place - now, Kind.PLACE)
         return None
 
-    def _time_to_room(self, one: Asked, question: Question, now: float) -> float:
-        window = self._windows.get(name_of(one))
+    def _time_to_room(self, asked: Asked, question: Question, now: float) -> float:
+        window = self._windows.get(name_of(asked))
         if window is None:
             return 0.0
         window.leave(now)
-        if len(window.calls) < one.limit.amount or question.call_for(one.limit) in window.calls:
+        if len(window.calls) < asked.limit.amount or question.call_for(asked.limit) in window.calls:
             return 0.0
-        return next(iter(window.calls.values())) + one.limit.seconds - now + ROUNDING_SECONDS
+        return next(iter(window.calls.values())) + asked.limit.seconds - now + ROUNDING_SECONDS
 
     def _count(self, question: Question, now: float) -> None:
-        for one in question.asked:
-            calls = self._windows.setdefault(name_of(one), _Window(one.limit.seconds)).calls
-            calls[question.call_for(one.limit)] = now
-            calls.move_to_end(question.call_for(one.limit))
+        for asked in question.asked:
+            calls = self._windows.setdefault(name_of(asked), _Window(asked.limit.seconds)).calls
+            calls[question.call_for(asked.limit)] = now
+            calls.move_to_end(question.call_for(asked.limit))
         if len(self._windows) > self._tidy_at:  # each customer of a keyed limit has a window
             for window in self._windows.values():
                 window.leave(now)
             self._windows = {name: window for name, window in self._windows.items() if window.calls}
-            self._tidy_at = 2 * len(self._windows) + self._SOME
+            self._tidy_at = 2 * len(self._windows) + _KEPT_WINDOWS

@@ -131,10 +131,10 @@ class SharedCounter:
         flags = (int(question.has_place), int(question.counting))
         times = (_microseconds(LINE_SECONDS), _microseconds(ROUNDING_SECONDS), now)
         arguments: list[str | int] = [self._prefix, *flags, *times]
-        for one in question.asked:
-            limit = one.limit
+        for asked in question.asked:
+            limit = asked.limit
             pace = _microseconds(pace_of(limit)) if limit.key is None else 0
-            arguments += [name_of(one), limit.amount, _microseconds(limit.seconds), pace, question.call_for(limit)]
+            arguments += [name_of(asked), limit.amount, _microseconds(limit.seconds), pace, question.call_for(limit)]
         answer = _ASK.run(self._client, *arguments)
         if not answer:
             return None

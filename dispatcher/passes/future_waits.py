@@ -42,7 +42,8 @@ class FutureWaits:
             with self._database.read() as connection:
                 page = moments.future_waits(connection, after=after, limit=_PAGE)
             if page:
-                begun_anew += self._database.write(partial(self._begin_anew, [one.delivery_id for one in page]))
+                delivery_ids = [position.delivery_id for position in page]
+                begun_anew += self._database.write(partial(self._begin_anew, delivery_ids))
             if len(page) < _PAGE:
                 break
             after = page[-1]

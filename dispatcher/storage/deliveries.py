@@ -117,10 +117,9 @@ def renew(
     ids = [row.id for row in rows if (row.attempt, row.begins) == ours[row.id]]
     if ids:
         began = DELIVERY.c.next_attempt_at
-        known = case(
-            (began > clock_plus(0), clock_plus(0)), else_=began
-        )  # not in the future, by a clock that was wrong
-        values = {**leased(lease_seconds), "next_attempt_at": known, **values}
+        # The clock may have been wrong at the begin; no attempt has begun in the future.
+        possible = case((began > clock_plus(0), clock_plus(0)), else_=began)
+        values = {**leased(lease_seconds), "next_attempt_at": possible, **values}
         connection.execute(update(DELIVERY).where(DELIVERY.c.id.in_(ids)).values(values))
     return ids
 

@@ -52,7 +52,8 @@ def claim_overdue(
     query = query.order_by(DELIVERY.c.publish_after, DELIVERY.c.id).limit(limit).with_for_update(skip_locked=True)
     found = light_deliveries_of(found_of(connection.execute(query)))
     lost = [delivery for delivery in found if delivery.status == DeliveryStatus.PENDING]
-    noted, lapsed = _noted(connection, [delivery for delivery in found if delivery.status == DeliveryStatus.RUNNING])
+    running = [delivery for delivery in found if delivery.status == DeliveryStatus.RUNNING]
+    noted, lapsed = _noted_and_lapsed(connection, running)
     for deliveries, values in (
         (lost, {"publish_after": clock_plus(grace_seconds), "waits_since": clock_plus(0)}),
         (
@@ -70,10 +71,10 @@ def claim_overdue(
     return Overdue(lost, noted, lapsed)
 
 
-def _noted(
+def _noted_and_lapsed(
     connection: Connection, running: Sequence[DeliveryRecord]
 ) -> tuple[list[DeliveryRecord], list[DeliveryRecord]]:
-    """Those whose lease nobody has seen ended, and the others. A note from the future does not count."""
+    """Those whose ended lease no relay has seen before, and the others. A note from the future does not count."""
     if not running:
         return [], []
     now = connection.execute(select(clock_plus(0))).scalar_one()
