@@ -3,6 +3,10 @@
 What guards and callbacks do to a chain is said in its stored context:
 
 - `guard_fifo`, `callback_fifo`: a path; while it exists, wait until a writer opens and closes this FIFO;
+- `guard_file`, `callback_file`: a path; wait as long as it exists, in small steps, so that pools of greenlets go on;
+- `guard_from`: the guard waits from this time on that it is asked (1 is the first);
+- `callback_seconds`: the callback takes so long; `callback_spins`: without ever waiting;
+- `callback_deaf`: a path; as long as it exists, the callback takes no notice of any exception;
 - `guard_exit`, `callback_exit`: a path; while it exists, end the process at once;
 - `fail_times`: the callback raises that often; `fail_for_good`: it raises `PermanentFailure`.
 """
@@ -11,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +25,7 @@ SINK_VARIABLE: Final = "CHAIN_DISPATCHER_TEST_SINK"
 MAX_ATTEMPTS: Final = 3
 GUARD_SECONDS: Final = 0.005
 PATIENT_SECONDS: Final = 5.0
+_STEP_SECONDS: Final = 0.02
 
 
 class Sink:
@@ -63,9 +69,11 @@ class Obedient(Transition):
     retry = RetryPolicy(max_attempts=MAX_ATTEMPTS, base_seconds=0.2, factor=1, jitter=0)
 
     def is_valid(self) -> bool:
-        if {"guard_fifo", "guard_exit"} & self.context.keys():
+        if {"guard_fifo", "guard_file", "guard_exit"} & self.context.keys():
             _sink().write("asked", self)
-        _wait_or_exit(self.context, "guard")
+        first = self.context.get("guard_from", 1)
+        if first == 1 or len(_sink().lines("asked", chain_id=self.chain.id)) >= first:
+            _wait_or_exit(self.context, "guard")
         return True
 
 
@@ -116,6 +124,7 @@ def deliver(transition: Transition, **kwargs: Any) -> None:
     chain_id = transition.chain.id
     sink.write("called", transition, kwargs=kwargs, context={**context, "resources": None})
     _wait_or_exit(context, "callback")
+    _take_time(context)
     if context.get("fail_for_good"):
         raise PermanentFailure("no such address")
     if len(sink.lines("called", chain_id=chain_id)) <= context.get("fail_times", 0):
@@ -127,8 +136,20 @@ def _sink() -> Sink:
     return Sink(Path(os.environ[SINK_VARIABLE]))
 
 
+def _take_time(context: Mapping[str, Any]) -> None:
+    time.sleep(context.get("callback_seconds", 0))
+    until = time.monotonic() + context.get("callback_spins", 0)
+    while time.monotonic() < until:
+        pass
+    while "callback_deaf" in context and Path(context["callback_deaf"]).exists():
+        with suppress(BaseException):
+            time.sleep(_STEP_SECONDS)
+
+
 def _wait_or_exit(context: Mapping[str, Any], who: str) -> None:
-    fifo, mark = context.get(f"{who}_fifo"), context.get(f"{who}_exit")
+    fifo, file, mark = (context.get(f"{who}_{what}") for what in ("fifo", "file", "exit"))
+    while file is not None and Path(file).exists():
+        time.sleep(_STEP_SECONDS)
     if fifo is not None and Path(fifo).exists():
         Path(fifo).read_bytes()
     if mark is not None and Path(mark).exists():

@@ -277,7 +277,7 @@ def test_the_relay_reads_no_json(make_dispatcher: shop.Make, broker_url: str, ba
         shop.crashed(dispatcher, delivery)
     shop.take_messages(broker_url, shop.CALLBACKS)
 
-    assert dispatcher.relay() == {"relayed": 2, "settled": 3}
+    assert dispatcher.relay() == {"relayed": 5, "settled": 3}, "a first lost attempt is made again at once"
 
     assert [delivery_row(dispatcher, delivery.id).status for delivery in deliveries] == ["pending"] * COUNT
 
@@ -320,7 +320,7 @@ def test_a_policy_that_gives_no_wait_does_not_keep_a_settlement_from_its_deliver
     retrying = shop.transition("Retrying", "reminded", retry=own_policy(ANSWERS[name]))
     dispatcher, _, _, deliveries = owing(make_dispatcher, retrying)
     for delivery in deliveries:
-        shop.crashed(dispatcher, delivery, attempt=2)
+        shop.crashed(dispatcher, delivery, attempt=2, unknown=True)  # an earlier one was lost, so this one waits
 
     assert dispatcher.relay() == {"relayed": 0, "settled": COUNT}
 
@@ -402,7 +402,7 @@ def test_no_connection_is_in_use_while_the_relay_asks_user_code(make_dispatcher:
     retrying = shop.transition("Retrying", "reminded", retry=own_policy(wait))
     dispatcher, _, _, deliveries = owing(make_dispatcher, retrying)
     for delivery in deliveries:
-        shop.crashed(dispatcher, delivery)
+        shop.crashed(dispatcher, delivery, unknown=True)
 
     dispatcher.relay()
 
@@ -419,7 +419,7 @@ def test_a_conflict_reruns_the_settlements_and_sets_nothing_aside(
     for chain in chains:
         delivery = shop.planned(dispatcher, chain)
         shop.crashed(dispatcher, delivery, attempt=delivery.max_attempts)
-    settle, calls = relay.settle_unknown, []
+    settle, calls = relay.settle_lost, []
 
     def meets_a_deadlock(connection: Connection, *arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
@@ -427,7 +427,7 @@ def test_a_conflict_reruns_the_settlements_and_sets_nothing_aside(
             connection.execute(text("DO $$ BEGIN RAISE EXCEPTION 'deadlock' USING ERRCODE = '40P01'; END $$"))
         return settle(connection, *arguments, **options)
 
-    monkeypatch.setattr(relay, "settle_unknown", meets_a_deadlock)
+    monkeypatch.setattr(relay, "settle_lost", meets_a_deadlock)
 
     assert dispatcher.relay() == {"relayed": 0, "settled": 2}
 

@@ -216,7 +216,7 @@ def test_a_thread_that_is_idle_closes_its_connection_and_ends(
         is_renewed(running.relaying, running.delivery)
         assert kept._thread is not None
     running.dispatcher.database.dispose()
-    assert connections(running.relaying) == 1, "that of the leases"
+    wait_until(lambda: connections(running.relaying) == 1, seconds=10, what="only that of the leases is left")
     wait_until(lambda: kept._thread is None, seconds=10, what="the end of the thread")
     wait_until(lambda: connections(running.relaying) == 0, seconds=10, what="the end of its connection")
 
