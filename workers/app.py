@@ -45,6 +45,8 @@ def _make() -> tuple[Celery, Dispatcher]:
     celery.conf.update(celery_settings(dispatcher.settings, broker_url=dispatcher.broker_url, queues=type_queues))
     if "CELERY_CONFIG_MODULE" in os.environ:
         _lay_over(celery, os.environ["CELERY_CONFIG_MODULE"])
+    # A pool process that is spawned, not forked, gets a copy of the app without its tasks, and imports these modules.
+    celery.conf.include = [*(celery.conf.include or ()), __name__]
     install(celery, dispatcher)
     return celery, dispatcher
 

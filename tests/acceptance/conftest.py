@@ -8,6 +8,7 @@ around them are each test's own. A module chooses its databases and settings by 
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from celery import Celery
 from pytest_celery import CeleryBrokerCluster, CeleryTestBroker, CeleryTestSetup, CeleryTestWorker, CeleryWorkerCluster
 
 from dispatcher import Chain, Dispatcher
+from tests.acceptance.fleet import SETTINGS, Fleet
 from tests.acceptance.nodes import BeatNode, Deployment, RedisNode, WorkerNode
 from tests.conftest import running
 from tests.servers import PostgresServer, RedisServer
@@ -73,7 +75,9 @@ def make_deployment(
         directory = tmp_path_factory.mktemp("deployment")
         if "redis_url" not in settings:
             settings["redis_url"] = f"{default_redis_broker.url.rpartition('/')[0]}/{next(numbers)}"
-        return Deployment(directory, database_url=make_database_url(directory), **settings)
+        if "database_url" not in settings:
+            settings["database_url"] = make_database_url(directory)
+        return Deployment(directory, **settings)
 
     return make
 
@@ -151,3 +155,19 @@ def new_chain(client: Dispatcher) -> Callable[..., Chain]:
         )
 
     return make
+
+
+@pytest.fixture
+def make_fleet(make_deployment: Callable[..., Deployment], tmp_path: Path) -> Iterator[Callable[..., Fleet]]:
+    with ExitStack() as stack:
+
+        def make(**settings: Any) -> Fleet:
+            deployment = make_deployment(**{**SETTINGS, **settings})
+            return Fleet(deployment, stack.enter_context(deployment.client()), stack, tmp_path)
+
+        yield make
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet]) -> Fleet:
+    return make_fleet()
