@@ -5,7 +5,7 @@ callback. What each end means for the rows is the business of `ends`; whether th
 asked of the caller between the last look and the callback.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -116,6 +116,17 @@ Loaded: TypeAlias = Mapping[str, Any] | BaseException
 
 End: TypeAlias = Called | Verified | NotValid | Failed | CannotBeRead | StillUnknown | NoneLeft | TakenOver | Deferred
 """How an attempt ended."""
+
+
+def load_facts(attempts: Sequence[Attempt]) -> dict[int, Loaded]:
+    """What each chain type's `load_context` gives for its chains: `{chain id: context or what it raised}`."""
+    groups: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt.chain_type.chain_type, []).append(attempt)
+    loaded: dict[int, Loaded] = {}
+    for group in groups.values():
+        loaded.update(load_contexts(group[0].chain_type, [attempt.begun.chain for attempt in group]))
+    return loaded
 
 
 def make_attempt(

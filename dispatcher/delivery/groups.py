@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from sqlalchemy.exc import DBAPIError
 
@@ -25,18 +25,19 @@ from dispatcher.delivery.attempt import (
     Deferred,
     End,
     Failed,
+    Loaded,
     TakenOver,
+    load_facts,
     make_attempt,
 )
 from dispatcher.delivery.ends import Ends
 from dispatcher.delivery.leases import Leases
-from dispatcher.delivery.marks import Marks, Tempo
+from dispatcher.delivery.marks import GrewOldError, Marks, Tempo
 from dispatcher.delivery.pacing import Deferral, Pacing
 from dispatcher.delivery.recording import patiently
 from dispatcher.delivery.watchdog import Watchdog
 from dispatcher.domain.callbacks import resolve_callback
 from dispatcher.domain.config import DispatcherConfig
-from dispatcher.domain.contexts import load_contexts
 from dispatcher.domain.records import Begun, Owed
 from dispatcher.domain.results import AttemptResult
 from dispatcher.domain.unreadable import unreadable
@@ -206,22 +207,17 @@ class Groups:
 
     def _call_for_a_second(self, turns: _Turns) -> list[AttemptResult]:
         """Load the facts, and give each attempt its turn while these are fresh; record callbacks that returned."""
-        loaded = _load([attempt for attempt in turns.waiting if not attempt.delivery.unknown])
+        loaded = load_facts([attempt for attempt in turns.waiting if not attempt.delivery.unknown])
         turns.since, turns.taken = time.monotonic(), 0
         called: list[tuple[Attempt, Called]] = []
         results: list[AttemptResult] = []
         try:
             while turns.waiting and not turns.are_over:
                 attempt, turns.waiting = self._at_its_turn(turns.waiting[0]), turns.waiting[1:]
-                end = make_attempt(
-                    attempt,
-                    None if attempt.delivery.unknown else loaded.get(attempt.begun.chain.id, {}),
-                    last_look_seconds=self._settings.last_look_seconds,
-                    mark_known=self._ends.mark_known,
-                    before_call=partial(self._before_call, turns),
-                    watched=self._watchdog.watched,
-                )
+                end = self._turn(turns, attempt, loaded)
                 turns.taken += 1
+                if end is None:
+                    break
                 if isinstance(end, Called):
                     called.append((attempt, end))
                     continue
@@ -231,6 +227,23 @@ class Groups:
             with turns.apart():
                 results += self._ends.record_called(called)
         return results
+
+    def _turn(self, turns: _Turns, attempt: Attempt, loaded: Mapping[int, Loaded]) -> End | None:
+        """How an attempt ended at its turn. None: it was not called, and the turns of this second are over."""
+        try:
+            return make_attempt(
+                attempt,
+                None if attempt.delivery.unknown else loaded.get(attempt.begun.chain.id, {}),
+                last_look_seconds=self._settings.last_look_seconds,
+                mark_known=self._ends.mark_known,
+                before_call=partial(self._before_call, turns),
+                watched=self._watchdog.watched,
+            )
+        except GrewOldError:
+            turns.waiting = [attempt, *turns.waiting]
+        except (ServiceUnavailable, DBAPIError) as error:  # before the call: the relay settles it, the others go on
+            turns.errors.append(error)
+        return None
 
     def _before_call(self, turns: _Turns, attempt: Attempt, transition: Transition) -> End | None:
         """The end of an attempt whose callback may not be called now. None: it may, and is counted for its limits."""
@@ -252,8 +265,11 @@ class Groups:
             return Deferred(hours)
         following = [waiting.delivery for waiting in turns.waiting]
         allow = partial(turns.marks.allow, delivery, following, turn_seconds=turns.turn_seconds)
+        asked_at = time.monotonic()
         if not patiently(allow, until=turns.call_by):
             return TakenOver()
+        if time.monotonic() - asked_at >= _SECOND:
+            raise GrewOldError
         deferral = self._pacing.count(asked, delivery)
         return None if deferral is None else Deferred(deferral)
 
@@ -261,7 +277,7 @@ class Groups:
         """Begin as many of the waiting attempts anew as the last second held; the results of the others, given back."""
         if not turns.waiting:
             return []
-        kept = [] if time.monotonic() >= turns.call_by else list(turns.waiting[: turns.taken])
+        kept = [] if turns.errors or time.monotonic() >= turns.call_by else list(turns.waiting[: turns.taken])
         rows: list[Begun] = []
         with turns.apart():
             rows = patiently(partial(self._begin_anew, kept), until=turns.call_by)
@@ -288,14 +304,3 @@ class Groups:
         """Domain time at this moment, reckoned from the database's clock as of the begin, or of beginning anew."""
         elapsed = timedelta(seconds=time.monotonic() - attempt.read_at)
         return self._database.domain_now(attempt.begun.machine_now + elapsed)
-
-
-def _load(attempts: Sequence[Attempt]) -> dict[int, Mapping[str, Any] | BaseException]:
-    """What each chain type's `load_context` gives for its chains: `{chain id: context or what it raised}`."""
-    groups: dict[str, list[Attempt]] = {}
-    for attempt in attempts:
-        groups.setdefault(attempt.chain_type.chain_type, []).append(attempt)
-    loaded: dict[int, Mapping[str, Any] | BaseException] = {}
-    for group in groups.values():
-        loaded.update(load_contexts(group[0].chain_type, [attempt.begun.chain for attempt in group]))
-    return loaded

@@ -20,6 +20,10 @@ _FIRST_GROUP: Final = 10
 _LARGEST_GROUP: Final = 50
 
 
+class GrewOldError(Exception):
+    """The mark of an attempt took so long to write that its facts and hours are old: it begins anew."""
+
+
 class Tempo:
     """How fast the attempts of this process were lately."""
 

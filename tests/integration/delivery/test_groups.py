@@ -466,3 +466,28 @@ def test_quick_groups_are_marked_by_their_begin(make_dispatcher: shop.Make, watc
         assert deliver(looking, [delivery]) == ["delivered"]
 
     assert seen == [True, False, False], "the first group is not known to be quick"
+
+
+def test_facts_and_hours_that_grew_old_while_the_mark_was_written_are_asked_again(
+    make_dispatcher: shop.Make, watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, sink = Facts(watch), shop.Sink()
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [Unpaid]}, callback=sink, load_context=facts, delivery_hours="08:00-20:00"), clock=watch.domain
+    )
+    paying, late = owed(dispatcher, 2)
+    store, waits = type(dispatcher._services.store), [1.5, 1.5]
+    mark_called = store.mark_called
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        if waits:  # the database is away for that long
+            watch.forward(waits.pop())
+            facts.paid = {paying.chain_id}
+        return mark_called(*arguments, **named)
+
+    monkeypatch.setattr(store, "mark_called", slow)
+
+    assert deliver(dispatcher, [paying]) == ["cancelled"], "paid while the mark was written"
+    assert watch.domain() == EVENING + timedelta(seconds=1.5)
+    assert deliver(dispatcher, [late]) == ["deferred"], "20:00:01"
+    assert len(sink) == 0

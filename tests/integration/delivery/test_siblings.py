@@ -126,3 +126,27 @@ def test_a_database_that_fails_once_between_two_turns_costs_no_attempt(
 
     assert errors >= 2
     assert outcomes == ["delivered", "delivered", "delivered", "delivered", "deferred"]
+
+
+def test_an_attempt_that_cannot_be_marked_before_its_call_does_not_lose_the_others(make_dispatcher: shop.Make) -> None:
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=sink), lock_seconds=1)
+    deliveries = owed(dispatcher, 3)
+
+    with pytest.raises(ServiceUnavailable), away(dispatcher):
+        deliver(dispatcher, deliveries)
+
+    assert statuses(dispatcher, deliveries) == ["running", "pending", "pending"]
+    assert len(sink) == 0
+
+
+@contextmanager
+def away(dispatcher: Dispatcher) -> Iterator[None]:
+    """Meanwhile no attempt can be marked as called."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ServiceUnavailable("database", "", "gone", None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(dispatcher._services.store), "mark_called", fail)
+        yield
