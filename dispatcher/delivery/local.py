@@ -46,7 +46,7 @@ class LocalAttempts:
         with self._database.read() as connection:
             delivery = deliveries.read(connection, result.delivery_id)
             now = self._database.now(connection)
-        if delivery is None:
+        if delivery is None or delivery.status != DeliveryStatus.RUNNING:  # this process was suspended meanwhile
             return replace(result, outcome=Outcome.STALE)
         transition = result.transition
         transition.idempotency_key = delivery.idempotency_key

@@ -73,3 +73,23 @@ def test_an_attempt_that_was_called_while_the_relay_stood_still_is_not_settled_a
     shop.change_delivery(dispatcher, delivery.id, **shop.LAPSED)
     assert dispatcher.relay()["settled"] == 1
     assert row(dispatcher).unknown
+
+
+def test_a_call_of_an_application_that_was_settled_before_it_began_is_not_made(
+    make_dispatcher: shop.Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = shop.Sink()
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}))
+    chain = shop.new_chain(dispatcher)
+    local = type(dispatcher._services.local_attempts)
+    deliver = local.deliver
+
+    def after_a_long_pause(*arguments: Any) -> Any:
+        shop.change_delivery(dispatcher, row(dispatcher).id, **shop.LAPSED)
+        assert dispatcher.relay()["settled"] == 1
+        return deliver(*arguments)
+
+    monkeypatch.setattr(local, "deliver", after_a_long_pause)
+
+    assert chain.execute(callback=sink)["outcome"] == "stale"
+    assert len(sink) == 0
