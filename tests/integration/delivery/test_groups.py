@@ -115,6 +115,24 @@ def test_facts_are_at_most_a_second_old_when_an_attempt_has_its_turn(
     assert len(ages) == 10
 
 
+def test_each_guard_gets_the_moment_of_its_turn(make_dispatcher: shop.Make, watch: Stopwatch) -> None:
+    moments: list[datetime] = []
+
+    def note(transition: Transition) -> bool:
+        moments.append(transition.now)
+        return True
+
+    dispatcher = make_dispatcher(
+        shop.cart({NEW: [shop.transition("Noting", "reminded", note)]}, callback=lambda _: watch.forward(0.25)),
+        clock=watch.domain,
+    )
+    deliveries = owed(dispatcher, 2)
+    moments.clear()
+
+    assert deliver(dispatcher, deliveries) == ["delivered"] * 2
+    assert moments[1] - moments[0] == timedelta(seconds=0.25)
+
+
 def test_who_pays_while_another_s_callback_runs_is_not_called(
     make_dispatcher: shop.Make, watch: Stopwatch, broker_url: str
 ) -> None:
@@ -206,24 +224,27 @@ def test_what_another_process_has_taken_meanwhile_is_not_called(make_dispatcher:
     shop.crashed(dispatcher, deliveries[1])
 
 
+@pytest.mark.parametrize("was_quick", [False, True], ids=["marked before the call", "marked by the begin"])
 def test_a_lease_that_is_not_fresh_is_renewed_before_the_call_or_it_is_not_called(
-    make_dispatcher: shop.Make, watch: Stopwatch
+    make_dispatcher: shop.Make, watch: Stopwatch, was_quick: bool
 ) -> None:
     sink, taken = shop.Sink(), False
 
     def slow_guard(_: Transition) -> bool:
         if taken:
-            (row,) = dispatcher.find_deliveries()
-            shop.change_delivery(dispatcher, row.id, begins=7)
-        watch.forward(6)
+            shop.change_delivery(dispatcher, delivery.id, begins=7)
+            watch.forward(6)
         return True
 
     dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Slow", "reminded", slow_guard)]}, callback=sink))
-    (delivery,) = owed(dispatcher, 1)
+    earlier, delivery = owed(dispatcher, 2)
+    if was_quick:
+        assert deliver(dispatcher, [earlier]) == ["delivered"]
+    calls = len(sink)
     taken = True
 
     assert deliver(dispatcher, [delivery]) == ["stale"]
-    assert len(sink) == 0
+    assert len(sink) == calls
     shop.crashed(dispatcher, delivery)
 
 
@@ -441,6 +462,17 @@ def test_a_killed_group_leaves_one_unknown_effect_and_the_others_are_looked_at_a
     facts.paid = {delivery.chain_id for delivery in deliveries}
     sink.effect = None
     assert deliver(dispatcher, deliveries[1:], 2) == ["delivered", "cancelled"], "only the unknown one is not looked at"
+
+
+def test_a_further_attempt_that_died_before_its_callback_waits_as_a_failed_one(make_dispatcher: shop.Make) -> None:
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
+    (delivery,) = owed(dispatcher, 1)
+    shop.crashed(dispatcher, delivery, attempt=2, begins=2, uncalled=2)
+
+    assert dispatcher.relay() == {"relayed": 0, "settled": 1}, "only a first attempt is made again at once"
+
+    (row,) = dispatcher.find_deliveries()
+    assert (row.status, row.attempt, row.unknown) == ("pending", 2, False)
 
 
 def _die_second(sink: shop.Sink, watch: Stopwatch) -> None:
