@@ -288,7 +288,7 @@ class Ends:
 
     def _deferred(self, attempt: Attempt, deferral: Deferral) -> AttemptResult:
         """Take back the beginning of an attempt that may not be called now, without using it up."""
-        by_celery = 0 < deferral.seconds <= MAX_COUNTDOWN
+        by_celery = deferral.waits_for != WaitsFor.PAUSED and deferral.seconds <= MAX_COUNTDOWN
         grace = self._settings.queued_seconds if by_celery else 0.0
 
         def work(connection: Connection) -> bool:

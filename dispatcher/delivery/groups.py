@@ -52,6 +52,8 @@ from dispatcher.transition import Transition
 logger = logging.getLogger(__name__)
 
 _SECOND: Final = 1.0
+_PAUSED_SECONDS: Final = 3.0
+"""Longer than what this process knows of pauses is old, so that a resumed type is not refused again and again."""
 
 
 class PausedTypes(Protocol):
@@ -70,6 +72,7 @@ class _Turns:
 
     marks: Marks
     call_by: float
+    tempo: Tempo
     waiting: Sequence[Attempt] = ()
     since: float = field(default_factory=time.monotonic)
     taken: int = 0
@@ -91,8 +94,8 @@ class _Turns:
 
     @property
     def turn_seconds(self) -> float:
-        """How long a turn took; 0 before the first one has ended."""
-        return (time.monotonic() - self.since) / self.taken if self.taken else 0.0
+        """How long a turn takes: as those since the load, else as in the group before."""
+        return (time.monotonic() - self.since) / self.taken if self.taken else self.tempo.turn_seconds
 
 
 class Groups:
@@ -121,7 +124,6 @@ class Groups:
         self._watchdog = watchdog
         self._ends = ends
         self._tempo = Tempo()
-        self._loads = any(chain_type.load_context is not None for chain_type in config.chains)
 
     @property
     def size(self) -> int:
@@ -130,17 +132,14 @@ class Groups:
 
     def deliver(self, owed: Sequence[Owed], *, call_by: float) -> list[AttemptResult]:
         """Make one attempt at each of these deliveries. No callback begins after `call_by` (monotonic seconds)."""
-        # A loader asks other services, so it may take long at any time: then no begin marks anything.
-        began, called = time.monotonic(), self._tempo.is_quick and not self._loads
-        begun = self._store.begin(owed, lease_seconds=self._leases.seconds, called=called)
+        begun = self._store.begin(owed, lease_seconds=self._leases.seconds)
         read_at = time.monotonic()
         with self._leases.kept(row.delivery for row in begun):
-            marked = {row.delivery.id for row in begun} if called else set()
-            turns = _Turns(Marks(self._store, self._leases.seconds, marked=marked, at=began), call_by)
+            turns = _Turns(Marks(self._store, self._leases.seconds), call_by, self._tempo)
             results = self._ready(turns, begun, read_at)
             while turns.waiting:
                 results += self._call_for_a_second(turns)
-                self._tempo.note(turns.taken, turn_seconds=turns.turn_seconds, group_seconds=time.monotonic() - began)
+                self._tempo.note(turns.turn_seconds)
                 results += self._go_on(turns)
         if turns.errors:
             raise turns.errors[0]
@@ -175,7 +174,7 @@ class Groups:
         attempt = Attempt(begun, chain_type, transition_class, callback, now, read_at)
         if patiently(lambda: chain_type.chain_type in self._paused, until=call_by):
             reason = f"chain type {chain_type.chain_type} is paused"
-            return self._ends.record(attempt, Deferred(Deferral(WaitsFor.PAUSED, reason, 0.0)))
+            return self._ends.record(attempt, Deferred(Deferral(WaitsFor.PAUSED, reason, _PAUSED_SECONDS)))
         problem = unreadable(begun.chain.context, delivery.context, delivery.kwargs, delivery.request)
         if problem is not None:
             return self._ends.record(attempt, CannotBeRead(problem))

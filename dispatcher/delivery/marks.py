@@ -2,10 +2,10 @@
 
 If the process dies, an attempt without the mark was certainly not called, and the next attempt looks again. One with
 the mark has an unknown effect. (The mark is NULL in `uncalled`.) One statement marks all attempts whose turns come
-within the next two hundredths of a second: slow callbacks get a statement each, and quick ones share one. Where whole
-groups were quick lately, the begin itself marks them, so that the mark costs nothing.
+within the next two hundredths of a second: slow callbacks get a statement each, and quick ones share one.
 """
 
+import math
 import time
 from collections.abc import Collection, Sequence
 from typing import Final
@@ -29,23 +29,23 @@ class Tempo:
 
     def __init__(self) -> None:
         self.group_size = _FIRST_GROUP
-        self.is_quick = False
+        self.turn_seconds = math.inf
 
-    def note(self, turns: int, *, turn_seconds: float, group_seconds: float) -> None:
-        """Note how many attempts of a group had their turn, how long one took, and how long the group took in all."""
+    def note(self, turn_seconds: float) -> None:
+        """Note how long the turn of an attempt took in a group."""
+        self.turn_seconds = turn_seconds
         fits = int(1 / turn_seconds) if turn_seconds * _LARGEST_GROUP > 1 else _LARGEST_GROUP
         self.group_size = max(1, fits)
-        self.is_quick = turns > 0 and group_seconds < _EXPOSED_SECONDS
 
 
 class Marks:
-    """The marks of one begun group. `marked` are the ids of those that its begin has marked, at `at` (monotonic s)."""
+    """The marks of one begun group."""
 
-    def __init__(self, store: Store, lease_seconds: float, *, marked: Collection[str], at: float) -> None:
+    def __init__(self, store: Store, lease_seconds: float) -> None:
         self._store = store
         self._lease_seconds = lease_seconds
-        self._marked = marked
-        self._at = at
+        self._marked: Collection[str] = ()
+        self._at = 0.0
 
     def allow(self, delivery: DeliveryRecord, following: Sequence[DeliveryRecord], *, turn_seconds: float) -> bool:
         """Whether the attempt may be called: it is still ours, its row has the mark, and its lease is fresh.
@@ -55,7 +55,7 @@ class Marks:
         now = time.monotonic()
         if delivery.id in self._marked and now - self._at < self._lease_seconds / 4:
             return True
-        more = int(_EXPOSED_SECONDS / turn_seconds) if turn_seconds else 0
+        more = int(_EXPOSED_SECONDS / turn_seconds) if turn_seconds else len(following)
         asked = [delivery, *following[:more]]
         self._marked = self._store.mark_called(asked, lease_seconds=self._lease_seconds)
         self._at = now

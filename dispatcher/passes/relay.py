@@ -18,6 +18,7 @@ from dispatcher.messages.queues import CALLBACKS_QUEUE, RELAY
 from dispatcher.passes.turns import Turns, pass_seconds
 from dispatcher.passes.unknown_effects import Definition, Settlement, define, settle_lost
 from dispatcher.settings import Settings
+from dispatcher.states import DeliveryStatus
 from dispatcher.storage import overdue
 from dispatcher.storage.database import Database, alone, ends_transaction
 from dispatcher.storage.overdue import Overdue, WaitingChain
@@ -88,7 +89,7 @@ class Relay:
             room = None
         while time.monotonic() < stop_at:
             page = self._database.write(partial(self._claim, pending=room is not None and room > 0))
-            lost = [Owed(delivery.id, delivery.attempt + 1) for delivery in page.overdue.lost]
+            lost = page.overdue.lost
             if room is not None:  # before anything else, because the claim hides them from the next relays
                 room = self._publish(lost, room)
                 relayed += len(lost) if room is not None else 0
@@ -99,7 +100,7 @@ class Relay:
                 _log_failure(failure)
             settled += len(settlements)
             failed += len(failures)
-            owed = [settlement.owed for settlement in settlements if settlement.owed is not None]
+            owed = [settlement.delivery for settlement in settlements if settlement.owed is not None]
             if room is not None:
                 room = self._publish(owed, room)
                 relayed += len(owed) if room is not None else 0
@@ -110,15 +111,27 @@ class Relay:
         emit(logger, Action.RELAYED, "relay: %s", result, level=level, **result)
         return result
 
-    def _publish(self, owed: Sequence[Owed], room: int) -> int | None:
-        """Publish these deliveries; how many more messages the queue may take, or None where none can be published."""
+    def _publish(self, deliveries: Sequence[DeliveryRecord], room: int) -> int | None:
+        """Publish the next attempts at these deliveries; how many more messages the queue may take.
+
+        None if none can be published. An attempt that was lost before its call may have killed its process, by a guard.
+        The next one has a message of its own, so that it costs no other delivery an attempt.
+        """
+        groups: list[list[Owed]] = [[]]
+        for delivery in deliveries:
+            owed = Owed(delivery.id, delivery.attempt + 1)
+            was_lost = delivery.status == DeliveryStatus.RUNNING or delivery.last_error is not None
+            if delivery.was_not_called and was_lost:
+                groups.append([owed])
+            else:
+                groups[0].append(owed)
         try:
-            if owed:
-                self._publisher.deliver(owed)
+            for group in filter(None, groups):
+                self._publisher.deliver(group)
         except PublishFailed as error:
             _log_not_published(error)
             return None
-        return room - len(owed)
+        return room - len(deliveries)
 
     def _claim(self, connection: Connection, *, pending: bool) -> _Claimed:
         found = overdue.claim_overdue(

@@ -92,10 +92,8 @@ class PortableStore:
 
         return self._database.write(work)
 
-    def begin(self, owed: Sequence[Owed], *, lease_seconds: float, called: bool) -> list[Begun]:
-        return self._database.write(
-            lambda connection: _begin(connection, owed, lease_seconds=lease_seconds, called=called)
-        )
+    def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
+        return self._database.write(lambda connection: _begin(connection, owed, lease_seconds=lease_seconds))
 
     def begin_anew(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> list[Begun]:
         return self._database.write(lambda connection: _begin_anew(connection, running, lease_seconds=lease_seconds))
@@ -366,7 +364,7 @@ def _standing(timing: Timing) -> dict[str, Any]:
 # --- attempts --------------------------------------------------------------------------------------------------------
 
 
-def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float, called: bool) -> list[Begun]:
+def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
     ids = list(
         connection.execute(
             select(DELIVERY.c.id)
@@ -392,7 +390,7 @@ def _begin(connection: Connection, owed: Sequence[Owed], *, lease_seconds: float
         update(DELIVERY)
         .where(DELIVERY.c.id.in_(ids))
         .ordered_values(  # MySQL evaluates from left to right, and `uncalled` needs the old `begins`
-            (DELIVERY.c.uncalled, None if called else DELIVERY.c.begins + 1),
+            (DELIVERY.c.uncalled, DELIVERY.c.begins + 1),
             (DELIVERY.c.begins, DELIVERY.c.begins + 1),
             (DELIVERY.c.attempt, DELIVERY.c.attempt + 1),
             (DELIVERY.c.status, DeliveryStatus.RUNNING),

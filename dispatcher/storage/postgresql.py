@@ -193,7 +193,7 @@ _LEASED: Final = """waits_since = clock_timestamp(), lapse_seen_at = NULL,
 _BEGIN: Final = f"""
 UPDATE chain_dispatcher_delivery d
 SET status = 'running', attempt = d.attempt + 1, begins = d.begins + 1, next_attempt_at = clock_timestamp(),
-  uncalled = CASE WHEN NOT %(called)s THEN d.begins + 1 END, {_LEASED}
+  uncalled = d.begins + 1, {_LEASED}
 FROM (
   SELECT * FROM unnest((SELECT %(ids)s::uuid[]), (SELECT %(attempts)s::int[])) AS t (id, attempt)
   LIMIT (SELECT cardinality(%(ids)s::uuid[]))
@@ -355,7 +355,7 @@ class PostgresqlStore:
                 return chain_id
         return self._portable.request_chain(type_name, resources, request, due=due)
 
-    def begin(self, owed: Sequence[Owed], *, lease_seconds: float, called: bool) -> list[Begun]:
+    def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
         owed = sorted(owed, key=lambda message: message.delivery_id)
         found = self._database.write_statement(
             _BEGIN,
@@ -363,7 +363,6 @@ class PostgresqlStore:
                 "ids": [message.delivery_id for message in owed],
                 "attempts": [message.attempt for message in owed],
                 "lease_seconds": lease_seconds,
-                "called": called,
             },
         )
         return _all_begun(found)

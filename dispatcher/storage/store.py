@@ -85,16 +85,14 @@ class Store(Protocol):
         request's `requested_by`. Concurrent callers get the same chain.
         """
 
-    def begin(self, owed: Sequence[Owed], *, lease_seconds: float, called: bool) -> list[Begun]:
+    def begin(self, owed: Sequence[Owed], *, lease_seconds: float) -> list[Begun]:
         """Begin those of these attempts that may begin, in the order of their ids.
 
         Guard: the delivery is pending, its last attempt is the one before, its `next_attempt_at` is reached by the
         database's clock, its `publish_after` is set (it is NULL while the delivery is parked), its chain waits for it
         and is not disabled. The rows in `Begun` are those after the write: running, with the new attempt and lease, and
-        one more of `begins`. What the delivery waited for before stands there as it was.
-
-        `called` says that the callbacks may be called from now on. Otherwise the rows say that they are not called yet
-        (`uncalled`), and `mark_called` must come before the call.
+        one more of `begins`. What the delivery waited for before stands there as it was. They say that the callbacks
+        are not called yet (`uncalled`): `mark_called` must come before the call.
         """
 
     def begin_anew(self, running: Sequence[DeliveryRecord], *, lease_seconds: float) -> list[Begun]:

@@ -343,7 +343,7 @@ def test_a_retry_has_its_own_wait_and_no_more(make_dispatcher: shop.Make, step: 
 def begun(dispatcher: Dispatcher, delivery: DeliveryRecord) -> None:
     """Begin the first attempt at a delivery; its worker is killed."""
     seconds = dispatcher.settings.lease_seconds
-    assert len(dispatcher._services.store.begin([Owed(delivery.id, 1)], lease_seconds=seconds, called=True)) == 1
+    assert len(dispatcher._services.store.begin([Owed(delivery.id, 1)], lease_seconds=seconds)) == 1
 
 
 def test_a_lease_ends_after_its_own_length_and_not_before(make_dispatcher: shop.Make, step: timedelta) -> None:

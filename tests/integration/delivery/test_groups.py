@@ -75,6 +75,11 @@ def owed(dispatcher: Dispatcher, count: int) -> list[DeliveryRecord]:
     return sorted((shop.planned(dispatcher, chain) for chain in chains), key=lambda delivery: delivery.id)
 
 
+def owed_again(dispatcher: Dispatcher, first: int, count: int) -> list[DeliveryRecord]:
+    """New deliveries of other chains."""
+    return [shop.planned(dispatcher, shop.new_chain(dispatcher, first + number)) for number in range(count)]
+
+
 def deliver(dispatcher: Dispatcher, deliveries: Sequence[DeliveryRecord], attempt: int = 1) -> list[str]:
     """The outcomes of one message with these deliveries."""
     return [str(one.outcome) for one in dispatcher.deliver([Owed(delivery.id, attempt) for delivery in deliveries])]
@@ -224,28 +229,30 @@ def test_what_another_process_has_taken_meanwhile_is_not_called(make_dispatcher:
     shop.crashed(dispatcher, deliveries[1])
 
 
-@pytest.mark.parametrize("was_quick", [False, True], ids=["marked before the call", "marked by the begin"])
+@pytest.mark.parametrize("siblings", [0, 1], ids=["not marked yet", "marked with a sibling"])
 def test_a_lease_that_is_not_fresh_is_renewed_before_the_call_or_it_is_not_called(
-    make_dispatcher: shop.Make, watch: Stopwatch, was_quick: bool
+    make_dispatcher: shop.Make, watch: Stopwatch, siblings: int
 ) -> None:
-    sink, taken = shop.Sink(), False
+    sink = shop.Sink()
+    taken: list[str] = []
 
-    def slow_guard(_: Transition) -> bool:
-        if taken:
-            shop.change_delivery(dispatcher, delivery.id, begins=7)
+    def slow_guard(transition: Transition) -> bool:
+        if taken and transition.chain.id == last.chain_id:
+            shop.change_delivery(dispatcher, last.id, begins=7)
             watch.forward(6)
         return True
 
     dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Slow", "reminded", slow_guard)]}, callback=sink))
-    earlier, delivery = owed(dispatcher, 2)
-    if was_quick:
-        assert deliver(dispatcher, [earlier]) == ["delivered"]
+    deliveries = owed(dispatcher, 1 + siblings)
+    last = deliveries[-1]
+    for delivery in owed_again(dispatcher, 100, siblings):  # so that the pace of this process is known
+        assert deliver(dispatcher, [delivery]) == ["delivered"]
     calls = len(sink)
-    taken = True
+    taken.append(last.id)
 
-    assert deliver(dispatcher, [delivery]) == ["stale"]
-    assert len(sink) == calls
-    shop.crashed(dispatcher, delivery)
+    assert deliver(dispatcher, deliveries) == ["delivered"] * siblings + ["stale"]
+    assert len(sink) == calls + siblings
+    shop.crashed(dispatcher, last)
 
 
 def test_guards_and_facts_that_take_too_long_are_a_failed_attempt(make_dispatcher: shop.Make, watch: Stopwatch) -> None:
@@ -481,45 +488,22 @@ def _die_second(sink: shop.Sink, watch: Stopwatch) -> None:
         raise Killed
 
 
-def test_quick_groups_are_marked_by_their_begin(make_dispatcher: shop.Make, watch: Stopwatch) -> None:
-    seen: list[bool] = []
+def test_quick_attempts_share_a_mark_and_slow_ones_get_one_each(make_dispatcher: shop.Make, watch: Stopwatch) -> None:
+    seconds, uncalled = 0.0, []
 
-    def look(transition: Transition) -> bool:
-        (row,) = dispatcher.find_deliveries(chain_id=transition.chain.id, limit=1)
-        seen.append(row.was_not_called)
-        return True
+    def call(_: Transition) -> None:
+        rows = dispatcher.find_deliveries(statuses=["running"], limit=100)
+        uncalled.append(sum(row.was_not_called for row in rows))
+        watch.forward(seconds)
 
-    dispatcher = make_dispatcher(shop.cart({NEW: [shop.transition("Look", "reminded")]}, callback=shop.Sink()))
-    chains = [shop.new_chain(dispatcher, number) for number in range(3)]
-    deliveries = [shop.planned(dispatcher, chain) for chain in chains]
-    looking = make_dispatcher(shop.cart({NEW: [shop.transition("Look", "reminded", look)]}, callback=shop.Sink()))
+    dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=call))
+    deliveries = owed(dispatcher, 12)
+    deliver(dispatcher, deliveries[:3])
+    deliver(dispatcher, deliveries[3:6])
+    seconds = 0.1
+    deliver(dispatcher, deliveries[6:9])
+    deliver(dispatcher, deliveries[9:])
 
-    for delivery in deliveries:
-        assert deliver(looking, [delivery]) == ["delivered"]
-
-    assert seen == [True, False, False], "the first group is not known to be quick"
-
-
-def test_facts_and_hours_that_grew_old_while_the_mark_was_written_are_asked_again(
-    make_dispatcher: shop.Make, watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    facts, sink = Facts(watch), shop.Sink()
-    dispatcher = make_dispatcher(
-        shop.cart({NEW: [Unpaid]}, callback=sink, load_context=facts, delivery_hours="08:00-20:00"), clock=watch.domain
-    )
-    paying, late = owed(dispatcher, 2)
-    store, waits = type(dispatcher._services.store), [1.5, 1.5]
-    mark_called = store.mark_called
-
-    def slow(*arguments: Any, **named: Any) -> Any:
-        if waits:  # the database is away for that long
-            watch.forward(waits.pop())
-            facts.paid = {paying.chain_id}
-        return mark_called(*arguments, **named)
-
-    monkeypatch.setattr(store, "mark_called", slow)
-
-    assert deliver(dispatcher, [paying]) == ["cancelled"], "paid while the mark was written"
-    assert watch.domain() == EVENING + timedelta(seconds=1.5)
-    assert deliver(dispatcher, [late]) == ["deferred"], "20:00:01"
-    assert len(sink) == 0
+    assert uncalled[:3] == [2, 0, 0], "the pace is not known"
+    assert uncalled[3:6] == [0, 0, 0], "quick"
+    assert uncalled[9:] == [2, 1, 0], "slow"

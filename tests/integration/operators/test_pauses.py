@@ -373,7 +373,7 @@ def test_a_delivery_that_a_relay_is_just_claiming_is_parked(
 
     def claim() -> Any:
         return dispatcher.database.write(
-            lambda connection: overdue.claim_overdue(connection, limit=9, grace_seconds=60)
+            lambda connection: overdue.claim_overdue(connection, limit=9, grace_seconds=60, lapse_seconds=9)
         )
 
     with uncommitted(claim) as claimed:

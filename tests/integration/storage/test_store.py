@@ -97,7 +97,7 @@ class Bench:
 
     def begun(self) -> Begun:
         """A chain's delivery, begun."""
-        (begun,) = self.store.begin([Owed(self.planned().id, 1)], lease_seconds=75, called=True)
+        (begun,) = self.store.begin([Owed(self.planned().id, 1)], lease_seconds=75)
         return begun
 
 
@@ -372,7 +372,7 @@ class TestRequests:
 class TestBegin:
     def test_gives_the_rows_as_they_stand_after_it(self, bench: Bench) -> None:
         delivery = bench.planned()
-        (begun,) = bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75, called=True)
+        (begun,) = bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75)
         assert begun.delivery == bench.delivery(delivery.chain_id)
         assert begun.chain == bench.read(delivery.chain_id)
         assert (begun.delivery.status, begun.delivery.attempt) == ("running", 1)
@@ -389,7 +389,7 @@ class TestBegin:
             statement = update(table).where(table.c.id == row_id).values(context=bad)
             bench.database.write(lambda connection, statement=statement: connection.execute(statement))
 
-        begun = bench.store.begin([Owed(delivery.id, 1) for delivery in planned], lease_seconds=75, called=True)
+        begun = bench.store.begin([Owed(delivery.id, 1) for delivery in planned], lease_seconds=75)
 
         assert [row.delivery.id for row in begun] == sorted(delivery.id for delivery in planned)
         by_id = {row.delivery.id: row for row in begun}
@@ -401,7 +401,7 @@ class TestBegin:
     def test_begins_each_attempt_once(self, bench: Bench) -> None:
         owed = [Owed(bench.planned().id, 1) for _ in range(6)]
         with ThreadPoolExecutor(4) as pool:
-            rounds = list(pool.map(lambda _: bench.store.begin(owed, lease_seconds=75, called=True), range(4)))
+            rounds = list(pool.map(lambda _: bench.store.begin(owed, lease_seconds=75), range(4)))
         begun = [attempt.delivery.id for attempts in rounds for attempt in attempts]
         assert sorted(begun) == sorted(message.delivery_id for message in owed)
         assert all(
@@ -411,7 +411,7 @@ class TestBegin:
 
     @pytest.mark.parametrize("attempt", [0, 2, 7])
     def test_asks_for_the_attempt_that_is_next(self, bench: Bench, attempt: int) -> None:
-        assert bench.store.begin([Owed(bench.planned().id, attempt)], lease_seconds=75, called=True) == []
+        assert bench.store.begin([Owed(bench.planned().id, attempt)], lease_seconds=75) == []
 
     @pytest.mark.parametrize(
         "status",
@@ -424,13 +424,13 @@ class TestBegin:
                 update(DELIVERY).where(DELIVERY.c.id == delivery.id).values(status=status)
             )
         )
-        assert bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75, called=True) == []
+        assert bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75) == []
 
     @pytest.mark.parametrize("change", [{"disabled": True}, {"pending_delivery_id": None}])
     def test_asks_the_chain(self, bench: Bench, change: Mapping[str, Any]) -> None:
         delivery = bench.planned()
         bench.change(bench.read(delivery.chain_id), **change)
-        assert bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75, called=True) == []
+        assert bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75) == []
 
     def test_asks_whether_it_is_time_by_the_clock_of_the_rows(self, bench: Bench) -> None:
         begun = bench.begun()
@@ -439,36 +439,29 @@ class TestBegin:
             lambda connection: retry(connection, begun.delivery, seconds=3600, grace_seconds=60, error="down")
         )
         owed = [Owed(begun.delivery.id, 2)]
-        assert bench.store.begin(owed, lease_seconds=75, called=True) == []
+        assert bench.store.begin(owed, lease_seconds=75) == []
         with clock.shift(timedelta(minutes=59)):
-            assert bench.store.begin(owed, lease_seconds=75, called=True) == []
+            assert bench.store.begin(owed, lease_seconds=75) == []
         with clock.shift(timedelta(minutes=61)):
-            (again,) = bench.store.begin(owed, lease_seconds=75, called=True)
+            (again,) = bench.store.begin(owed, lease_seconds=75)
         assert again.delivery.attempt == 2
 
-    @pytest.mark.parametrize("called", [True, False])
-    def test_says_whether_the_callback_may_be_called(self, bench: Bench, called: bool) -> None:
-        owed = [Owed(bench.planned().id, 1)]
-        (begun,) = bench.store.begin(owed, lease_seconds=75, called=called)
-        assert begun.delivery.begins == 1 and begun.delivery.was_not_called is not called
+    def test_says_that_the_callback_is_not_called_yet(self, bench: Bench) -> None:
+        begun = bench.begun()
+        assert begun.delivery.begins == 1 and begun.delivery.was_not_called
 
-    def test_forgets_what_an_earlier_begin_said(self, bench: Bench) -> None:
-        """Also if a program began it that does not know the mark, and the mark of an earlier begin is still there."""
+    def test_a_begin_that_does_not_know_the_mark_is_not_taken_for_an_uncalled_one(self, bench: Bench) -> None:
+        """A program of the version before has begun it again, and what an earlier begin said is still there."""
         owed = [Owed(bench.planned().id, 1)]
-        (first,) = bench.store.begin(owed, lease_seconds=75, called=False)
+        (first,) = bench.store.begin(owed, lease_seconds=75)
         bench.database.write(lambda connection: deliveries.give_back(connection, first.delivery, grace_seconds=0))
         of_old = {"status": "running", "attempt": 1, "begins": 2}
         statement = update(DELIVERY).where(DELIVERY.c.id == first.delivery.id).values(of_old)
         bench.database.write(lambda connection: connection.execute(statement))
         assert not bench.delivery(first.chain.id).was_not_called
 
-        pending = update(DELIVERY).where(DELIVERY.c.id == first.delivery.id).values(status="pending", attempt=0)
-        bench.database.write(lambda connection: connection.execute(pending))
-        (third,) = bench.store.begin(owed, lease_seconds=75, called=True)
-        assert not third.delivery.was_not_called
-
     def test_notes_when_the_attempt_began(self, bench: Bench) -> None:
-        (begun,) = bench.store.begin([Owed(bench.planned().id, 1)], lease_seconds=75, called=True)
+        (begun,) = bench.store.begin([Owed(bench.planned().id, 1)], lease_seconds=75)
         assert begun.delivery.next_attempt_at is not None
         assert abs(begun.machine_now - begun.delivery.next_attempt_at) < timedelta(seconds=5)
 
@@ -476,13 +469,13 @@ class TestBegin:
 def other_begin(bench: Bench, begun: Begun) -> None:
     """The attempt was given back, and another process has begun it again."""
     bench.database.write(lambda connection: deliveries.give_back(connection, begun.delivery, grace_seconds=0))
-    bench.store.begin([Owed(begun.delivery.id, begun.delivery.attempt)], lease_seconds=75, called=False)
+    bench.store.begin([Owed(begun.delivery.id, begun.delivery.attempt)], lease_seconds=75)
 
 
 class TestMarkCalled:
     def test_marks_those_that_are_ours_and_gives_them_a_new_lease(self, bench: Bench) -> None:
         owed = sorted((Owed(bench.planned().id, 1) for _ in range(3)), key=lambda one: one.delivery_id)
-        first, other, last = bench.store.begin(owed, lease_seconds=5, called=False)
+        first, other, last = bench.store.begin(owed, lease_seconds=5)
         lapsed = update(DELIVERY).where(DELIVERY.c.id == last.delivery.id).values(lapse_seen_at=NOW)
         bench.database.write(lambda connection: connection.execute(lapsed))
         other_begin(bench, other)
@@ -540,7 +533,7 @@ class TestBeginAnew:
 class TestRunning:
     def uncalled(self, bench: Bench, count: int = 1) -> list[Any]:
         owed = [Owed(bench.planned().id, 1) for _ in range(count)]
-        return [row.delivery for row in bench.store.begin(owed, lease_seconds=75, called=False)]
+        return [row.delivery for row in bench.store.begin(owed, lease_seconds=75)]
 
     def test_the_row_says_that_a_begun_attempt_is_not_called_until_it_is_marked(self, bench: Bench) -> None:
         first, second = self.uncalled(bench, 2)
@@ -646,7 +639,7 @@ class TestFinish:
         """It was given back, and begun again with the same number: the process of the first begin is too late."""
         first = bench.begun()
         bench.database.write(lambda connection: deliveries.give_back(connection, first.delivery, grace_seconds=0))
-        (second,) = bench.store.begin([Owed(first.delivery.id, 1)], lease_seconds=75, called=True)
+        (second,) = bench.store.begin([Owed(first.delivery.id, 1)], lease_seconds=75)
         assert second.delivery.attempt == first.delivery.attempt
         late = first.delivery
         writes: dict[str, Callable[[Any], Any]] = {
@@ -676,7 +669,7 @@ class TestFinish:
                 update(DELIVERY).where(DELIVERY.c.id == delivery.id).values(begins=None)
             )
         )
-        (begun,) = bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75, called=True)
+        (begun,) = bench.store.begin([Owed(delivery.id, 1)], lease_seconds=75)
         assert (begun.delivery.attempt, begun.delivery.begins) == (1, None)
         assert bench.store.finish([Finished(begun.delivery, None, NOW)], now=NOW) == {delivery.id}
 
@@ -708,7 +701,7 @@ class TestIdentity:
         record = bench.chain()
         bench.store.write([plan(record)], now=NOW + HOUR, timing=PENDING)
         assert bench.read(record.id).entered_at == record.entered_at, "a plan is no move"
-        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
         bench.store.finish([Finished(begun.delivery, None, NOW)], now=NOW + 2 * HOUR)
         moved = bench.read(record.id)
         assert (moved.started_at, moved.entered_at) == (record.started_at, NOW + 2 * HOUR)
@@ -729,7 +722,7 @@ class TestCallOff:
         record, waits = bench.chain(), []
         for _ in range(4):
             bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
-            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
             due_at = call_off(bench, begun)
             after = bench.read(record.id)
             assert after.due_at == due_at and after.failures == len(waits)
@@ -740,7 +733,7 @@ class TestCallOff:
         record = bench.chain()
         for visit in range(2):
             bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
-            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
             due_at = call_off(bench, begun)
             assert due_at == NOW, visit
             bench.store.write([move(bench.read(record.id))], now=NOW, timing=PENDING)
@@ -749,7 +742,7 @@ class TestCallOff:
     def test_counts_only_what_was_called_off_in_this_visit(self, bench: Bench, before: str) -> None:
         record = bench.chain()
         bench.store.write([plan(record)], now=NOW, timing=PENDING)
-        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
         if before == "a person has cancelled one":
             first = begun.delivery
             by_hand = deliveries.close_and_stay
@@ -760,7 +753,7 @@ class TestCallOff:
             now = bench.read(record.id)
             bench.database.write(lambda connection: chains.set_state(connection, now, now=NOW, **put))
         bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
-        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
         assert call_off(bench, begun) == NOW
         assert bench.read(record.id).failures == 0
 
@@ -772,7 +765,7 @@ class TestCallOff:
         read = bench.read(record.id)
         bench.store.write([plan(read, context=asked.context, kwargs=asked.kwargs)], now=NOW, timing=PENDING)
         assert bench.read(record.id).request is None
-        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
+        (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
         if newer is not None:
             bench.store.write_request(record.id, newer)
         call_off(bench, begun)
@@ -791,7 +784,7 @@ class TestCallOff:
             if taken is not None:
                 bench.store.write_request(record.id, taken)
             bench.store.write([plan(bench.read(record.id))], now=NOW, timing=PENDING)
-            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
             if visit == 2:
                 bench.store.write_request(record.id, Request({"n": 2}))
                 if disabled:
@@ -809,7 +802,7 @@ class TestCallOff:
             bench.store.write(
                 [plan(bench.read(record.id), context=asked.context, kwargs=asked.kwargs)], now=NOW, timing=PENDING
             )
-            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75, called=True)
+            (begun,) = bench.store.begin([Owed(bench.delivery(record.id).id, 1)], lease_seconds=75)
             waits.append((call_off(bench, begun) - NOW).total_seconds())
             assert bench.read(record.id).request == asked
         assert waits[0] == 0 < waits[1] < waits[2]
@@ -945,7 +938,7 @@ class RandomHistory:
             ).all()
         owed = [Owed(row.id, row.attempt + self._random.choice((1, 1, 1, 2))) for row in rows[:4]]
         if owed:
-            begun = self._store.begin(owed, lease_seconds=75, called=True)
+            begun = self._store.begin(owed, lease_seconds=75)
             self._running += sorted(begun, key=lambda attempt: attempt.chain.id)
 
     def _end(self) -> None:
@@ -1032,7 +1025,7 @@ def end_otherwise(connection: Any, attempt: Begun, how: str, *, now: datetime, d
     elif how == "postpone":
         deliveries.postpone(connection, delivery, what=WaitsFor.RATE, reason="waits", seconds=-1, has_place=True)
     elif how == "give back":
-        deliveries.give_back(connection, delivery)
+        deliveries.give_back(connection, delivery, grace_seconds=0)
     elif how == "call off":
         deliveries.call_off(connection, delivery, now=now, reason="not valid any more")
     elif how == "cancel":
