@@ -46,6 +46,7 @@ class Leases:
         self._kept: dict[object, tuple[DeliveryRecord, ...]] = {}
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
+        self._is_away = False
 
     @contextmanager
     def kept(self, running: Iterable[DeliveryRecord]) -> Iterator[None]:
@@ -113,9 +114,12 @@ class Leases:
                     "the leases of %d attempts are not renewed (%s); trying again",
                     len(running),
                     type(error).__name__,
+                    level=logging.DEBUG if self._is_away else None,  # one line for each time that it is away
                     deliveries=len(running),
                 )
+                self._is_away = True
                 return False
+        self._is_away = False
         return True
 
     def _disconnect(self) -> None:
