@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dispatcher import Chain, ServiceUnavailable
+from dispatcher import ServiceUnavailable
 from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.runner import upgrade
 from tests.acceptance.fleet import LEASE_SECONDS, RELAY_SECONDS, Fleet, main_pid, owner_of, send
@@ -42,8 +42,8 @@ def make_database_url(server: PostgresServer) -> Callable[[Path], str]:
 
 @contextmanager
 def stopped(server: PostgresServer) -> Iterator[None]:
-    """The server has crashed, and comes back empty of sessions."""
-    server.stop(signal.SIGQUIT)
+    """The server ends, and is started again."""
+    server.stop()
     yield
     server.start()
 
@@ -70,17 +70,15 @@ def relay_at_once(fleet: Fleet) -> None:
         return
 
 
-@pytest.mark.parametrize("away", [stopped, frozen])
+@pytest.mark.parametrize(("pool", "away"), [("prefork", stopped), ("threads", frozen), ("gevent", stopped)])
 def test_a_database_that_was_away_for_long_leaves_attempts_to_the_processes_that_make_them(
-    fleet: Fleet, server: PostgresServer, away: Callable[[PostgresServer], Any]
+    fleet: Fleet, server: PostgresServer, pool: str, away: Callable[[PostgresServer], Any]
 ) -> None:
-    nodes = [fleet.worker("--pool", pool) for pool in ("prefork", "threads")]
+    fleet.worker("--pool", pool)
     file = fleet.file()
-    chains: list[Chain] = []
-    pools: set[str] = set()
-    while len(pools) < 2:
-        chains.append(fleet.chain(callback_file=str(file)))
-        pools.add(owner_of(fleet.called(chains[-1]), nodes).id)
+    chains = [fleet.chain(callback_file=str(file)) for _ in range(2)]
+    for chain in chains:
+        fleet.called(chain)
     with away(server):
         time.sleep(LEASE_SECONDS + fleet.client.settings.lapse_seconds + 2 * RELAY_SECONDS)  # nobody renews meanwhile
     relay_at_once(fleet)
@@ -119,6 +117,7 @@ def test_celery_s_time_limit_in_a_callback_in_gevent_is_a_failed_attempt(fleet: 
     hurried(fleet, 2)
     file = fleet.file()
     chain = fleet.chain(callback_file=str(file))
+    fleet.called(chain)
     fleet.deployment.eventually(lambda: fleet.delivery(chain).waits_for == "retry", "the end of the first attempt")
     delivery = fleet.delivery(chain)
     assert str(delivery.last_error).startswith("Timeout: 2") and not delivery.unknown
