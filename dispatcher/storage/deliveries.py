@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, and_, case, delete, func, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.bounds import MAX_ERROR
@@ -143,8 +143,12 @@ def give_back(connection: Connection, delivery: DeliveryRecord, *, grace_seconds
     return one_row(done)
 
 
+_WAITS_NO_MORE: Final = or_(DELIVERY.c.waits_for.is_(None), DELIVERY.c.waits_for == WaitsFor.PAUSED)
+# Except for the end of a pause: if the type is paused, that is written anew.
 _WAITS_AS_BEFORE: Final = wait_reason(
-    DELIVERY.c.waits_for, reason=DELIVERY.c.waits_reason, has_place=DELIVERY.c.has_place
+    case((~_WAITS_NO_MORE, DELIVERY.c.waits_for)),
+    reason=case((~_WAITS_NO_MORE, DELIVERY.c.waits_reason)),  # MySQL has written `waits_for` before
+    has_place=DELIVERY.c.has_place,
 )
 
 

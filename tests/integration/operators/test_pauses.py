@@ -242,11 +242,11 @@ def test_every_write_of_a_pending_delivery_of_a_paused_type_parks_it(dispatcher:
         wait(WaitsFor.RATE),
         wait(WaitsFor.HOURS),
         wait(WaitsFor.DEFINITION),
-        deliveries.give_back,
+        lambda connection, one: deliveries.give_back(connection, one, grace_seconds=0),
     ]
     running = [begun(dispatcher, owed(dispatcher, number)) for number in range(len(writes) + 1)]
     lost = running.pop()
-    shop.change_delivery(dispatcher, lost.id, lease_until=shop.LONG_AGO, publish_after=shop.LONG_AGO)
+    shop.change_delivery(dispatcher, lost.id, uncalled=None, **shop.LAPSED)
     set_paused(dispatcher, paused=True)
 
     for write, one in zip(writes, running, strict=True):
