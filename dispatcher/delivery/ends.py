@@ -48,6 +48,7 @@ from dispatcher.settings import Settings
 from dispatcher.states import AttemptOutcome, DeliveryStatus, EventAction, WaitsFor
 from dispatcher.storage import deliveries, history
 from dispatcher.storage.database import Database
+from dispatcher.storage.deliveries import NotBegun
 from dispatcher.storage.store import Store
 from dispatcher.telemetry import Action, emit
 from dispatcher.transition import Transition
@@ -79,9 +80,11 @@ class Ends:
 
     # --- attempts that did not get as far as user code ---------------------------------------------------------------
 
-    def not_begun(self, delivery_id: str, attempt: int, outcome: AttemptOutcome) -> AttemptResult:
-        """The result of an attempt that may not begin."""
-        return _logged(AttemptResult(delivery_id, attempt, outcome))
+    def not_begun(self, owed: Owed, reason: NotBegun) -> AttemptResult:
+        """The result of an attempt that may not begin. One whose message came a little too early is asked again."""
+        detail = "" if reason.early_seconds is None else f"{reason.early_seconds:.1f} s before its time"
+        result = _logged(AttemptResult(owed.delivery_id, owed.attempt, reason.outcome, detail=detail))
+        return replace(result, retry_seconds=reason.early_seconds)
 
     def unknown_definition(self, begun: Begun, name: str, now: datetime) -> AttemptResult:
         """Take back the beginning of an attempt whose chain type, transition or callback this process does not know."""

@@ -46,6 +46,7 @@ from dispatcher.settings import Settings
 from dispatcher.states import AttemptOutcome, WaitsFor
 from dispatcher.storage import deliveries
 from dispatcher.storage.database import Database
+from dispatcher.storage.deliveries import NotBegun
 from dispatcher.storage.store import Store
 from dispatcher.transition import Transition
 
@@ -192,15 +193,12 @@ class Groups:
             return []
         try:
             with self._database.read() as connection:
-                outcomes = deliveries.why_not_begun(connection, [message.delivery_id for message in refused])
+                reasons = deliveries.why_not_begun(connection, refused)
         except (ServiceUnavailable, DBAPIError):
             if not begun:
                 raise
-            outcomes = {message.delivery_id: AttemptOutcome.STALE for message in refused}
-        return [
-            self._ends.not_begun(message.delivery_id, message.attempt, outcomes[message.delivery_id])
-            for message in refused
-        ]
+            reasons = {message.delivery_id: NotBegun(AttemptOutcome.STALE) for message in refused}
+        return [self._ends.not_begun(message, reasons[message.delivery_id]) for message in refused]
 
     # --- turns -------------------------------------------------------------------------------------------------------
 

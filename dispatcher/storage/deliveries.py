@@ -5,14 +5,15 @@ database's clock inside the statements.
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, update
 from sqlalchemy.engine import Connection
 
 from dispatcher.bounds import MAX_ERROR
-from dispatcher.domain.records import DeliveryRecord, PlannedDelivery, idempotency_key
+from dispatcher.domain.records import DeliveryRecord, Owed, PlannedDelivery, idempotency_key
 from dispatcher.retry import back_off
 from dispatcher.states import (
     CLOSED_STATUSES,
@@ -23,7 +24,7 @@ from dispatcher.states import (
     WaitsFor,
 )
 from dispatcher.storage import chains, history
-from dispatcher.storage.clock import clock_plus
+from dispatcher.storage.clock import TOLERANCE, clock_plus
 from dispatcher.storage.models import CHAIN, DELIVERY, EVENT
 from dispatcher.storage.rows import deliveries_of, delivery_columns, found_of
 from dispatcher.storage.statements import (
@@ -75,22 +76,37 @@ def values_of(planned: PlannedDelivery, delivery_id: str) -> dict[str, Any]:
 # --- attempts --------------------------------------------------------------------------------------------------------
 
 
-def why_not_begun(connection: Connection, delivery_ids: Sequence[str]) -> dict[str, AttemptOutcome]:
-    """The outcomes of attempts that did not begin, by delivery id."""
+@dataclass(frozen=True, slots=True)
+class NotBegun:
+    """Why an attempt did not begin. `early_seconds`: its message came so much before its time, by a wrong clock."""
+
+    outcome: AttemptOutcome
+    early_seconds: float | None = None
+
+
+def why_not_begun(connection: Connection, owed: Sequence[Owed]) -> dict[str, NotBegun]:
+    """Why these attempts did not begin, by delivery id."""
+    attempts = {message.delivery_id: message.attempt for message in owed}
+    columns = ("id", "status", "attempt", "waits_for", "next_attempt_at", "publish_after")
     rows = connection.execute(
-        select(DELIVERY.c.id, DELIVERY.c.status, DELIVERY.c.waits_for, DELIVERY.c.publish_after, CHAIN.c.disabled)
+        select(*(DELIVERY.c[name] for name in columns), CHAIN.c.disabled, clock_plus(0).label("now"))
         .join(CHAIN, CHAIN.c.id == DELIVERY.c.chain_id)
-        .where(DELIVERY.c.id.in_(delivery_ids))
+        .where(DELIVERY.c.id.in_(list(attempts)))
     )
-    outcomes = dict.fromkeys(delivery_ids, AttemptOutcome.MISSING)
+    found = dict.fromkeys(attempts, NotBegun(AttemptOutcome.MISSING))
     for row in rows:
-        waits = row.status == DeliveryStatus.PENDING
-        outcomes[row.id] = AttemptOutcome.STALE
-        if waits and row.disabled:
-            outcomes[row.id] = AttemptOutcome.DISABLED
-        elif waits and row.publish_after is None and row.waits_for == WaitsFor.PAUSED:
-            outcomes[row.id] = AttemptOutcome.DEFERRED
-    return outcomes
+        found[row.id] = NotBegun(AttemptOutcome.STALE)
+        if row.status != DeliveryStatus.PENDING:
+            continue
+        if row.disabled:
+            found[row.id] = NotBegun(AttemptOutcome.DISABLED)
+        elif row.publish_after is None and row.waits_for == WaitsFor.PAUSED:
+            found[row.id] = NotBegun(AttemptOutcome.DEFERRED)
+        elif row.publish_after is not None and row.attempt == attempts[row.id] - 1 and row.next_attempt_at is not None:
+            early = row.next_attempt_at - row.now
+            if timedelta(0) < early <= TOLERANCE:
+                found[row.id] = NotBegun(AttemptOutcome.DEFERRED, early.total_seconds())
+    return found
 
 
 def renew(

@@ -694,6 +694,32 @@ def test_after_a_crash_the_attempt_is_retried_with_the_same_key(make_dispatcher:
     assert sink.calls[0].key == delivery.idempotency_key
 
 
+def test_a_message_that_comes_a_little_before_its_time_is_asked_again(make_dispatcher: shop.Make) -> None:
+    """The clock of its worker is ahead. Otherwise the attempt would wait until its message counts as lost."""
+    soon = shop.transition("Soon", "reminded", retry=RetryPolicy(base_seconds=3, jitter=0))
+    dispatcher = make_dispatcher(shop.cart({NEW: [soon]}, callback=shop.Raises(OSError("down"), times=1)))
+    delivery = shop.planned(dispatcher, shop.new_chain(dispatcher))
+    assert shop.attempt(dispatcher, delivery).outcome == "retrying"
+
+    early = shop.attempt(dispatcher, delivery, 2)
+
+    assert (early.outcome, early.next_attempt) == ("deferred", 2) and 0 < early.retry_seconds <= 3
+    assert shop.attempt(dispatcher, delivery, 3).outcome == "stale", "it is not the next one"
+    with clock.shift(timedelta(seconds=early.retry_seconds)):
+        assert shop.attempt(dispatcher, delivery, 2).outcome == "delivered"
+
+
+def test_a_message_that_comes_long_before_its_time_is_not(make_dispatcher: shop.Make) -> None:
+    later = shop.transition("Later", "reminded", retry=RetryPolicy(base_seconds=30, jitter=0))
+    dispatcher = make_dispatcher(shop.cart({NEW: [later]}, callback=shop.Raises(OSError("down"))))
+    delivery = shop.planned(dispatcher, shop.new_chain(dispatcher))
+    assert shop.attempt(dispatcher, delivery).outcome == "retrying"
+
+    early = shop.attempt(dispatcher, delivery, 2)
+
+    assert (early.outcome, early.retry_seconds) == ("stale", None)
+
+
 def test_a_further_crash_waits_for_the_back_off(make_dispatcher: shop.Make, broker_url: str) -> None:
     dispatcher = make_dispatcher(shop.cart({NEW: [shop.Remind]}, callback=shop.Sink()))
     chain = shop.new_chain(dispatcher)
