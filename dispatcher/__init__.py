@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         NoOpenDelivery,
         NotSerializable,
         PermanentFailure,
+        ServiceRefused,
         ServiceUnavailable,
         WorkersNotStopped,
     )
@@ -63,6 +64,7 @@ __all__ = [
     "NotSerializable",
     "PermanentFailure",
     "RetryPolicy",
+    "ServiceRefused",
     "ServiceUnavailable",
     "Settings",
     "Transition",

@@ -34,7 +34,8 @@ class Dispatcher:
     It is validated here; `ConfigurationError` names chain type, state and transition. A URL that is not given comes
     from `settings`, else from a `DISPATCHER_*` environment variable, else from the embedded default. `celery_app`
     publishes the messages (default: a bare app made from the settings). `clock` gives the domain time as aware
-    datetimes (default: the database's clock). Connections are opened when they are needed.
+    datetimes (default: the database's clock). `engine_options` are SQLAlchemy's, such as `pool_size` and
+    `connect_args`. Connections are opened when they are needed.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Dispatcher:
         settings: Settings | None = None,
         celery_app: CeleryApp | None = None,
         clock: Clock | None = None,
+        engine_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = DispatcherConfig.parse(config)
         self.settings = settings if settings is not None else Settings()
@@ -62,6 +64,7 @@ class Dispatcher:
             broker_url=self.broker_url,
             celery_app=celery_app,
             clock=clock,
+            engine_options=engine_options,
         )
         self.database = self._services.database
 
@@ -248,10 +251,10 @@ class Dispatcher:
     ) -> None:
         """Enqueue when the caller's SQLAlchemy session commits, and not at all if it rolls back.
 
-        If the session is on the dispatcher's database, the request is written in the caller's transaction, so the
-        commit cannot lose it. On another database the request is written after the commit; it is lost if the process
-        dies between the two. Arguments are checked now. What fails after the commit is logged, not raised. A dry run
-        plans after the commit.
+        If the session is on the dispatcher's database and sees its tables, the request is written in the caller's
+        transaction, so the commit cannot lose it. On another database, or in doubt, the request is written after the
+        commit; it is lost if the process dies between the two. Arguments are checked now. What fails after the commit
+        is logged, not raised. A dry run plans after the commit.
         """
         self._services.requests.enqueue_on_commit(
             session,

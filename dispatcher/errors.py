@@ -256,3 +256,23 @@ class ServiceUnavailable(DispatcherError):
         if self.written is None:
             return f"{where} did not answer to a commit, which may have succeeded: {self.problem}"
         return f"cannot reach {where}: {self.problem}"
+
+
+class ServiceRefused(ServiceUnavailable):
+    """A database answers, but it refuses: it is read-only or full, has no free connection, or finds it too large.
+
+    `advice` says what helps. Otherwise as `ServiceUnavailable`.
+    """
+
+    def __init__(
+        self, service: str, address: str, problem: str, written: bool | None = False, advice: str = ""
+    ) -> None:
+        super().__init__(service, address, problem, written)
+        self.args = (service, address, problem, written, advice)
+        self.advice = advice
+
+    def __str__(self) -> str:
+        advice = f" ({self.advice})" if self.advice else ""
+        if self.written is None:
+            return f"{super().__str__()}{advice}"
+        return f"the {self.service} at {self.address} refuses: {self.problem}{advice}"

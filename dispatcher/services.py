@@ -1,10 +1,10 @@
 """Makes all parts of a deployment and connects them. This is the only place that does so."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from dispatcher.coordination.limiter import RateLimiter
 from dispatcher.coordination.locks import ChainLocks
@@ -72,9 +72,11 @@ def store_of(database: Database) -> Store:
     return PostgresqlStore(database) if database.dialect == "postgresql" else PortableStore(database)
 
 
-def open_database(settings: Settings, url: str, clock: Clock | None = None) -> Database:
+def open_database(
+    settings: Settings, url: str, clock: Clock | None = None, engine_options: Mapping[str, Any] | None = None
+) -> Database:
     """The database at `url`; nothing is connected yet."""
-    return Database(url, connect_seconds=settings.connect_seconds, clock=clock)
+    return Database(url, connect_seconds=settings.connect_seconds, clock=clock, engine_options=engine_options)
 
 
 def wire(
@@ -86,9 +88,10 @@ def wire(
     broker_url: str | None,
     celery_app: CeleryApp | None,
     clock: Clock | None,
+    engine_options: Mapping[str, Any] | None = None,
 ) -> Services:
     """The parts of a deployment. They open connections when they need them."""
-    database = open_database(settings, database_url, clock)
+    database = open_database(settings, database_url, clock, engine_options)
     locks = ChainLocks(
         redis_url,
         prefix=settings.prefix,

@@ -14,7 +14,15 @@ from dispatcher.storage.database import Database
 from dispatcher.storage.migrations.revisions import current, head
 from dispatcher.storage.migrations.runner import upgrade
 from dispatcher.storage.models import Base
-from tests.servers import MariaDbServer, MissingBinaryError, PostgresServer, RabbitMqServer, RedisServer, Server
+from tests.servers import (
+    MariaDbServer,
+    MissingBinaryError,
+    PgBouncerServer,
+    PostgresServer,
+    RabbitMqServer,
+    RedisServer,
+    Server,
+)
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 Shape = set[tuple[str, ...]]
@@ -107,6 +115,13 @@ def redis_server() -> Iterator[RedisServer]:
 def postgres_server() -> Iterator[PostgresServer]:
     """The run's own PostgreSQL. A test that stops it starts one of its own instead."""
     with running(PostgresServer) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pgbouncer_server(postgres_server: PostgresServer) -> Iterator[PgBouncerServer]:
+    """The run's own PgBouncer in transaction mode. A test that stops it starts one of its own instead."""
+    with running(lambda: PgBouncerServer(postgres_server)) as server:
         yield server
 
 

@@ -331,6 +331,62 @@ class PostgresServer(DatabaseServer):
             connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
 
 
+class PgBouncerServer(Server):
+    """A PgBouncer in transaction mode before a PostgreSQL of the run's own, with `pool_size` sessions per database."""
+
+    name = "pgbouncer"
+    users = ("postgres", "nobody")
+    death_signal = signal.SIGKILL
+
+    def __init__(self, behind: PostgresServer, *, pool_size: int = 2) -> None:
+        self.behind = behind
+        self.pool_size = pool_size
+        super().__init__()
+
+    def prepare(self) -> None:
+        self.program = find_program("pgbouncer", "/usr/sbin")
+        users = self.directory / "users.txt"
+        users.write_text('"postgres" ""\n')
+        self.config = self.directory / "pgbouncer.ini"
+        options = {
+            "listen_addr": "127.0.0.1",
+            "listen_port": self.port,
+            "unix_socket_dir": "",
+            "auth_type": "trust",
+            "auth_file": users,
+            "admin_users": "postgres",
+            "pool_mode": "transaction",
+            "default_pool_size": self.pool_size,
+            "max_client_conn": 200,
+            "server_login_retry": 1,
+        }
+        lines = [f"{name} = {value}" for name, value in options.items()]
+        target = f"* = host=127.0.0.1 port={self.behind.port}"
+        self.config.write_text("\n".join(["[databases]", target, "[pgbouncer]", *lines, ""]))
+
+    def command(self) -> list[str]:
+        return [self.program, str(self.config)]
+
+    def is_ready(self) -> bool:
+        try:
+            with self.console() as console:
+                found = {row[0]: row[1] for row in console.execute("SHOW CONFIG").fetchall()}
+        except psycopg.OperationalError:
+            return False
+        return bool(found["auth_file"] == str(self.directory / "users.txt"))
+
+    def url(self, behind: str) -> str:
+        """The URL through this pooler of the database at the URL `behind`."""
+        return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/{behind.rpartition('/')[2]}"
+
+    def console(self) -> psycopg.Connection[tuple[Any, ...]]:
+        """A connection to PgBouncer's own console, for its commands."""
+        return psycopg.connect(
+            host="127.0.0.1", port=self.port, user="postgres", dbname="pgbouncer", autocommit=True, connect_timeout=5,
+            cursor_factory=psycopg.ClientCursor,  # the console knows no prepared statements
+        )  # fmt: skip
+
+
 class MariaDbServer(DatabaseServer):
     """A MariaDB with its own data directory."""
 

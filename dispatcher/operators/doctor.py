@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 
 from dispatcher.coordination.locks import ChainLocks
 from dispatcher.domain.config import ChainType, DispatcherConfig
-from dispatcher.errors import DispatcherError
+from dispatcher.errors import DispatcherError, ServiceRefused
 from dispatcher.messages.publisher import Publisher, PublishFailed
 from dispatcher.messages.queues import DELIVER, EXECUTE, PRUNE, PRUNE_SECONDS, QUEUES, RELAY, SWEEP, SWEEPS_QUEUE
 from dispatcher.operators.operations import Operations
@@ -116,7 +116,10 @@ class Doctor:
             self._database.check()
             found, head = revisions.current(self._database), revisions.head()
         except DispatcherError as error:
-            yield Finding("database", str(error), "start the database, or correct DISPATCHER_DATABASE_URL")
+            if isinstance(error, ServiceRefused):
+                yield Finding("database", error.problem, error.advice)
+            else:
+                yield Finding("database", str(error), "start the database, or correct DISPATCHER_DATABASE_URL")
             return
         if found != head:
             remedy = "run `dispatcher db upgrade`; if the database is ahead, use the newer version of this library"

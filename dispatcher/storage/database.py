@@ -5,26 +5,21 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine, literal, select
 from sqlalchemy.engine import URL, Connection
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from dispatcher.errors import ConfigurationError, ServiceUnavailable
 from dispatcher.storage.clock import clock_plus, host_now, shifted_seconds
-from dispatcher.storage.dialects import (
-    Engines,
-    first_line,
-    is_conflict,
-    is_unreachable,
-    make_engines,
-    normal_url,
-)
+from dispatcher.storage.dialects import Engines, make_engines
+from dispatcher.storage.faults import is_conflict, leaves_connection, unavailable
+from dispatcher.storage.options import normal_url, read_options
 from dispatcher.storage.rows import Found
 
 logger = logging.getLogger(__name__)
@@ -38,16 +33,26 @@ _HASTY_RERUNS = 1
 class Database:
     """One database: its engine, made on first use in each process, and its transactions.
 
-    Raises `ConfigurationError` for a URL that names no known database.
+    `engine_options` are SQLAlchemy's, as `read_options` checks them. Raises `ConfigurationError` for a URL that names
+    no known database, for a driver that is not supported, and for options that cannot be had.
     """
 
-    def __init__(self, url: str, *, connect_seconds: float = 5, clock: Callable[[], datetime] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        connect_seconds: float = 5,
+        clock: Callable[[], datetime] | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+    ) -> None:
         try:
             self.url: URL = normal_url(url)
         except (ArgumentError, ValueError):
             # Not `from error`, because its text may contain the URL with the password.
             problem = "the database URL cannot be parsed: quote special characters, as in %40 for an @"
             raise ConfigurationError(problem) from None
+        self.engine_options = dict(engine_options or {})
+        read_options(self.url, self.engine_options)
         self.connect_seconds = connect_seconds
         self.clock = _aware(clock) if clock is not None else None
         self._patient = False
@@ -62,7 +67,11 @@ class Database:
     def address(self) -> str:
         """The URL as it may be shown: no user, no password, no query."""
         url = self.url
-        return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
+        shown = URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
+        hosts = url.query.get("host")  # of several servers, or the directory of a socket
+        if hosts is None or url.host is not None:
+            return shown
+        return shown.replace("://", f"://{hosts if isinstance(hosts, str) else ','.join(hosts)}", 1)
 
     @property
     def dialect(self) -> str:
@@ -88,6 +97,7 @@ class Database:
             connect_seconds=self.connect_seconds,
             patient=self._patient,
             answer_seconds=self._answer_seconds,
+            engine_options=self.engine_options,
         )
 
     @contextmanager
@@ -124,7 +134,9 @@ class Database:
     def write(self, work: Callable[[Connection], Result]) -> Result:
         """What `work(connection)` returns, committed. The whole of it is rerun after a deadlock or a busy database.
 
-        Raises `ServiceUnavailable` when the database cannot be reached; it says whether the commit may have succeeded.
+        It is also rerun, once, if its connection was lost before the commit, or leads to a server that is read-only.
+
+        Raises `ServiceUnavailable` when the database cannot be used; it says whether the commit may have succeeded.
         """
 
         def attempt() -> Result:
@@ -151,13 +163,22 @@ class Database:
 
     def _rerun(self, attempt: Callable[[], Result]) -> Result:
         reruns = _RERUNS if self._answer_seconds is None else _HASTY_RERUNS
+        reconnects = not self._patient and self._answer_seconds is None
         for rerun in range(reruns + 1):
+            began = time.monotonic()
             try:
                 return attempt()
             except DBAPIError as error:
                 if rerun == reruns or not is_conflict(error):
                     raise
                 logger.debug("transaction rerun after %s", type(error.orig).__name__)
+            except ServiceUnavailable as error:
+                # Not after a long wait: the next one might be as long.
+                at_once = time.monotonic() - began < self.connect_seconds
+                if rerun == reruns or not (reconnects and at_once and _nothing_written(error)):
+                    raise
+                reconnects = False
+                logger.debug("transaction rerun on another connection")
             time.sleep(random.uniform(0, 0.005 * 2 ** min(rerun, 8)))  # noqa: S311 - spreading, not secrecy
         raise AssertionError("unreachable")
 
@@ -186,24 +207,59 @@ class Database:
 
     @contextmanager
     def _connected(self, *, writes: bool) -> Iterator[Connection]:
-        engine = self._engines.writes if writes else self._engines.reads
-        with self._reaching(written=False), engine.connect() as connection:
-            yield connection
+        connection = self._connect(self._engines.writes if writes else self._engines.reads)
+        with self._reaching(written=False):
+            try:
+                yield connection
+            except BaseException:
+                with suppress(DBAPIError):  # of the rollback: the first error says why
+                    _close(connection)
+                raise
+            _close(connection)
+
+    def _connect(self, engine: Engine) -> Connection:
+        try:
+            return engine.connect()
+        except PoolTimeout as error:
+            problem = "no free connection in this process's pool: see pool_size, max_overflow"
+            raise ServiceUnavailable("database", self.address, problem) from error
+        except InvalidRequestError as error:
+            raise ServiceUnavailable("database", self.address, "it closes connections as they are opened") from error
+        except DBAPIError as error:
+            if is_conflict(error):  # SQLite, busy at the first statement
+                raise
+            away = unavailable(error, self.address, written=False, connecting=True)
+            raise (error if away is None else away) from error
 
     @contextmanager
     def _reaching(self, *, written: bool | None) -> Iterator[None]:
-        """Raise `ServiceUnavailable` for an error that says that the database cannot be reached.
+        """Raise `ServiceUnavailable` for an error that says that the database cannot be used.
 
         `written` is what is then known of a write: None while something that commits is on its way.
         """
         try:
             yield
-        except PoolTimeout as error:
-            raise ServiceUnavailable("database", self.address, "no free connection", written) from error
         except DBAPIError as error:
-            if error.connection_invalidated or (isinstance(error, OperationalError) and is_unreachable(error)):
-                raise ServiceUnavailable("database", self.address, first_line(error.orig), written) from error
-            raise
+            away = unavailable(error, self.address, written=written)
+            if away is None:
+                raise
+            raise away from error
+
+
+def _close(connection: Connection) -> None:
+    """Give a connection back to its pool. If its rollback fails, it is dropped, and its place in the pool is free."""
+    try:
+        connection.close()
+    except DBAPIError as error:
+        if not (connection.closed or connection.invalidated):
+            connection.invalidate(error)
+        raise
+
+
+def _nothing_written(error: ServiceUnavailable) -> bool:
+    """Whether the connection was lost with a transaction that was certainly not committed."""
+    cause = error.__cause__
+    return error.written is False and isinstance(cause, DBAPIError) and cause.connection_invalidated
 
 
 def alone(connection: Connection, work: Callable[[], Result]) -> Result:
@@ -248,13 +304,15 @@ def run_statement(connection: Connection, statement: str, parameters: Mapping[st
         cursor.execute(statement, parameters)
         return Found(tuple([column[0] for column in cursor.description]), cursor.fetchall())
     except driver_error as error:
-        gone = dialect.is_disconnect(error, connection.connection.driver_connection, cursor)  # type: ignore[arg-type]
+        driver_connection = connection.connection.driver_connection
+        gone = dialect.is_disconnect(error, driver_connection, cursor) or leaves_connection(error)  # type: ignore[arg-type]
         wrapped = DBAPIError.instance(
             None, None, error, driver_error, hide_parameters=True, connection_invalidated=gone, dialect=dialect
         )
         if gone:
+            # As SQLAlchemy does it: the idle connections are probably gone too, and are replaced when they are wanted.
+            connection.engine.pool._invalidate(connection.connection, error)
             connection.invalidate(error)
-            connection.engine.dispose()  # the idle connections are probably gone too, as after a restart
         raise wrapped from error
     except BaseException as error:  # the answer was not read to its end: nobody may use this connection again
         connection.invalidate(error)

@@ -26,6 +26,7 @@ from dispatcher.errors import (
     InvalidResource,
     NotSerializable,
     PermanentFailure,
+    ServiceRefused,
     ServiceUnavailable,
     ends_process,
 )
@@ -148,6 +149,13 @@ def test_a_database_that_did_not_answer_to_a_commit_is_not_said_to_have_written_
     assert str(error) == (
         "the database at postgresql://host/db did not answer to a commit, which may have succeeded: timed out"
     )
+
+
+@pytest.mark.parametrize(("advice", "end"), [("free disk space", " (free disk space)"), ("", "")])
+def test_a_refusal_says_what_helps(advice, end):
+    error = ServiceRefused("database", "postgresql://host/db", "no space", advice=advice)
+    assert str(error) == f"the database at postgresql://host/db refuses: no space{end}"
+    assert error.written is False
 
 
 def test_a_permanent_failure_carries_the_callers_text():

@@ -3,11 +3,11 @@
 from typing import Final
 
 from sqlalchemy import Column, Connection, MetaData, String, Table, inspect, select
-from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 
 from dispatcher.errors import DatabaseNotMigrated
 from dispatcher.storage.database import Database
-from dispatcher.storage.dialects import is_conflict
+from dispatcher.storage.faults import is_conflict
 
 REVISIONS: Final = ("0003", "0002", "0001")
 """All revisions known here, newest first."""
@@ -68,7 +68,7 @@ def require_current(database: Database) -> None:
     """
     try:
         found = current(database)
-    except OperationalError as error:
+    except DBAPIError as error:
         # SQLite refuses, whatever the timeout, to switch a new file to WAL while another process does just that.
         if database.dialect != "sqlite" or not is_conflict(error):
             raise

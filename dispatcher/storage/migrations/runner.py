@@ -6,7 +6,7 @@ A new revision is written with `alembic.command.revision(configuration(connectio
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from importlib.resources import files
@@ -15,13 +15,13 @@ from typing import Any, Final
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, func, select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from dispatcher.errors import ServiceUnavailable, WorkersNotStopped
 from dispatcher.states import DeliveryStatus
 from dispatcher.storage import ticks
 from dispatcher.storage.database import Database
-from dispatcher.storage.dialects import is_lock_timeout
+from dispatcher.storage.faults import is_lock_timeout
 from dispatcher.storage.migrations.revisions import (
     TABLE_PREFIX,
     VERSION,
@@ -94,7 +94,7 @@ def _upgrade_in_transaction(database: Database, connection: Connection, *, worke
             _require_stopped_workers(database, connection, found)
     try:
         command.upgrade(configuration(connection), "head")
-    except OperationalError as error:
+    except DBAPIError as error:
         if not is_lock_timeout(error):
             raise
         problem = "another session holds a lock on a table: end it, and upgrade again"
@@ -130,4 +130,5 @@ def _one_mysql_migrator(database: Database) -> Iterator[None]:
         try:
             yield
         finally:
-            connection.execute(select(func.release_lock(name)))
+            with suppress(DBAPIError):  # a session that is gone has released it
+                connection.execute(select(func.release_lock(name)))

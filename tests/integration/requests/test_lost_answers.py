@@ -172,17 +172,29 @@ def test_an_enqueue_that_cannot_connect_says_that_nothing_was_written(
 
 
 @on_servers
-def test_an_enqueue_that_is_cut_off_before_its_commit_says_that_nothing_was_written(
-    make_dispatcher: shop.Make, line: Line
-) -> None:
+def test_an_enqueue_that_is_cut_off_before_its_commit_is_done_again(make_dispatcher: shop.Make, line: Line) -> None:
     dispatcher = make_dispatcher(CONFIG, database_url=line.url)
     enqueue = enqueue_of("a new chain", dispatcher)
     line.lose_answers(b"INSERT INTO chain_dispatcher_resource")
 
+    enqueue(initial_context={"a": 1})
+
+    assert line.lost == 1
+    assert len(make_dispatcher(CONFIG).find_chains()) == 1
+
+
+@on_servers
+def test_an_enqueue_that_is_cut_off_twice_before_its_commit_says_that_nothing_was_written(
+    make_dispatcher: shop.Make, line: Line
+) -> None:
+    dispatcher = make_dispatcher(CONFIG, database_url=line.url)
+    enqueue = enqueue_of("a new chain", dispatcher)
+    line.lose_answers(b"INSERT INTO chain_dispatcher_resource", times=2)
+
     with pytest.raises(ServiceUnavailable) as caught:
         enqueue(initial_context={"a": 1})
 
-    assert line.lost == 1
+    assert line.lost == 2
     assert caught.value.written is False
     assert make_dispatcher(CONFIG).find_chains() == []
 
