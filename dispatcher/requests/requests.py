@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, Unpack
 
-from sqlalchemy.engine import URL, Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
 from dispatcher.domain.config import ChainType, DispatcherConfig
@@ -23,6 +23,7 @@ from dispatcher.settings import Settings
 from dispatcher.states import NEW, Outcome
 from dispatcher.storage import chains
 from dispatcher.storage.database import Database
+from dispatcher.storage.identity import may_be_same
 from dispatcher.storage.migrations.revisions import Migrated
 from dispatcher.storage.store import Store
 from dispatcher.telemetry import Action, emit
@@ -126,23 +127,24 @@ class Requests:
     ) -> None:
         """Enqueue when the caller's session commits; arguments are checked now.
 
-        If the session is on the dispatcher's database, the request is written in the caller's transaction.
+        If the session is certainly on the dispatcher's database, and sees its tables, the request is written in the
+        caller's transaction.
         """
         if isinstance(session, scoped_session):
             session = session()
         chain_type = self._config.get(type_name)
         resources = clean_resources(rsc_mappings)
         request = checked_request(chain_type, asked)
-        if not (dry_run or self._settings.dry_run) and self._shares_database(session.get_bind().engine.url):
-            self._migrated.require()
-            connection = session.connection()
+        shared = None if dry_run or self._settings.dry_run else self._shared(session)
+        if shared is not None:
+            connection, now = shared
             chain_id = chains.request_chain(
                 connection,
                 chain_type.chain_type,
                 resources,
                 request,
                 due=bool(chain_type.candidates(NEW)),
-                now=self._database.now(connection),
+                now=now,
             )
             run_after_commit(session, partial(self._publish, chain_id, best_effort=True))
         else:
@@ -261,11 +263,18 @@ class Requests:
                 return None
             raise EnqueueNotPublished(chain_id, problem) from error
 
-    def _shares_database(self, theirs: URL) -> bool:
-        """Whether the URL of a caller's database is that of the dispatcher's database."""
-        ours = self._database.url
-        if ours.get_backend_name() != theirs.get_backend_name():
-            return False
-        if self._database.dialect == "sqlite":
-            return Path(str(ours.database)).absolute() == Path(str(theirs.database)).absolute()
-        return (ours.host, ours.port, ours.database) == (theirs.host, theirs.port, theirs.database)
+    def _shared(self, session: Session) -> tuple[Connection, datetime] | None:
+        """The connection of a caller's session and the domain time, if that is on the dispatcher's own database.
+
+        It begins the session's transaction where the URLs say so.
+        """
+        try:
+            theirs = session.get_bind().engine.url
+        except UnboundExecutionError:  # its tables are on databases of their own
+            return None
+        if not may_be_same(self._database.url, theirs):
+            return None
+        self._migrated.require()
+        connection = session.connection()
+        now = self._database.now_if_shared(connection)
+        return None if now is None else (connection, now)

@@ -19,6 +19,7 @@ from dispatcher.errors import ConfigurationError, ServiceUnavailable
 from dispatcher.storage.clock import clock_plus, host_now, shifted_seconds
 from dispatcher.storage.dialects import Engines, make_engines
 from dispatcher.storage.faults import is_conflict, leaves_connection, unavailable
+from dispatcher.storage.identity import is_plain, look
 from dispatcher.storage.options import normal_url, read_options
 from dispatcher.storage.rows import Found
 
@@ -59,6 +60,7 @@ class Database:
         self._answer_seconds: float | None = None
         self._made: Engines | None = None
         self._pid = 0
+        self._table: tuple[Any, ...] | None = None
 
     def __repr__(self) -> str:
         return f"<Database {self.address}>"
@@ -199,6 +201,23 @@ class Database:
         if self.dialect == "sqlite":
             return host_now()
         return connection.execute(select(clock_plus(0))).scalar_one()
+
+    def now_if_shared(self, theirs: Connection) -> datetime | None:
+        """Domain time, if a caller's connection, whose URL `may_be_same`, sees our tables in a transaction; else None.
+
+        One statement on that connection.
+        """
+        if not is_plain(theirs):
+            return None
+        seen = look(theirs)
+        if seen.table is None:
+            return None
+        if seen.table != self._table:  # not asked yet, or the server was started anew
+            with self.read() as connection:
+                self._table = look(connection).table
+        if seen.table != self._table:
+            return None
+        return self.clock() if self.clock is not None else seen.machine_now
 
     def check(self) -> None:
         """Raise `ServiceUnavailable` unless the database answers."""
