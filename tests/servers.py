@@ -400,6 +400,8 @@ class MariaDbServer(DatabaseServer):
         if importlib.util.find_spec("pymysql") is None:
             raise MissingBinaryError("the package `pymysql` is not installed")
         self.data = self.directory / "data"
+        # A MariaDB that starts removes the temporary tables that it finds, also those of another one that runs.
+        self.environment = {"TMPDIR": str(self.directory)}
         self.run(
             [install, "--no-defaults", f"--datadir={self.data}", "--auth-root-authentication-method=normal",
              "--skip-test-db", "--skip-name-resolve"]
