@@ -71,6 +71,7 @@ POSITIONS: Final = {
     "passes/waking.py": "ids",
     "passes/prune.py": "no moment",
     "operators/operations.py": "ids",
+    "storage/pauses.py": "the end of a spread, with its length: more than that cannot be left (`seconds_left`)",
 }
 
 KEYS: Final = {

@@ -189,6 +189,8 @@ def test_a_type_whose_budget_is_used_up_stands_still_until_a_person_resumes_it(
 
     resumed = make_dispatcher(config)
     assert (type_row(resumed).paused, type_row(resumed).paused_reason) == (False, None)
+    for one in resumed.find_deliveries():
+        shop.wait_over(resumed, one)
     delivered = [shop.attempt(resumed, one).outcome for one in resumed.find_deliveries()]
     assert delivered == ["delivered", "delivered"]
     assert resumed.sweep()["due"] == 5
