@@ -239,7 +239,14 @@ class RedisServer(Server):
         return f"redis://127.0.0.1:{self.port}/0"
 
     def command(self) -> list[str]:
-        options = {"port": self.port, "bind": "127.0.0.1", "dir": self.directory, "save": "", "appendonly": "no"}
+        options = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "dir": self.directory,
+            "save": "",
+            "appendonly": "no",
+            "databases": 128,
+        }
         return [self.program, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
 
     def is_ready(self) -> bool:

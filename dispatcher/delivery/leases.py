@@ -39,6 +39,7 @@ class Leases:
         self._store = store_of(self._database)
         self._begin()
         _all.add(self)
+        weakref.finalize(self, self._database.dispose).atexit = False
 
     def _begin(self) -> None:
         self._lock = threading.Lock()

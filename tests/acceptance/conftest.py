@@ -69,7 +69,7 @@ def make_deployment(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Deployment]:
     """Makes deployments with a database, a Redis database number and settings of their own."""
-    numbers = iter(range(1, 16))
+    numbers = iter(range(1, 128))
 
     def make(**settings: Any) -> Deployment:
         directory = tmp_path_factory.mktemp("deployment")

@@ -3,6 +3,7 @@
 It is used by its name: `shop.cart(...)`, `shop.new_chain(dispatcher)`, `shop.Sink()`.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from threading import Barrier, Event
 from typing import Any, Final
 
+import pytest
 import redis
 from kombu import Connection, Exchange, Queue
 from sqlalchemy import Row, func, select, update
@@ -78,6 +80,22 @@ class Clock:
     def forward(self, **amount: float) -> None:
         """Go on by `timedelta(**amount)`."""
         self.now += timedelta(**amount)
+
+
+class _Time:
+    """The module `time` with another monotonic clock."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self.monotonic = monotonic
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+def set_monotonic(monkeypatch: pytest.MonkeyPatch, monotonic: Callable[[], float]) -> None:
+    """Give the modules of attempts another monotonic clock. What others import meanwhile would keep it for ever."""
+    for module in ("attempts", "ends", "groups", "marks", "recording"):
+        monkeypatch.setattr(f"dispatcher.delivery.{module}.time", _Time(monotonic))
 
 
 # --- observers -------------------------------------------------------------------------------------------------------

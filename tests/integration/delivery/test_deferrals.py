@@ -320,7 +320,7 @@ def test_a_delivery_whose_group_ran_out_of_time_keeps_its_place_and_what_failed_
     make_dispatcher: shop.Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hours = 0.0
-    monkeypatch.setattr("dispatcher.delivery.attempts.time.monotonic", lambda: hours)
+    shop.set_monotonic(monkeypatch, lambda: hours)
 
     def take_an_hour(*_: Any, **__: Any) -> None:
         nonlocal hours

@@ -39,7 +39,7 @@ class Stopwatch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
     stopwatch = Stopwatch()
-    monkeypatch.setattr(time, "monotonic", stopwatch)
+    shop.set_monotonic(monkeypatch, stopwatch)
     return stopwatch
 
 
