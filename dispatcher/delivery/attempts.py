@@ -4,7 +4,6 @@ An attempt is two short transactions, its begin and its end, with the user's cod
 meanwhile. A process that dies between the two leaves an attempt that the relay settles.
 """
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -15,8 +14,6 @@ from dispatcher.domain.records import Owed, valid_id
 from dispatcher.domain.results import AttemptResult
 from dispatcher.settings import Settings
 from dispatcher.states import AttemptOutcome
-
-logger = logging.getLogger(__name__)
 
 _MAX_ATTEMPT: Final = 2**31
 

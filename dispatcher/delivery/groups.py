@@ -7,7 +7,6 @@ passed, what was called is recorded. Then as many of the rest as that second hel
 the others go back and are published again, so that other workers take them.
 """
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,8 +48,6 @@ from dispatcher.storage.database import Database
 from dispatcher.storage.deliveries import NotBegun
 from dispatcher.storage.store import Store
 from dispatcher.transition import Transition
-
-logger = logging.getLogger(__name__)
 
 _SECOND: Final = 1.0
 _PAUSED_SECONDS: Final = 3.0
@@ -260,8 +257,7 @@ class Groups:
             return Failed(error)
         if hours is not None:
             return Deferred(hours)
-        following = [waiting.delivery for waiting in turns.waiting]
-        allow = partial(turns.marks.allow, delivery, following, turn_seconds=turns.turn_seconds)
+        allow = partial(turns.marks.allow, attempt, turns.waiting, turn_seconds=turns.turn_seconds)
         asked_at = time.monotonic()
         if not patiently(allow, until=turns.call_by):
             return TakenOver()

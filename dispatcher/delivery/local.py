@@ -98,12 +98,7 @@ class LocalAttempts:
             lambda connection: deliveries.close_and_stay(connection, delivery, now=now, reason=reason),
         )
         try:
-            recorded(
-                self._database,
-                delivery,
-                work,
-                (DeliveryStatus.CANCELLED,),
-            )
+            recorded(self._database, delivery, work, (DeliveryStatus.CANCELLED,))
         except (ServiceUnavailable, DBAPIError) as problem:
             emit(
                 logger,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Final
 
-from dispatcher.domain.records import DeliveryRecord
+from dispatcher.delivery.attempt import Attempt
 from dispatcher.storage.store import Store
 
 _EXPOSED_SECONDS: Final = 0.02
@@ -47,16 +47,16 @@ class Marks:
         self._marked: Collection[str] = ()
         self._at = 0.0
 
-    def allow(self, delivery: DeliveryRecord, following: Sequence[DeliveryRecord], *, turn_seconds: float) -> bool:
+    def allow(self, attempt: Attempt, following: Sequence[Attempt], *, turn_seconds: float) -> bool:
         """Whether the attempt may be called: it is still ours, its row has the mark, and its lease is fresh.
 
         `following` are those whose turns come next, and `turn_seconds` says how long a turn takes.
         """
-        now = time.monotonic()
-        if delivery.id in self._marked and now - self._at < self._lease_seconds / 4:
+        now, delivery_id = time.monotonic(), attempt.delivery.id
+        if delivery_id in self._marked and now - self._at < self._lease_seconds / 4:
             return True
         more = int(_EXPOSED_SECONDS / turn_seconds) if turn_seconds else len(following)
-        asked = [delivery, *following[:more]]
+        asked = [each.delivery for each in (attempt, *following[:more])]
         self._marked = self._store.mark_called(asked, lease_seconds=self._lease_seconds)
         self._at = now
-        return delivery.id in self._marked
+        return delivery_id in self._marked

@@ -42,6 +42,7 @@ def recorded(
 
     By default it is tried for `RECORD_SECONDS`. Meanwhile the lease is renewed as soon as the database is back, and
     the relay leaves it time for that.
+
     A commit may succeed although its caller sees an error. After an error the row is read: if it has one of
     `expected_statuses` and the attempt `attempt_after` (None: this attempt), our earlier commit succeeded.
     `commit_may_have_succeeded` says that there was an error before this call. Raises the database's error when the time

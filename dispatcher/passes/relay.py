@@ -100,7 +100,7 @@ class Relay:
                 _log_failure(failure)
             settled += len(settlements)
             failed += len(failures)
-            owed = [settlement.delivery for settlement in settlements if settlement.owed is not None]
+            owed = [settlement.delivery for settlement in settlements if settlement.again]
             if room is not None:
                 room = self._publish(owed, room)
                 relayed += len(owed) if room is not None else 0

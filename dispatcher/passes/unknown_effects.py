@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from dispatcher.domain.config import ChainType
 from dispatcher.domain.decisions import due_after_move, rest_of_plan, seconds_to_retry
-from dispatcher.domain.records import DeliveryRecord, Owed, is_local
+from dispatcher.domain.records import DeliveryRecord, is_local
 from dispatcher.states import DeliveryStatus
 from dispatcher.storage import deliveries, overdue
 from dispatcher.storage.overdue import WaitingChain
@@ -20,13 +20,14 @@ from dispatcher.storage.overdue import WaitingChain
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """What became of one attempt: the message to publish at once, if any, and what a person must know.
+    """What became of one attempt, and what a person must know.
 
-    `stopped` is the status in which a person decides. `orphan` says that the chain does not wait for the delivery.
+    `again` says that the next attempt is to be published at once. `stopped` is the status in which a person decides.
+    `orphan` says that the chain does not wait for the delivery.
     """
 
     delivery: DeliveryRecord
-    owed: Owed | None = None
+    again: bool = False
     stopped: DeliveryStatus | None = None
     orphan: bool = False
     error: str = ""
@@ -106,7 +107,7 @@ def settle_lost(
         return Settlement(delivery)
     if definition.can_verify or definition.retry_seconds == 0:
         again(seconds=0, grace_seconds=grace_seconds)
-        return Settlement(delivery, owed=None if chain.disabled else Owed(delivery.id, delivery.attempt + 1))
+        return Settlement(delivery, again=not chain.disabled)
     if definition.retry_seconds is not None:
         again(seconds=definition.retry_seconds, grace_seconds=0)
         return Settlement(delivery)
